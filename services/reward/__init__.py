@@ -1,0 +1,1 @@
+"""The reward service: one process that loads a classifier and answers rewards over HTTP."""

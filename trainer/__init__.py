@@ -1,0 +1,1 @@
+"""The trainer: the stages of RLHF, joined by directories, rewarded over HTTP."""

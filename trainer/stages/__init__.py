@@ -1,0 +1,1 @@
+"""One module a stage, each readable from top to bottom."""
