@@ -250,3 +250,125 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Shape of a model trained from scratch. Head size is `hidden_size / heads`."""
+
+    model_type: str
+    """A `model_type` that transformers knows: gpt2, llama, distilbert, ..."""
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    layers: int = 3
+    heads: int = 3
+    max_positions: int = 128
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden_size", "layers", "heads", "max_positions")
+        _require(
+            self.hidden_size % self.heads == 0, f"heads={self.heads} does not divide hidden_size={self.hidden_size}"
+        )
+        # 256 bytes and the special tokens are in every vocabulary that the byte-level BPE trainer makes.
+        _require(self.vocab_size >= 264, f"vocab_size={self.vocab_size} must be at least 264")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How stages 1 and 2 learn."""
+
+    learning_rate: float = 5e-5
+    """AdamW's."""
+    muon_learning_rate: float | None = None
+    """When given, torch.optim.Muon with this rate learns the weight matrices, AdamW the rest. Helps from scratch."""
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    warmup_fraction: float = 0.03
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "muon_learning_rate", "batch_size", "epochs", "max_steps", "max_grad_norm")
+        _fraction(self, "warmup_fraction")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Stage 1: supervised fine-tuning of a causal language model on texts."""
+
+    model: str = "gpt2"
+    """Directory or hub id to fine-tune."""
+    from_scratch: bool = False
+    """Train a new model of `sizes` instead, with a byte-level BPE tokenizer trained on the same texts."""
+    sizes: ModelSizes = field(default_factory=lambda: ModelSizes("gpt2"))
+    output_dir: Path = Path("runs/sft")
+    dataset: Data = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    max_length: int = 128
+    """Tokens in one training row. Texts are cut into rows of this length; the first starts where the text does."""
+    eval_texts: int = 1000
+    """Held-out texts that the perplexity is measured on."""
+    half_precision: bool = False
+    """Save the weights in float16."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "eval_texts")
+        _require(
+            not self.from_scratch or self.max_length <= self.sizes.max_positions,
+            f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",
+        )
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Stage 2: a reward model, from labelled texts (classifier) or ranked answers (pairwise)."""
+
+    kind: Literal["classifier", "pairwise"] = "classifier"
+    """`classifier` learns labels with cross-entropy; `pairwise` learns one score with the Bradley-Terry loss."""
+    model: str = "distilbert-base-uncased"
+    """Directory or hub id to start from."""
+    from_scratch: bool = False
+    """Train a new model of `sizes` instead, with a tokenizer trained on the same texts."""
+    sizes: ModelSizes = field(default_factory=lambda: ModelSizes("distilbert", 8192, 128, 2, 2, 256))
+    output_dir: Path = Path("runs/reward-model")
+    dataset: Data = field(default_factory=DataSettings)
+    label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
+    """Names of labels 0, 1, ... as the reward service offers them."""
+    ranked: Path | None = None
+    """Pairwise: JSON lines of {"prompt": ..., "answers": [best, ..., worst]}."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
+    max_length: int = 256
+    crop_fraction: float = 0.5
+    """Classifier: share of training texts that are cut to a random short opening, since short texts are what the
+    reward model will judge. 0 turns it off."""
+    crop_min_tokens: int = 8
+    crop_max_tokens: int = 64
+    short_words: int = 20
+    """Held-out accuracy is also told on the first so many words of each text."""
+    half_precision: bool = False
+    """Save the weights in float16."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words")
+        _fraction(self, "crop_fraction")
+        _require(
+            self.crop_min_tokens <= self.crop_max_tokens,
+            f"crop_min_tokens={self.crop_min_tokens} is more than crop_max_tokens={self.crop_max_tokens}",
+        )
+        _require(
+            self.kind != "pairwise" or self.ranked is not None,
+            'kind=pairwise needs ranked=FILE with lines of {"prompt": ..., "answers": [best, ..., worst]}',
+        )
+        _require(
+            len(set(self.label_names)) == len(self.label_names) >= 2,
+            f"label_names={self.label_names} must be at least two different names",
+        )
+        _require(
+            not self.from_scratch or self.max_length <= self.sizes.max_positions,
+            f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",
+        )
