@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """A setting that cannot work. The message names the field, the value and what to do."""
 
 
@@ -372,3 +372,47 @@ class RewardModelConfig:
             not self.from_scratch or self.max_length <= self.sizes.max_positions,
             f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",
         )
+
+
+class EvaluateConfig:
+    """Judge a policy before and after PPO on held-out prompts, with the same seeds."""
+
+    after: str = "runs/ppo"
+    """What `plaudit ppo` wrote; a directory of a whole model will do too."""
+    policy: str = "lvwerra/gpt2-imdb"
+    """Before: the directory or hub id that `plaudit ppo` started from. Also the reference of KL and perplexity."""
+    output_dir: Path = Path("runs/evaluation")
+    dataset: Data = field(default_factory=DataSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    n_prompts: int = 256
+    """Held-out prompts to answer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole of it on one machine: a reward service in its own process, PPO over HTTP, before and after."""
+
+    output_dir: Path = Path("runs/demo")
+    preset: Path = Path("presets/demo.yaml")
+    """Settings of the PPO stage, as `plaudit ppo --config` reads them."""
+    reward_model: str = "models/imdb-distilbert-mini"
+    """Directory or hub id of the classifier that the reward service loads."""
+    stages: Literal["ppo", "all"] = "ppo"
+    """`all` first trains a small language model and a small reward model from scratch."""
+    steps: int | None = None
+    """PPO steps; not given means the preset's."""
+    n_prompts: int = 256
+    """Held-out prompts of the evaluation."""
+    ready_timeout_s: float = 120.0
+    """How long the reward service may take to start."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "ready_timeout_s")
+        _require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")

