@@ -246,10 +246,20 @@ class PPOConfig:
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     steps: int | None = None
     """PPO steps; not given means one pass over the prompts."""
+    resume: str | None = None
+    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints. One is also written when the run is stopped or runs out of patience."""
+    keep_checkpoints: int = 2
+    log_samples_every: int = 10
+    """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
+    merge: bool = False
+    """Also write OUTPUT_DIR/merged: the adapters folded into the model, for plain transformers."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps")
+        _positive(self, "steps", "checkpoint_every", "keep_checkpoints")
+        _require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")
 
 
 @dataclass(frozen=True)

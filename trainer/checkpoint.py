@@ -1,0 +1,151 @@
+"""Checkpoints: everything the next step depends on, whole or not at all.
+
+A checkpoint is written into a directory beside its place and renamed, its manifest last, so a kill or a full disk in
+mid-write leaves litter and the previous checkpoint. Prompts and sampling depend on seed and step alone, so the position
+in the data is the step itself and there are no generator states to save beyond the stepper's own.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.config import ConfigError
+from trainer.models import Policy
+from trainer.update import PPOStepper
+
+MANIFEST = "manifest.json"
+WEIGHTS = "trainable.safetensors"
+STATE = "state.pt"
+FORMAT = 1
+
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume",
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_samples_every",
+    "reward.",
+)
+"""Settings, or the beginnings of their names, that a resumed run may give anew without becoming another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    directory: Path
+    step: int
+    """Steps done; the next one has this index."""
+    config: dict[str, Any]
+    reward_revision: str | None
+
+
+def save_checkpoint(
+    root: Path, policy: Policy, stepper: PPOStepper, *, config: dict[str, Any], reward_revision: str | None, keep: int
+) -> Checkpoint:
+    """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
+    """
+    step = stepper.steps_done
+    final = root / f"step-{step:06d}"
+    beside = root / f".{final.name}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    save_file({name: p.detach().contiguous() for name, p in _trainable(policy)}, beside / WEIGHTS)
+    torch.save(stepper.state_dict(), beside / STATE)
+    manifest = {"format": FORMAT, "step": step, "config": config, "reward_revision": reward_revision}
+    (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for file in (*beside.iterdir(), beside):
+        _sync(file)
+    # A leftover without its manifest is litter; a complete one of the same step holds the same state.
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
+    _sync(root)
+    for old in list_checkpoints(root)[:-keep]:
+        shutil.rmtree(old.directory, ignore_errors=True)
+    return Checkpoint(final, step, config, reward_revision)
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(
+        (read_checkpoint(path.parent) for path in root.glob(f"step-*/{MANIFEST}")),
+        key=lambda checkpoint: checkpoint.step,
+    )
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`. Raises ConfigError when there is none or this version can't read it."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise ConfigError(f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        return Checkpoint(directory, manifest["step"], manifest["config"], manifest["reward_revision"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{directory}: not a checkpoint ({error}); name a directory checkpoints/step-NNNNNN"
+        ) from error
+
+
+def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None:
+    """Put policy and stepper into the saved state, to the bit."""
+    saved = load_file(checkpoint.directory / WEIGHTS, device=str(policy.device))
+    trainable = dict(_trainable(policy))
+    if saved.keys() != trainable.keys():
+        differing = sorted(saved.keys() ^ trainable.keys())
+        raise ConfigError(
+            f"{checkpoint.directory}: trained parameters differ from the policy's, for example {differing[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(saved[name])
+    stepper.load_state_dict(torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu"))
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Compare a checkpoint's configuration with the current one; returns the harmless differences, one line each.
+
+    Raises:
+        ConfigError: a difference that would make the resumed run another run; all of them are named.
+    """
+    before, after = _flat(saved), _flat(current)
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
+    refused = [line for name, line in lines.items() if not name.startswith(FREE_TO_CHANGE)]
+    if refused:
+        raise ConfigError(
+            f"cannot resume with other settings: {'; '.join(refused)}. Give the checkpoint's values, or start a new run in "
+            "another --output-dir"
+        )
+    return list(lines.values())
+
+
+def _trainable(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""The README.md of a trained policy: what it is, how it was made, what came out."""
+
+from pathlib import Path
+
+import yaml
+
+from trainer.config import PPOConfig, to_dict
+from trainer.metrics import KL, REWARD_MEAN
+
+
+def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
+    """Write `directory/README.md` with the metadata the hub reads in front."""
+    front = {
+        "base_model": config.policy,
+        "library_name": "peft" if config.lora.enabled else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ppo", "rlhf", "plaudit"],
+    }
+    first, last = metrics[0], metrics[-1]
+    rows = "\n".join(
+        f"| {name} | {first[key]:.3f} | {last[key]:.3f} |"
+        for name, key in (("mean reward", REWARD_MEAN), ("KL to the reference (nats)", KL))
+    )
+    loading = (
+        f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.policy}"), "{directory}")"""
+        if config.lora.enabled
+        else f"""from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{directory}")"""
+    )
+    (directory / "README.md").write_text(
+        f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {config.policy}, tuned by PPO
+
+Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against the rewards of
+`{reward_revision}` (label {config.reward.label}), prompts from `{config.dataset.data}`.
+
+| | first step | last step |
+| --- | --- | --- |
+{rows}
+
+```python
+{loading}
+```
+
+`value_head.safetensors` is the value head (a linear layer on the last hidden state). All settings:
+
+```yaml
+{yaml.safe_dump(to_dict(config), sort_keys=False).strip()}
+```
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,214 @@
+"""Stage 3: PPO. A policy, prompts and reward endpoints in; adapters, value head, metrics and a model card out."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import checkpoint as checkpoints
+from trainer.config import ConfigError, PPOConfig, to_dict
+from trainer.data import Prompts, load_prompts
+from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
+from trainer.model_card import write_model_card
+from trainer.models import Policy, load_policy, load_tokenizer
+from trainer.progress import StepProgress
+from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
+from trainer.rollout import Collected, Draws, collect
+from trainer.runtime import StopRequested, StopSignal, exclusive
+from trainer.update import PPOStepper, Sampling
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """Where the trained policy is, and the last step's metrics."""
+
+    output_dir: Path
+    steps: int
+    metrics: dict[str, float]
+
+
+def run(config: PPOConfig) -> PPOResult:
+    """Train from the start or from a checkpoint, and write everything to `config.output_dir`."""
+    if not config.reward.url:
+        raise ConfigError(
+            "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
+        )
+    torch.manual_seed(config.seed)
+    with exclusive(config.output_dir), StopSignal().listening() as stop:
+        resumed = _checkpoint_to_resume(config)
+        tokenizer = load_tokenizer(config.policy)
+        policy = load_policy(config.policy, config.lora)
+        print(policy.trainable_parameters_line())
+        prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
+        schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
+        steps = config.steps if config.steps is not None else schedule.steps_per_epoch
+        stepper = PPOStepper(
+            policy,
+            None,
+            config.ppo,
+            sampling=Sampling(config.generation.temperature, config.generation.top_k, config.generation.top_p),
+            total_steps=steps,
+            seed=config.seed,
+        )
+        if resumed is not None:
+            checkpoints.restore(resumed, policy, stepper)
+        progress = StepProgress(steps, stepper.steps_done)
+        with RewardClient(config.reward, on_wait=progress.waiting) as client:
+            client.connect()
+            _check_revision(config, resumed, client.revision)
+            (config.output_dir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            _forget_steps_after(config.output_dir / FILE_NAME, stepper.steps_done)
+            loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop)
+            with MetricsLog(config.output_dir, resume_from=stepper.steps_done) as log, progress.showing():
+                metrics = loop.train(steps, log, progress)
+            policy.save(config.output_dir)
+            tokenizer.save_pretrained(config.output_dir)
+            write_model_card(config, config.output_dir, read_metrics(config.output_dir / FILE_NAME), client.revision)
+        if config.merge:
+            policy.merge(config.output_dir / "merged")
+            tokenizer.save_pretrained(config.output_dir / "merged")
+    print(f"trained {stepper.steps_done} steps; adapters, value head and metrics are in {config.output_dir}")
+    return PPOResult(config.output_dir, stepper.steps_done, metrics)
+
+
+class PromptSchedule:
+    """Which prompts each step takes: a new permutation every epoch, from seed and epoch alone."""
+
+    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
+        self.steps_per_epoch = len(prompts) // batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(f"{len(prompts)} prompts are fewer than one batch of ppo.batch_size={batch_size}")
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._seed = seed
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def batch(self, step: int) -> Prompts:
+        """The prompts of step `step`, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self._prompts), generator=generator)
+        start = position * self._batch_size
+        chosen = self._order[1][start : start + self._batch_size].tolist()
+        return Prompts([self._prompts.token_ids[i] for i in chosen], [self._prompts.texts[i] for i in chosen])
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What every step needs, set up before the first."""
+
+    config: PPOConfig
+    tokenizer: Any
+    policy: Policy
+    stepper: PPOStepper
+    schedule: PromptSchedule
+    client: RewardClient
+    stop: StopSignal
+
+    def train(self, steps: int, log: MetricsLog, progress: StepProgress) -> dict[str, float]:
+        """Steps until `steps` are done. Whatever ends the run early leaves a checkpoint of the last whole step."""
+        metrics: dict[str, float] = {}
+        try:
+            while self.stepper.steps_done < steps:
+                metrics = self._step(log)
+                progress.step(metrics)
+                if self.stepper.steps_done % self.config.checkpoint_every == 0 or self.stepper.steps_done == steps:
+                    self._save_checkpoint()
+                self.stop.check()
+        except (RewardUnavailable, RewardRejected, StopRequested) as error:
+            saved = self._save_checkpoint()
+            if isinstance(error, RewardRejected):
+                error.save(self.config.output_dir)
+            error.add_note(f"checkpoint {saved.directory} written; go on with the same command and --resume auto")
+            raise
+        return metrics
+
+    def _step(self, log: MetricsLog) -> dict[str, float]:
+        config, step, began = self.config, self.stepper.steps_done, time.perf_counter()
+        prompts = self.schedule.batch(step)
+        draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
+        collected = collect(
+            self.stepper, self.tokenizer, prompts, draws, config.generation, self.client, wait=self.stop.wait
+        )
+        collected_at = time.perf_counter()
+        result = self.stepper.update(collected.rollout)
+        ended = time.perf_counter()
+        scores = collected.rollout.scores
+        metrics = {
+            REWARD_MEAN: scores.mean().item(),
+            REWARD_STD: scores.std().item() if len(scores) > 1 else 0.0,
+            **result.statistics,
+            "time/rollout_s": collected_at - began,
+            "time/reward_wait_s": collected.waited_s,
+            "time/update_s": ended - collected_at,
+            "time/step_s": ended - began,
+            "time/samples_per_second": len(prompts) / (ended - began),
+        }
+        log.write(step, metrics)
+        if config.log_samples_every and step % config.log_samples_every == 0:
+            log.write_samples(step, sample_table(collected))
+        return metrics
+
+    def _save_checkpoint(self) -> checkpoints.Checkpoint:
+        return checkpoints.save_checkpoint(
+            self.config.output_dir / CHECKPOINTS,
+            self.policy,
+            self.stepper,
+            config=to_dict(self.config),
+            reward_revision=self.client.revision,
+            keep=self.config.keep_checkpoints,
+        )
+
+
+def sample_table(collected: Collected, rows: int = 8) -> list[tuple[str, str, float]]:
+    """Some of a step's prompts, responses and scores."""
+    scores = collected.rollout.scores[:rows].tolist()
+    return list(zip(collected.prompts[:rows], collected.responses[:rows], scores, strict=True))
+
+
+def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
+    root = config.output_dir / CHECKPOINTS
+    existing = checkpoints.list_checkpoints(root)
+    if config.resume is None:
+        if existing:
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds a run with checkpoints up to step {existing[-1].step}; "
+                "go on with --resume auto, or give another --output-dir"
+            )
+        return None
+    if config.resume == "auto":
+        if not existing:
+            return None
+        chosen = existing[-1]
+    else:
+        chosen = checkpoints.read_checkpoint(Path(config.resume))
+    for line in checkpoints.check_same_run(chosen.config, to_dict(config)):
+        print(f"resuming with {line}")
+    print(f"resuming after step {chosen.step} from {chosen.directory}")
+    return chosen
+
+
+def _check_revision(config: PPOConfig, resumed: checkpoints.Checkpoint | None, revision: str) -> None:
+    if resumed is None or config.reward.allow_revision_change or resumed.reward_revision in (None, revision):
+        return
+    raise RewardRejected(
+        f"the reward model has changed since the checkpoint: {resumed.reward_revision} then, {revision} now; serve the "
+        "same model, or pass --reward.allow-revision-change if the change is meant"
+    )
+
+
+def _forget_steps_after(path: Path, steps_done: int) -> None:
+    """Drop metrics of steps that the checkpoint doesn't include: they are about to happen again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]
+    beside = path.with_suffix(".writing")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.replace(path)
