@@ -129,13 +129,15 @@ class RewardSettings:
     connect_timeout_s: float = 5.0
     chunk_size: int = 32
     """Completions in one request."""
+    max_in_flight: int = 8
+    """Requests under way at once for each endpoint."""
     api_key_file: Path | None = None
     """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
     allow_revision_change: bool = False
     """Go on when the reward model changes in mid-run."""
 
     def __post_init__(self) -> None:
-        _positive(self, "patience_s", "request_timeout_s", "connect_timeout_s", "chunk_size")
+        _positive(self, "patience_s", "request_timeout_s", "connect_timeout_s", "chunk_size", "max_in_flight")
         for url in self.url:
             _require(
                 url.startswith(("http://", "https://")),

@@ -1,0 +1,36 @@
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.stub_reward_server import StubRewardServer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def idle_stubs() -> Iterator[list[StubRewardServer]]:
+    servers: list[StubRewardServer] = []
+    yield servers
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def start_stub(idle_stubs: list[StubRewardServer]) -> Iterator[Callable[[], StubRewardServer]]:
+    """Gives as many scriptable reward servers as a test asks for, each in a process of its own."""
+    taken: list[StubRewardServer] = []
+
+    def start() -> StubRewardServer:
+        taken.append(idle_stubs.pop() if idle_stubs else StubRewardServer())
+        taken[-1].reset()
+        return taken[-1]
+
+    yield start
+    idle_stubs.extend(taken)
+
+
+@pytest.fixture
+def stub_reward_server(start_stub: Callable[[], StubRewardServer]) -> StubRewardServer:
+    return start_stub()

@@ -1,0 +1,190 @@
+"""One endpoint: one request, one answer, and a verdict on what went wrong. It never waits and never tries again."""
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+from pydantic import ValidationError
+
+from services.wire import ModelInfo, Problem, RewardItem, RewardResponse
+from trainer.reward_client.dialects.base import BrokenBody, Dialect, UnusableAnswer
+from trainer.reward_client.errors import Exchange, RewardRejected
+
+RETRIED_STATUSES = frozenset({408, 425, 429})
+"""The refusals that pass with time. So does every 5xx but 501 and 505."""
+DESCRIBE_TIMEOUT_S = 10.0
+QUOTED_CHARS = 300
+
+
+class Trouble(Exception):
+    """A failure that may pass: the same request can be sent again, here or elsewhere."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, server_error: bool = False, exchange: Exchange
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.server_error = server_error
+        """The server took the request and failed on it (500): the request itself may be the reason."""
+        self.exchange = exchange
+
+
+class Endpoint:
+    """A reward server at one URL, and how it has been doing."""
+
+    def __init__(self, url: str, dialect: Dialect, http: httpx.AsyncClient, *, request_timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self.info: ModelInfo | None = None
+        self.outstanding = 0
+        self.failures = 0
+        """Failures since the last usable answer."""
+        self.aside_until = 0.0
+        """Loop time before which other endpoints are preferred."""
+        self._dialect = dialect
+        self._http = http
+        self._request_timeout_s = request_timeout_s
+
+    async def describe(self) -> ModelInfo:
+        """Ask which model answers. Raises `Trouble` while it isn't ready, `RewardRejected` when it won't ever be."""
+
+        async def get(path: str) -> bytes:
+            exchange = Exchange("GET", self.url + path, "")
+            return await self._exchange(exchange, min(DESCRIBE_TIMEOUT_S, self._request_timeout_s))
+
+        try:
+            self.info = await self._dialect.describe(get)
+        except BrokenBody as error:
+            raise Trouble(f"{self.url}: broken answer ({error})", exchange=Exchange("GET", self.url, "")) from error
+        except UnusableAnswer as error:
+            raise RewardRejected(f"{self.url} doesn't speak the {self._dialect.name} protocol: {error}") from error
+        return self.info
+
+    async def score(self, items: Sequence[RewardItem], label: str | None) -> tuple[RewardResponse, Exchange]:
+        """One finite reward for each item, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
+        info = self.info or await self.describe()
+        call = self._dialect.encode(items, label, info)
+        exchange = Exchange("POST", self.url + call.path, call.body.decode())
+        body = await self._exchange(exchange, self._request_timeout_s)
+        answered = _answered(exchange, 200, {}, body)
+        try:
+            answer = self._dialect.decode(body, len(items), label, info)
+        except BrokenBody as error:
+            raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
+        except UnusableAnswer as error:
+            raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
+        if len(answer.rewards) != len(items):
+            raise RewardRejected(
+                f"{self.url}: {len(items)} items were sent and {len(answer.rewards)} rewards came back", answered
+            )
+        if label is not None and answer.label != label:
+            raise RewardRejected(f"{self.url}: label {label!r} was asked for and {answer.label!r} came back", answered)
+        return answer, answered
+
+    async def _exchange(self, exchange: Exchange, timeout_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await self._http.request(
+                    exchange.method,
+                    exchange.url,
+                    content=exchange.request.encode() or None,
+                    headers={"Content-Type": "application/json"} if exchange.request else None,
+                )
+        except TimeoutError as error:
+            raise Trouble(f"{self.url}: no whole answer within {timeout_s:g} s", exchange=exchange) from error
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            if _untrusted(error):
+                raise RewardRejected(
+                    f"{self.url}: its TLS certificate is not trusted ({error}). "
+                    "Name the certificate authority's file with --reward.ca-file.",
+                    exchange,
+                ) from error
+            raise Trouble(f"{self.url}: {_in_words(error)}", exchange=exchange) from error
+        return self._accept(response, exchange)
+
+    def _accept(self, response: httpx.Response, exchange: Exchange) -> bytes:
+        status = response.status_code
+        answered = _answered(exchange, status, dict(response.headers), response.content)
+        if status == 200:
+            kind = response.headers.get("content-type", "")
+            if exchange.method == "POST" and "json" not in kind:
+                raise RewardRejected(
+                    f"{self.url} answered {kind or 'something untyped'} instead of JSON: a proxy, a login page or "
+                    f"another server is in the way: {_quote(response)}",
+                    answered,
+                )
+            return response.content
+        if status in RETRIED_STATUSES | self._dialect.retried_statuses or (status >= 500 and status not in (501, 505)):
+            raise Trouble(
+                f"{self.url}: {status} {response.reason_phrase}: {_quote(response)}",
+                retry_after_s=_retry_after_s(response),
+                server_error=status == 500 or status in self._dialect.retried_statuses,
+                exchange=answered,
+            )
+        if response.is_redirect:
+            raise RewardRejected(
+                f"{exchange.url} redirects to {response.headers.get('location')}: give that address with --reward.url",
+                answered,
+            )
+        if status in (401, 403):
+            raise RewardRejected(
+                f"{exchange.url} refuses the credentials ({status} {response.reason_phrase}): put the key into "
+                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(response)}",
+                answered,
+            )
+        raise RewardRejected(
+            f"{exchange.url} refuses the request: {status} {response.reason_phrase}: {_quote(response)}", answered
+        )
+
+
+def _answered(exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
+    return Exchange(exchange.method, exchange.url, exchange.request, status, headers, body.decode(errors="replace"))
+
+
+def _quote(response: httpx.Response) -> str:
+    """What a person needs of an error's body: a problem document's detail, or the beginning of the text."""
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValidationError:
+        return " ".join(response.text.split())[:QUOTED_CHARS]
+    labels = f" (labels: {', '.join(problem.labels)})" if problem.labels else ""
+    return problem.detail + labels
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """`Retry-After` in seconds, from either of its two forms (RFC 9110, 10.2.3)."""
+    value = response.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _untrusted(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _in_words(error: Exception) -> str:
+    kinds: dict[type[Exception], str] = {
+        httpx.ConnectTimeout: "connecting timed out",
+        httpx.ReadTimeout: "the answer timed out",
+        httpx.PoolTimeout: "no free connection",
+        httpx.ConnectError: "connection failed",
+        httpx.ReadError: "connection lost",
+        httpx.RemoteProtocolError: "connection lost",
+        httpx.DecodingError: "broken answer",
+    }
+    kind = kinds.get(type(error), type(error).__name__)
+    return f"{kind} ({error})" if str(error) else kind

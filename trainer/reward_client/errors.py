@@ -1,0 +1,48 @@
+"""What can go wrong with a reward, sorted by what the caller can do about it."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request and what came back, for a person to look into. Credentials are not in it."""
+
+    method: str
+    url: str
+    request: str
+    status: int | None = None
+    headers: dict[str, str] | None = None
+    answer: str | None = None
+
+
+class RewardError(Exception):
+    """No reward. The caller must not go on without one."""
+
+
+class RewardUnavailable(RewardError):
+    """Nobody answered within the patience. Save, stop, and start again when the service is back (exit 75)."""
+
+
+class RewardRejected(RewardError):
+    """What was sent is refused, or what came back can't be used: waiting won't help (exit 65)."""
+
+    def __init__(self, message: str, exchange: Exchange | None = None) -> None:
+        super().__init__(message)
+        self.exchange = exchange
+
+    def save(self, directory: Path) -> Path:
+        """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "rejected-reward.json"
+        record = {
+            "message": str(self),
+            "time": datetime.now(UTC).isoformat(),
+            "exchange": asdict(self.exchange) if self.exchange else None,
+        }
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return beside.replace(path)
