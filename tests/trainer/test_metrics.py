@@ -1,0 +1,57 @@
+"""The metrics file survives what happens to runs: crashes, resumes, numbers that aren't."""
+
+import json
+import math
+
+import pytest
+
+from trainer.config import ConfigError
+from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, read_metrics
+
+
+def test_each_step_can_be_read_while_the_run_goes_on(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write(0, {REWARD_MEAN: 0.5, KL: 0.0})
+        assert read_metrics(tmp_path / FILE_NAME) == [{"step": 0, REWARD_MEAN: 0.5, KL: 0.0}]
+
+
+def test_a_resumed_run_appends_and_the_last_record_of_a_repeated_step_counts(tmp_path):
+    for first, reward in ((0, 1.0), (2, 5.0)):
+        with MetricsLog(tmp_path, tensorboard=False) as log:
+            for step in range(first, first + 4):
+                log.write(step, {REWARD_MEAN: reward})
+    assert [row[REWARD_MEAN] for row in read_metrics(tmp_path / FILE_NAME)] == [1.0, 1.0, 5.0, 5.0, 5.0, 5.0]
+
+
+def test_a_line_cut_off_by_a_crash_costs_that_line_alone(tmp_path):
+    path = tmp_path / FILE_NAME
+    path.write_text('{"step": 0, "a": 1.0}\n{"step": 1, "a": 2.')
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write(2, {"a": 3.0})
+    assert read_metrics(path) == [{"step": 0, "a": 1.0}, {"step": 2, "a": 3.0}]
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file_and_missing_when_read(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.write(0, {"a": math.nan, "b": math.inf, "c": 1})
+    (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 0, "a": None, "b": None, "c": 1.0}
+    assert read_metrics(tmp_path / FILE_NAME) == [{"step": 0, "c": 1.0}]
+
+
+def test_a_metrics_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nope\.jsonl: cannot read the metrics"):
+        read_metrics(tmp_path / "nope.jsonl")
+
+
+def test_tensorboard_shows_the_same_numbers_and_hides_what_a_resumed_run_repeats(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path) as log:
+        for step in range(4):
+            log.write(step, {KL: float(step)})
+    with MetricsLog(tmp_path, resume_from=2) as log:
+        log.write(2, {KL: 20.0})
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars(KL)] == [(0, 0.0), (1, 1.0), (2, 20.0)]

@@ -1,0 +1,144 @@
+"""Before and after in numbers. Both policies answer the same prompts, so what counts is the paired difference."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's answers to the same n prompts, and what they are worth. Index i is prompt i everywhere."""
+
+    texts: tuple[str, ...]
+    rewards: tuple[float, ...]
+    logprobs: tuple[float, ...]
+    """log p(response | prompt) under the policy that wrote it, summed over its tokens, in nats."""
+    reference_logprobs: tuple[float, ...]
+    """The same under the reference."""
+    token_counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        counts = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"answers must be as many in every field: {counts}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`ci95` is the 95 % confidence interval of the mean."""
+
+    mean: float
+    median: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """After minus before, prompt by prompt."""
+
+    mean: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RewardChange:
+    before: Summary
+    after: Summary
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Change:
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
+class CountChange:
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation.json holds, field for field."""
+
+    n: int
+    reward: RewardChange
+    kl: float
+    """KL(after || reference) in nats, summed over a response's tokens, mean over prompts."""
+    perplexity: Change
+    """Of the responses under the reference: whether they still read as its language."""
+    distinct_responses: CountChange
+    """Different texts among the n responses: a collapse into one phrase shows here."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def compare(before: Answers, after: Answers) -> Evaluation:
+    """Everything that is said of two policies' answers to the same prompts."""
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} answers before and {len(after)} after: the comparison is paired")
+    differences = [b - a for a, b in zip(before.rewards, after.rewards, strict=True)]
+    return Evaluation(
+        n=len(before),
+        reward=RewardChange(
+            before=summary(before.rewards),
+            after=summary(after.rewards),
+            difference=Difference(_mean(differences), mean_ci95(differences)),
+        ),
+        kl=sequence_kl(after.logprobs, after.reference_logprobs),
+        perplexity=Change(
+            perplexity(before.reference_logprobs, before.token_counts),
+            perplexity(after.reference_logprobs, after.token_counts),
+        ),
+        distinct_responses=CountChange(distinct(before.texts), distinct(after.texts)),
+    )
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean, median and the mean's interval."""
+    return Summary(_mean(values), float(np.median(values)), mean_ci95(values))
+
+
+def mean_ci95(values: Sequence[float], *, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (Efron 1979). The same values always give the same interval."""
+    sample = np.asarray(values, dtype=np.float64)
+    draw = np.random.default_rng(0)
+    # A thousand at a time: all at once would be a [resamples, n] table.
+    means = [draw.choice(sample, (min(1000, resamples - i), len(sample))).mean(1) for i in range(0, resamples, 1000)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def sequence_kl(logprobs: Sequence[float], reference_logprobs: Sequence[float]) -> float:
+    """mean_i [log p(y_i) - log p_ref(y_i)], y_i ~ p: unbiased for KL(p || p_ref) over whole responses, in nats."""
+    return _mean(np.asarray(logprobs, dtype=np.float64) - np.asarray(reference_logprobs, dtype=np.float64))
+
+
+def perplexity(logprobs: Sequence[float], token_counts: Sequence[int]) -> float:
+    """exp(-sum_i log p(y_i) / sum_i |y_i|): every token counts the same, however long its response."""
+    return math.exp(-sum(logprobs) / sum(token_counts))
+
+
+def distinct(texts: Sequence[str]) -> int:
+    """Different texts; white space at the ends makes no difference."""
+    return len({text.strip() for text in texts})
+
+
+def _mean(values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    return float(np.mean(values))

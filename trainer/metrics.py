@@ -1,0 +1,88 @@
+"""A run's numbers: one flat dict a step, to metrics.jsonl and TensorBoard. Names are those of the classic trainer.
+
+What would be wrong here: a line lost or torn by a crash that makes the rest unreadable, or a step that counts twice
+after a resumed run repeats it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.config import ConfigError
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+REWARD_MEAN = "env/reward_mean"
+"""Mean score of the step's responses, as the reward service gave it."""
+REWARD_STD = "env/reward_std"
+KL = "objective/kl"
+"""Mean over responses of the summed KL to the reference, in nats."""
+KL_COEF = "objective/kl_coef"
+
+
+class MetricsLog:
+    """Appends steps to `directory/metrics.jsonl`, each flushed when written, and to `directory/tensorboard`.
+
+    A run that goes on from a checkpoint passes the first step it will write as `resume_from`: TensorBoard then hides
+    what an earlier process wrote beyond it, as `read_metrics` does.
+    """
+
+    def __init__(self, directory: Path, *, resume_from: int | None = None, tensorboard: bool = True) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / FILE_NAME
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=resume_from)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's metrics. A number that is not finite is written as null: JSON has no NaN."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl in order, each once: of a step that a resumed run repeated, the last record.
+
+    Skips a line that a crash cut off, and leaves out numbers that were not finite.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the metrics: {error.strerror}") from error
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            steps[record["step"]] = {name: value for name, value in record.items() if value is not None}
+    return [steps[step] for step in sorted(steps)]
