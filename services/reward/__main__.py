@@ -1,0 +1,175 @@
+"""`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from services.reward.settings import Secrets, Settings
+
+if TYPE_CHECKING:
+    import uvicorn
+
+EXIT_USAGE = 2
+PROGRAM = "plaudit-reward"
+
+
+class StartError(Exception):
+    """The service can't start as asked. The message is one line and says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 after a clean drain, 2 when the settings can't work."""
+    # Until there is something to drain, SIGTERM just ends the process; as process 1 of a container it would be ignored.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
+        keys = api_keys(settings)
+        with _bound_socket(settings.host, settings.port) as listener:
+            serve(settings, keys, listener)
+    except StartError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Flags, else REWARD_* variables, else defaults. Raises `StartError`; `SystemExit` for --help and unknown flags."""
+    try:
+        return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        if first["type"] == "missing":
+            raise StartError(f"{flag} is missing; give a sequence-classification directory or hub id") from None
+        raise StartError(f"{flag} {first['input']}: {first['msg']}") from None
+
+
+def api_keys(settings: Settings) -> list[str]:
+    """The accepted bearer keys: REWARD_API_KEY and the lines of --api-key-file."""
+    secret = Secrets().api_key
+    keys = [secret.get_secret_value()] if secret is not None else []
+    if settings.api_key_file is not None:
+        try:
+            lines = settings.api_key_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
+        keys += [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise StartError(f"--api-key-file {settings.api_key_file} holds no key; write one a line")
+    if any(not key.strip() for key in keys):
+        raise StartError("REWARD_API_KEY is empty; set a key or unset it")
+    return keys
+
+
+def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> None:
+    """Load the model, start the engine, and answer on `listener` until told to stop."""
+    import torch  # only now: --help and a wrong flag shouldn't wait for it
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+
+    from services.reward.app import ServiceLimits, create_app
+    from services.reward.batching import Engine
+    from services.reward.scorer import ModelError, load_scorer
+
+    try:
+        scorer = load_scorer(settings)
+    except ModelError as error:
+        raise StartError(str(error)) from None
+    engine = Engine(scorer, batch_tokens=settings.batch_tokens, max_queue_tokens=settings.max_queue_tokens).start()
+    app = create_app(
+        engine,
+        limits=ServiceLimits(settings.max_items, settings.max_text_chars, settings.max_body_bytes),
+        default_label=settings.label,
+        join=settings.join,
+        api_keys=keys,
+    )
+    url = _url(settings.host, listener.getsockname()[1])
+
+    def announce() -> None:
+        print(json.dumps({"event": "ready", "url": url, "pid": os.getpid(), "revision": scorer.revision}), flush=True)
+        if settings.ready_file is not None:
+            _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+
+    def drain() -> None:
+        engine.draining = True
+
+    _uvicorn_server(app, settings.grace_s, announce, drain).run(sockets=[listener])
+    engine.close()
+
+
+def _uvicorn_server(
+    app: object, grace_s: float, announce: Callable[[], None], drain: Callable[[], None]
+) -> "uvicorn.Server":
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn, but ready is announced, SIGTERM drains the engine first, and a clean end is exit code 0."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            announce()
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Generator[None, None, None]:
+            def stop(number: int, frame: object) -> None:
+                drain()
+                self.should_exit = True
+
+            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    return Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, round(grace_s)),
+            server_header=False,
+        )
+    )
+
+
+@contextlib.contextmanager
+def _bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
+    """Bound before the model is loaded, so that a port in use shows at once; it listens only when all is ready."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise StartError(f"can't listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        yield listener
+
+
+def _url(host: str, port: int) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What can go wrong with a request, as RFC 9457 problem documents. A refusal names its kind, and the item at fault."""
+
+from typing import Any
+
+from services import wire
+
+STATUS = {
+    "malformed-body": 400,
+    "unauthorized": 401,
+    "not-found": 404,
+    "method-not-allowed": 405,
+    "body-too-large": 413,
+    "unsupported-media-type": 415,
+    "invalid-request": 422,
+    "empty-items": 422,
+    "too-many-items": 422,
+    "text-too-long": 422,
+    "no-tokens": 422,
+    "unknown-label": 422,
+    "label-required": 422,
+    "queue-full": 429,
+    "scoring-failed": 500,
+    "non-finite-score": 500,
+    "internal-error": 500,
+    "draining": 503,
+    "not-ready": 503,
+    "deadline-exceeded": 504,
+}
+"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 429, 503 and 504 alone."""
+
+RETRY_AFTER_DRAIN_S = 1
+
+
+class ProblemError(Exception):
+    """A refusal on its way to the client. `extra` becomes further members of the document."""
+
+    def __init__(
+        self, name: str, detail: str, *, item: int | None = None, retry_after_s: int | None = None, **extra: Any
+    ) -> None:
+        super().__init__(detail)
+        self.name = name
+        self.status = STATUS[name]
+        self.detail = detail
+        self.item = item
+        self.retry_after_s = retry_after_s
+        self.extra = extra
+
+    def document(self) -> wire.Problem:
+        return wire.Problem(
+            type=wire.problem_type(self.name),
+            title=self.name.replace("-", " ").capitalize(),
+            status=self.status,
+            detail=self.detail,
+            item=self.item,
+            **self.extra,
+        )
+
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return headers

@@ -1,0 +1,72 @@
+"""What the service may be told. Every field is a flag of `plaudit-reward` and a `REWARD_*` environment variable."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from services import wire
+
+DType = Literal["fp32", "bf16", "fp16"]
+
+
+class Settings(BaseSettings):
+    """Serve a sequence classifier's logits as rewards over HTTP."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="REWARD_",
+        cli_prog_name="plaudit-reward",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        use_attribute_docstrings=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
+
+    model: str
+    """Sequence-classification directory or hub id."""
+    label: str | None = None
+    """The label whose logit is the reward when a request names none."""
+    join: wire.Join = "concat"
+    """How prompt and response meet: one string, or the tokenizer's own pair encoding."""
+    truncation_side: Literal["left", "right"] = "right"
+    """Which end of a text that is too long is cut off."""
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Longest token sequence; the model's own limit unless given."""
+    dtype: DType = "fp32"
+    """Number format of weights and arithmetic."""
+    device: str = "cpu"
+    """torch device, for example cpu or cuda:0."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads of the forward pass; torch's own choice unless given."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 1024
+    """Tokens in one batch, padding included. More helps a GPU; a CPU gains nothing above about 512."""
+    max_queue_tokens: Annotated[int, Field(gt=0)] = 262_144
+    """Tokens that may wait before requests are refused with 429."""
+    max_items: Annotated[int, Field(gt=0, le=wire.MAX_ITEMS_PER_REQUEST)] = wire.MAX_ITEMS_PER_REQUEST
+    """Items one request may hold."""
+    max_text_chars: Annotated[int, Field(gt=0, le=wire.MAX_TEXT_CHARS)] = wire.MAX_TEXT_CHARS
+    """Characters one prompt or response may hold."""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
+    """Bytes one request body may hold."""
+    api_key_file: Path | None = None
+    """File with the accepted bearer keys, one a line. REWARD_API_KEY in the environment holds a single one."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 picks a free port; --ready-file says which."""
+    ready_file: Path | None = None
+    """Where to write {"url", "pid"} as JSON once the service answers."""
+    grace_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that SIGTERM leaves for accepted requests."""
+
+
+class Secrets(BaseSettings):
+    """What must not be seen in a process list, and so has no flag."""
+
+    model_config = SettingsConfigDict(env_prefix="REWARD_", extra="ignore", frozen=True)
+
+    api_key: SecretStr | None = None

@@ -1,0 +1,163 @@
+"""The program itself, in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import pytest
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "services.reward", *arguments]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, **extra: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**extra)
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ready_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    stdout: IO[str] = process.stdout  # type: ignore[assignment]
+    line = stdout.readline()
+    assert line, process.communicate()[1]
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def test_it_serves_tells_where_and_ends_cleanly(classifier_dir: Path, tmp_path: Path, start: Start) -> None:
+    ready_file = tmp_path / "ready.json"
+    process = start(
+        "--model", str(classifier_dir), "--port", "0", "--ready-file", str(ready_file), REWARD_LABEL="POSITIVE"
+    )
+    ready = ready_line(process)
+    assert json.loads(ready_file.read_text()) == {"url": ready["url"], "pid": process.pid}
+    body = {"items": [{"prompt": "this movie", "response": " was great"}]}
+    answer = httpx.post(f"{ready['url']}/v1/rewards", json=body).json()
+    assert len(answer["rewards"]) == 1
+    assert (answer["revision"], answer["label"]) == (ready["revision"], "POSITIVE")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert process.communicate() == ("", "")
+
+
+def test_sigterm_under_load_loses_no_accepted_request(classifier_dir: Path, start: Start) -> None:
+    process = start("--model", str(classifier_dir), "--port", "0", "--label", "POSITIVE")
+    url = ready_line(process)["url"]
+    body = {"items": [{"prompt": "this movie", "response": " was great " * 5}] * 64}
+    answered, refused, lost = [], [], []
+    served = threading.Event()
+
+    def caller() -> None:
+        with httpx.Client(timeout=30) as http:
+            while True:
+                try:
+                    answer = http.post(f"{url}/v1/rewards", json=body)
+                except httpx.ConnectError:
+                    return
+                except httpx.TransportError as error:
+                    # A kept connection may be closed just as the next request leaves; only an answer begun is lost.
+                    (refused if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) else lost).append(error)
+                    return
+                if answer.status_code == 503:
+                    refused.append(answer)
+                    return
+                (answered if len(answer.json().get("rewards", [])) == 64 else lost).append(answer)
+                if len(answered) > 20:
+                    served.set()
+
+    callers = [threading.Thread(target=caller) for _ in range(8)]
+    for thread in callers:
+        thread.start()
+    assert served.wait(60)
+    process.send_signal(signal.SIGTERM)
+    for thread in callers:
+        thread.join()
+    assert process.wait(30) == 0
+    assert not lost
+
+
+def test_a_client_that_never_finishes_its_body_does_not_outlast_the_grace_time(
+    classifier_dir: Path, start: Start
+) -> None:
+    process = start("--model", str(classifier_dir), "--port", "0", "--grace-s", "1")
+    url = httpx.URL(ready_line(process)["url"])
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        httpx.get(url.join("/livez"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--model is missing"),
+        (["--model", "./nowhere"], "there is no directory ./nowhere"),
+        (["--model", "{model}", "--label", "HAPPY"], "no label 'HAPPY'; its labels are NEGATIVE, POSITIVE"),
+        (["--model", "{model}", "--port", "70000"], "--port 70000"),
+        (["--model", "{model}", "--port", "{busy}"], "choose another --port"),
+        (["--model", "{model}", "--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
+        (["--model", "{model}", "--host", "no.such.host.invalid"], "no address of this machine"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(classifier_dir: Path, arguments: list[str], said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        filled = [a.format(model=classifier_dir, busy=busy.getsockname()[1]) for a in arguments]
+        done = subprocess.run(command(*filled), capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from services.reward.__main__ import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def test_keys_come_from_the_environment_and_a_file_and_never_from_a_flag(
+    classifier_dir: Path, tmp_path: Path, start: Start
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\n\nsecond\n")
+    process = start("--model", str(classifier_dir), "--port", "0", "--api-key-file", str(keys), REWARD_API_KEY="third")
+    url = ready_line(process)["url"]
+    statuses = [
+        httpx.get(f"{url}/v1/model", headers={"authorization": f"Bearer {key}"}).status_code
+        for key in ("first", "second", "third", "fourth")
+    ]
+    assert statuses == [200, 200, 200, 401]
+    flag = subprocess.run(command("--api-key", "x"), capture_output=True, text=True, env=environment(), check=False)
+    assert flag.returncode == 2
