@@ -386,6 +386,7 @@ class RewardModelConfig:
         )
 
 
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Judge a policy before and after PPO on held-out prompts, with the same seeds."""
 

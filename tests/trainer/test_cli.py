@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trainer import cli, presets
-from trainer.config import ConfigError, EvaluateConfig, PPOConfig
+from trainer.config import ConfigError, PPOConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +88,41 @@ def test_a_config_file_that_is_not_there_is_one_line():
     assert_one_clear_line(plaudit("ppo", "--config=presets/nope.yaml"), "presets/nope.yaml: no such config file")
 
 
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    path.write_text("review,sentiment\n" + "\n".join(f"film {i} was fine,1" for i in range(50)))
+    return path
+
+
+def test_a_column_that_is_not_there_is_answered_with_those_there_are(reviews):
+    assert_one_clear_line(plaudit("sft", "--data", str(reviews)), "'text'", "review, sentiment", "--text-column")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "reviews.parquet: no such file"),
+        (b"not parquet", "reviews.parquet could not be read"),
+    ],
+)
+def test_a_data_file_that_cannot_be_read_is_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "reviews.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.run(["sft", "--data", str(path)]) == cli.EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plaudit sft: ")
+    assert message in line
+
+
+def test_a_model_directory_that_is_not_there_is_one_line(reviews, tmp_path, capsys):
+    flags = ["--data", str(reviews), "--text-column", "review", "--model", str(tmp_path / "nope")]
+    assert cli.run(["sft", *flags]) == cli.EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "nope") in line
+
+
 def test_a_traceback_is_shown_on_request():
     assert "Traceback" in plaudit("pp", PLAUDIT_TRACEBACK="1").stderr
 
@@ -107,9 +142,9 @@ def test_a_file_is_checked_together_with_the_command_line(config_file):
     assert cli.parse("ppo", ["--config", str(path), "--ppo.mini-batch-size", "16"]).ppo.mini_batch_size == 16
 
 
-def test_no_file_and_no_flags_give_the_defaults():
-    assert cli.parse("ppo", []) == PPOConfig()
-    assert cli.parse("evaluate", []) == EvaluateConfig()
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_no_file_and_no_flags_give_the_defaults(name):
+    assert cli.parse(name, []) == cli.COMMANDS[name].config_type()
 
 
 def test_a_key_of_another_section_is_found_by_its_name(config_file):
