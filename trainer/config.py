@@ -418,6 +418,8 @@ class DemoConfig:
     """Directory or hub id of the classifier that the reward service loads."""
     stages: Literal["ppo", "all"] = "ppo"
     """`all` first trains a small language model and a small reward model from scratch."""
+    from_scratch_steps: int = 300
+    """Optimizer steps of each of those two; the embedded models took about ten times as many."""
     steps: int | None = None
     """PPO steps; not given means the preset's."""
     n_prompts: int = 256
@@ -427,5 +429,5 @@ class DemoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "ready_timeout_s")
+        _positive(self, "steps", "ready_timeout_s", "from_scratch_steps")
         _require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")

@@ -43,12 +43,11 @@ class _Together(torch.optim.Optimizer):
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        # The base class copies the group dictionaries; schedules write to ours, so let the members read from ours.
-        start = 0
-        for optimizer in optimizers:
-            count = len(optimizer.param_groups)
-            optimizer.param_groups = self.param_groups[start : start + count]
-            start += count
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        # A schedule writes learning rates to our groups, and the members must read them there.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure is not None else None
@@ -62,3 +61,4 @@ class _Together(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        self._share_groups()

@@ -1,0 +1,77 @@
+"""The whole of it on one machine: a reward service in its own process, PPO over HTTP, before against after."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from trainer import presets
+from trainer.config import ConfigError, DemoConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
+from trainer.reward_process import reward_service
+from trainer.stages import evaluate, ppo
+
+PRESETS = Path("presets")
+
+
+def run(config: DemoConfig) -> None:
+    """Train, judge, report; with `stages=all` after training both models from scratch."""
+    began = time.monotonic()
+    training = presets.load(PPOConfig, config.preset)
+    policy, reward_model = training.policy, config.reward_model
+    if config.stages == "all":
+        policy, reward_model = _train_models(config)
+    for what, directory in (("policy", policy), ("reward model", reward_model)):
+        if not (Path(directory) / "config.json").is_file():
+            raise ConfigError(
+                f"the {what} {directory!r} is not a model directory; run the demo from the repository's root"
+            )
+
+    print("Starting the reward service in a process of its own ...", flush=True)
+    with reward_service(reward_model, config.output_dir, ready_timeout_s=config.ready_timeout_s) as url:
+        print(f"It answers at {url}.", flush=True)
+        training = dataclasses.replace(
+            training,
+            policy=policy,
+            output_dir=config.output_dir / "ppo",
+            steps=config.steps or training.steps,
+            reward=dataclasses.replace(training.reward, url=(url,)),
+            seed=config.seed,
+        )
+        ppo.run(training)
+        trained = time.monotonic()
+        evaluate.run(
+            EvaluateConfig(
+                policy=policy,
+                after=str(training.output_dir),
+                output_dir=config.output_dir,
+                dataset=training.dataset,
+                prompts=training.prompts,
+                generation=training.generation,
+                reward=training.reward,
+                n_prompts=config.n_prompts,
+                seed=config.seed,
+            )
+        )
+    print(f"Trained in {trained - began:.0f} s, judged in {time.monotonic() - trained:.0f} s.")
+
+
+def _train_models(config: DemoConfig) -> tuple[str, str]:
+    """Stages 1 and 2 in minutes instead of hours: the embedded models' presets with fewer steps."""
+    from trainer.stages import reward_model, sft
+
+    sft_config = presets.load(SFTConfig, PRESETS / "imdb-gpt2-mini.yaml")
+    sft_config = dataclasses.replace(
+        sft_config,
+        optimizer=dataclasses.replace(sft_config.optimizer, max_steps=config.from_scratch_steps),
+        output_dir=config.output_dir / "sft",
+    )
+    judge_config = presets.load(RewardModelConfig, PRESETS / "imdb-distilbert-mini.yaml")
+    judge_config = dataclasses.replace(
+        judge_config,
+        optimizer=dataclasses.replace(judge_config.optimizer, max_steps=config.from_scratch_steps),
+        output_dir=config.output_dir / "reward-model",
+    )
+    print("Stage 1: supervised fine-tuning", flush=True)
+    sft.run(sft_config)
+    print("Stage 2: reward model", flush=True)
+    reward_model.run(judge_config)
+    return str(sft_config.output_dir), str(judge_config.output_dir)
