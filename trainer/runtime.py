@@ -18,7 +18,7 @@ POLL_S = 0.2
 """How often a wait looks whether the run was asked to stop."""
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: somebody asked
+class StopRequested(Exception):
     """SIGTERM or Ctrl-C arrived. The CLI exits with 128 + the signal's number, as shells do."""
 
     def __init__(self, signal_number: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, PPOConfig, to_dict
 from trainer.data import Prompts, load_prompts
-from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
+from trainer.metrics import FILE_NAME, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
 from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
 from trainer.progress import StepProgress

@@ -1,4 +1,4 @@
-"""Stage 2: a reward model. Labelled texts or ranked answers in, a Hugging Face sequence-classification directory out."""
+"""Stage 2: a reward model. Labelled texts or ranked answers in, a Hugging Face classifier directory out."""
 
 import json
 import random
@@ -37,7 +37,8 @@ def run(config: RewardModelConfig) -> dict[str, Judgement]:
     measured = _pairwise(config) if config.kind == "pairwise" else _classifier(config)
     for name, judged in measured.items():
         print(
-            f"held-out {name}: accuracy {judged.accuracy:.3f}, calibration error {judged.calibration_error:.3f}, n={judged.n}"
+            f"held-out {name}: accuracy {judged.accuracy:.3f}, "
+            f"calibration error {judged.calibration_error:.3f}, n={judged.n}"
         )
     report = {
         "stage": "reward-model",
@@ -105,8 +106,8 @@ def _pairwise(config: RewardModelConfig) -> dict[str, Judgement]:
     held_out = preference_pairs([row for row in ranked if is_held_out(row.prompt, fraction)])
     if not train or not held_out:
         raise ConfigError(
-            f"{config.ranked}: {len(ranked)} ranked prompts give {len(train)} training pairs and {len(held_out)} held-out "
-            f"pairs at held_out_fraction={fraction}; both are needed, so add prompts"
+            f"{config.ranked}: {len(ranked)} ranked prompts give {len(train)} training pairs and {len(held_out)} "
+            f"held-out pairs at held_out_fraction={fraction}; both are needed, so add prompts"
         )
     if config.from_scratch:
         texts = [pair["prompt"] + pair["chosen"] for pair in train]
@@ -170,8 +171,8 @@ def label_indices(data: LabelledTexts, names: Sequence[str]) -> list[int]:
     unknown = sorted({str(label) for label in data.labels if label not in index})
     if unknown:
         raise ConfigError(
-            f"labels {', '.join(unknown[:5])} are neither numbers below {len(names)} nor one of label_names={', '.join(names)}; "
-            "give --label-names in the order of the labels"
+            f"labels {', '.join(unknown[:5])} are neither numbers below {len(names)} nor among "
+            f"label_names={', '.join(names)}; give --label-names in the order of the labels"
         )
     return [index[label] for label in data.labels]
 

@@ -72,7 +72,7 @@ def run(config: SFTConfig) -> SFTResult:
 
 
 def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    """Each text, closed by the end-of-text token, cut into rows of at most `max_length`; the first starts where it does.
+    """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
 
     Rows never join two texts, so the model sees openings as openings.
     """
