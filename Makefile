@@ -1,0 +1,40 @@
+# The commands of this project. `make demo` and `make test` set up what they need first.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help install demo test check format lint types clean
+
+help:  ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(BIN)/.installed  ## Make .venv with both halves and the development tools.
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[reward,trainer,dev]'
+	touch $@
+
+demo: install  ## Train a small language model to write positive reviews, and open runs/demo/report.html after it.
+	$(BIN)/plaudit demo --output-dir runs/demo
+
+test: install  ## Run the whole test suite.
+	$(BIN)/pytest -q
+
+check: install format-check lint types test  ## Everything that must be green before a commit.
+
+format-check:
+	$(BIN)/ruff format --check .
+
+format: install  ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+clean:  ## Remove the environment and caches; runs/ stays.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
