@@ -119,7 +119,10 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, ConfigError | FileNotFoundError):
         return EXIT_USAGE
     from trainer.reward_client import RewardRejected, RewardUnavailable
+    from trainer.runtime import StopRequested
 
+    if isinstance(error, StopRequested):
+        return error.exit_code
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE
     return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
@@ -162,7 +165,8 @@ environment:
 
 
 def _one_line(error: Exception) -> str:
-    message = " ".join(str(error).split())
+    # Notes say what to do next, for example which checkpoint to go on from.
+    message = "; ".join(" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
     if isinstance(error, ConfigError) or type(error).__module__.startswith("trainer."):
         return message
     if isinstance(error, OSError) and error.filename is not None:

@@ -4,9 +4,10 @@ What would be wrong here: a line lost or torn by a crash that makes the rest unr
 after a resumed run repeats it.
 """
 
+import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,6 +55,14 @@ class MetricsLog:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
 
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str, float]]) -> None:
+        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page."""
+        if self._tensorboard is None:
+            return
+        rows = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
+        table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *rows])
+        self._tensorboard.add_text("samples", table, step)
+
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
@@ -86,3 +95,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             steps[record["step"]] = {name: value for name, value in record.items() if value is not None}
     return [steps[step] for step in sorted(steps)]
+
+
+def _cell(text: str) -> str:
+    """Text in a Markdown table: on one line, and no character of it ends the cell or starts a tag."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;")

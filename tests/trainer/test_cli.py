@@ -1,14 +1,18 @@
 """The command line, run as users run it: what it prints, what it refuses, and with which exit code."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainer import cli, presets
 from trainer.config import ConfigError, PPOConfig
+from trainer.reward_client import RewardRejected, RewardUnavailable
+from trainer.runtime import StopRequested
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +24,7 @@ def plaudit(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
 
 
@@ -95,8 +99,11 @@ def reviews(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_column_that_is_not_there_is_answered_with_those_there_are(reviews):
-    assert_one_clear_line(plaudit("sft", "--data", str(reviews)), "'text'", "review, sentiment", "--text-column")
+def test_a_column_that_is_not_there_is_answered_with_those_there_are(reviews, capsys):
+    assert cli.run(["sft", "--data", str(reviews)]) == cli.EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    for words in ("'text'", "review, sentiment", "--text-column"):
+        assert words in line
 
 
 @pytest.mark.parametrize(
@@ -116,11 +123,37 @@ def test_a_data_file_that_cannot_be_read_is_one_line(tmp_path, capsys, content, 
     assert message in line
 
 
-def test_a_model_directory_that_is_not_there_is_one_line(reviews, tmp_path, capsys):
-    flags = ["--data", str(reviews), "--text-column", "review", "--model", str(tmp_path / "nope")]
-    assert cli.run(["sft", *flags]) == cli.EXIT_USAGE
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "nope") in line
+def test_a_model_directory_that_is_not_there_is_one_line(reviews, tmp_path):
+    result = plaudit("sft", "--data", str(reviews), "--text-column", "review", "--model", str(tmp_path / "nope"))
+    assert_one_clear_line(result, str(tmp_path / "nope"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RewardUnavailable("nobody there"), 75, "plaudit ppo: nobody there; start again with --resume auto"),
+        (RewardRejected("no such label"), 65, "plaudit ppo: no such label; start again with --resume auto"),
+        (StopRequested(signal.SIGTERM), 143, "plaudit ppo: stopped by SIGTERM; start again with --resume auto"),
+        (ConfigError("two\nlines"), 2, "plaudit ppo: two lines; start again with --resume auto"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.txt"),
+            2,
+            "plaudit ppo: x.txt: No such file or directory",
+        ),
+        (RuntimeError("boom"), 1, "plaudit ppo: RuntimeError: boom; start again with --resume auto (PLAUDIT_TRACE"),
+        (KeyboardInterrupt(), 130, "plaudit ppo: interrupted"),
+    ],
+)
+def test_what_ends_a_stage_is_one_line_and_a_code_that_a_supervisor_understands(monkeypatch, capsys, error, code, line):
+    error.add_note("start again with --resume auto")
+
+    def fail(config: object) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "trainer.stages.ppo", SimpleNamespace(run=fail))
+    assert cli.run(["ppo"]) == code
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith(line)
 
 
 def test_a_traceback_is_shown_on_request():

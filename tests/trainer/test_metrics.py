@@ -55,3 +55,20 @@ def test_tensorboard_shows_the_same_numbers_and_hides_what_a_resumed_run_repeats
     events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars(KL)] == [(0, 0.0), (1, 1.0), (2, 20.0)]
+
+
+def test_sampled_responses_cannot_break_their_table_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path) as log:
+        log.write_samples(3, [("One", " a | b\nc <i>", 0.5), ("Two", "d", -1.0)])
+    events = EventAccumulator(str(tmp_path / TENSORBOARD_DIR))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 3
+    assert event.tensor_proto.string_val[0].decode().splitlines() == [
+        "| prompt | response | reward |",
+        "| --- | --- | ---: |",
+        "| One | a &#124; b c &lt;i&gt; | 0.500 |",
+        "| Two | d | -1.000 |",
+    ]
