@@ -21,7 +21,7 @@ from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.update import PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "config.json"
+CONFIG_FILE = "run.json"
 
 
 @dataclass(frozen=True)
