@@ -17,6 +17,7 @@ class ConfigError(Exception):
 
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -184,6 +185,10 @@ class PPOHyperparameters:
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
     """Learning rate of the value head where it differs from the policy's."""
+    lr_schedule: LearningRateSchedule = "constant"
+    """How the learning rate falls to 0 over the run's steps, once warmed up."""
+    lr_warmup_steps: int = 0
+    """PPO steps over which the learning rate rises from 0."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -205,6 +210,7 @@ class PPOHyperparameters:
             "value_head_learning_rate",
         )
         _fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
+        _require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         _require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
         per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         _require(

@@ -1,12 +1,25 @@
-"""Models of a few thousand random parameters, made on the spot. The same seed makes the same bytes."""
+"""Tiny random models as Hugging Face directories, so that no test needs a hub. The same seed makes the same bytes."""
 
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import DistilBertConfig, DistilBertForSequenceClassification, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 WORDS = (
     *string.ascii_lowercase,
@@ -72,3 +85,86 @@ def tiny_classifier_dir(path: Path, labels: Sequence[str] = ("NEGATIVE", "POSITI
     DistilBertForSequenceClassification(config).save_pretrained(path)
     tiny_wordpiece_tokenizer().save_pretrained(path)
     return path
+
+
+VOCAB_SIZE = 300
+END_OF_TEXT = "<|endoftext|>"
+
+_TEXTS = [
+    "This movie was wonderful. I would watch it again with my family.",
+    "This movie was terrible. I would not watch it again.",
+    "The acting is bad, but the music of the film is good.",
+    "A great story about a family and the things they lost.",
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens, as GPT-2's: any text comes back as it went in."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=64,
+    )
+
+
+def tiny_gpt2(seed: int = 0, **settings: Any) -> GPT2LMHeadModel:
+    """2 layers of 32; dropout 0.1 as GPT-2 has it."""
+    torch.manual_seed(seed)
+    config = {"vocab_size": VOCAB_SIZE, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**config | {"bos_token_id": 0, "eos_token_id": 0} | settings)).eval()
+
+
+def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+    """Rotary positions, grouped-query attention, untied head."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**_SHAPE, num_key_value_heads=1, **settings)).eval()
+
+
+def tiny_qwen2(seed: int = 0, **settings: Any) -> Qwen2ForCausalLM:
+    """As Llama, with biases and a tied head."""
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**_SHAPE, num_key_value_heads=1, tie_word_embeddings=True, **settings)).eval()
+
+
+def tiny_gpt_neox(seed: int = 0, **settings: Any) -> GPTNeoXForCausalLM:
+    """Parallel residuals, fused attention weights."""
+    torch.manual_seed(seed)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE, **settings)).eval()
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+ARCHITECTURES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen2": tiny_qwen2, "gpt_neox": tiny_gpt_neox}
+
+
+def save(model: Any, path: Path) -> Path:
+    """Model and tokenizer as a directory that transformers loads."""
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def tiny_gpt2_dir(path: Path, seed: int = 0) -> Path:
+    """A policy directory."""
+    return save(tiny_gpt2(seed), path)

@@ -1,0 +1,156 @@
+"""The recorded runs of the classic trainer: what went in, and what came out of each of three steps."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from trainer.config import PPOHyperparameters
+from trainer.models import Policy
+from trainer.update import PPOStepper, StepResult
+
+DIRECTORY = Path(__file__).parents[1] / "fixtures" / "classic_ppo"
+CASES = sorted(path.stem for path in DIRECTORY.glob("*.safetensors"))
+INTERMEDIATES = ("logprobs", "ref_logprobs", "values", "kls", "non_score_rewards", "rewards", "advantages", "returns")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One case. Recorded tensors have the classic shape: [B, L - 1] over the padded row, aligned by its `mask`."""
+
+    name: str
+
+    @cached_property
+    def case(self) -> dict[str, Any]:
+        with safe_open(DIRECTORY / f"{self.name}.safetensors", "pt") as file:
+            return json.loads(file.metadata()["case"])
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        with safe_open(DIRECTORY / f"{self.name}.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def config(self) -> PPOHyperparameters:
+        known = {field.name for field in dataclasses.fields(PPOHyperparameters)}
+        return PPOHyperparameters(**{name: value for name, value in self.case["config"].items() if name in known})
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def language_model(self, weights: dict[str, Tensor]) -> GPT2LMHeadModel:
+        # Dropout stays at GPT-2's own 0.1: the policy has to switch it off.
+        config = GPT2Config(
+            vocab_size=self.case["vocab_size"],
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        model = GPT2LMHeadModel(config)
+        model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+        return model
+
+    def stepper(self) -> PPOStepper:
+        lora = self.case["lora"]
+        if lora is None:
+            recorded = self.part("policy/")
+            head = {n: t for n, t in recorded.items() if n.startswith("v_head.")}
+            policy = Policy(self.language_model({n: t for n, t in recorded.items() if n not in head}))
+            reference = self.language_model(self.part("initial/"))
+        else:
+            base = self.language_model(self.part("initial/"))
+            settings = peft.LoraConfig(**lora, fan_in_fan_out=True, task_type="CAUSAL_LM")
+            policy, reference = Policy(peft.get_peft_model(base, settings)), None
+            recorded = self.part("policy/")
+            head = {n: t for n, t in recorded.items() if n.startswith("v_head.")}
+            adapters = {n.removeprefix("pretrained_model."): t for n, t in recorded.items() if n not in head}
+            result = policy.model.load_state_dict(adapters, strict=False)
+            assert not result.unexpected_keys
+        policy.v_head.load_state_dict({n.removeprefix("v_head.summary."): t for n, t in head.items()})
+        return PPOStepper(policy, reference, self.config)
+
+    def run_step(self, stepper: PPOStepper, step: int) -> StepResult:
+        samples = range(stepper.config.batch_size)
+        return stepper.step(
+            [self.tensors[f"step{step}/query/{i}"] for i in samples],
+            [self.tensors[f"step{step}/response/{i}"] for i in samples],
+            self.tensors[f"step{step}/scores"],
+            self.case["steps"][step]["minibatch_permutations"],
+        )
+
+    def intermediate_differences(self, result: StepResult, step: int) -> dict[str, float]:
+        """Largest absolute difference of each recorded tensor, over real tokens."""
+        recorded_mask = self.tensors[f"step{step}/mask"].bool()
+        differences = {
+            name: (getattr(result, name)[result.mask] - self.tensors[f"step{step}/{name}"][recorded_mask])
+            .abs()
+            .max()
+            .item()
+            for name in INTERMEDIATES
+            if f"step{step}/{name}" in self.tensors
+        }
+        used = self.tensors[f"step{step}/scores_used"]
+        return differences | {"scores": (result.scores - used).abs().max().item()}
+
+    def statistic_differences(self, result: StepResult, step: int) -> dict[str, float]:
+        """Difference of each recorded statistic, relative to its size where that is more than 1."""
+        recorded = self.case["steps"][step]["stats"]
+        return {n: abs(result.statistics[n] - value) / max(abs(value), 1.0) for n, value in recorded.items()}
+
+    def weights(self, stepper: PPOStepper) -> dict[str, nn.Parameter]:
+        """The stepper's weights under their recorded names."""
+        own = {f"pretrained_model.{n}": p for n, p in stepper.policy.model.named_parameters()}
+        return own | {f"v_head.summary.{n}": p for n, p in stepper.policy.v_head.named_parameters()}
+
+    def restore_weights(self, stepper: PPOStepper, step: int) -> None:
+        """Puts the weights that were recorded after a step into the policy."""
+        own = self.weights(stepper)
+        for name, weight in self.part(f"after_step{step}/").items():
+            own[name].data.copy_(weight)
+
+    def weight_differences(self, stepper: PPOStepper, step: int) -> dict[str, float]:
+        """Largest absolute difference of each recorded weight after the step."""
+        own = self.weights(stepper)
+        recorded = self.part(f"after_step{step}/")
+        return {name: (own[name].detach() - weight).abs().max().item() for name, weight in recorded.items()}
+
+
+def reproduce(name: str) -> dict[str, float]:
+    """Worst difference of a case, over three steps: intermediates, statistics, KL coefficient, weights at the end."""
+    recording = Recording(name)
+    stepper = recording.stepper()
+    worst = {"intermediates": 0.0, "statistics": 0.0, "kl_coef": 0.0}
+    for step, recorded in enumerate(recording.case["steps"]):
+        result = recording.run_step(stepper, step)
+        assert len(result.minibatch_permutations) == len(recorded["minibatch_permutations"])
+        worst["intermediates"] = max(worst["intermediates"], *recording.intermediate_differences(result, step).values())
+        worst["statistics"] = max(worst["statistics"], *recording.statistic_differences(result, step).values())
+        worst["kl_coef"] = max(worst["kl_coef"], abs(stepper.kl_coef - recorded["kl_coef_after"]))
+    return worst | {"weights": max(recording.weight_differences(stepper, 2).values())}
+
+
+def print_table() -> None:
+    """`python -m tests.support.classic_ppo`: case -> worst absolute difference."""
+    torch.set_num_threads(1)
+    print(f"{'case':<36} {'intermediates':>13} {'statistics':>11} {'kl_coef':>9} {'weights':>9}")
+    for name in CASES:
+        worst = reproduce(name)
+        print(
+            f"{name:<36} {worst['intermediates']:>13.1e} {worst['statistics']:>11.1e} {worst['kl_coef']:>9.1e}"
+            f" {worst['weights']:>9.1e}"
+        )
+
+
+if __name__ == "__main__":
+    print_table()

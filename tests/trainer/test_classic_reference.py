@@ -1,0 +1,78 @@
+"""The classic trainer's recorded runs, reproduced through the public step."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.classic_ppo import CASES, Recording
+
+# Adam divides a gradient by its size, so an entry whose gradient is nearly zero moves by the sign of its rounding
+# error: computing attention another way moves some of the classic trainer's own weights by 4e-4. What a step computes
+# is therefore compared from the recorded weights before it, and weights from the start.
+
+
+def without_key_bias(name: str, weight: Tensor) -> Tensor:
+    """The key bias of attention adds the same number to all scores of a query: softmax drops it, its gradient is 0."""
+    if not name.endswith("c_attn.bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
+
+
+@pytest.fixture(params=CASES)
+def recording(request: pytest.FixtureRequest) -> Recording:
+    return Recording(request.param)
+
+
+def test_every_intermediate_and_the_permutations_are_those_of_the_classic_trainer(recording: Recording) -> None:
+    stepper = recording.stepper()
+    for step, recorded in enumerate(recording.case["steps"]):
+        if step > 0:
+            recording.restore_weights(stepper, step - 1)
+        result = recording.run_step(stepper, step)
+        assert result.minibatch_permutations == recorded["minibatch_permutations"]
+        for name, difference in recording.intermediate_differences(result, step).items():
+            assert difference < 1e-5, f"{name} of step {step}"
+
+
+def test_every_statistic_and_the_kl_coefficient_are_those_of_the_classic_trainer(recording: Recording) -> None:
+    stepper = recording.stepper()
+    for step, recorded in enumerate(recording.case["steps"]):
+        if step > 0:
+            recording.restore_weights(stepper, step - 1)
+        assert stepper.kl_coef == pytest.approx(recorded["kl_coef_before"], rel=1e-7)
+        statistics = recording.run_step(stepper, step).statistics
+        for name, value in recorded["stats"].items():
+            assert statistics[name] == pytest.approx(value, rel=1e-5, abs=5e-6), f"{name} of step {step}"
+        assert stepper.kl_coef == pytest.approx(recorded["kl_coef_after"], rel=1e-7)
+
+
+def test_weights_after_three_steps_are_those_of_the_classic_trainer(recording: Recording) -> None:
+    stepper = recording.stepper()
+    for step in range(3):
+        recording.run_step(stepper, step)
+    own = recording.weights(stepper)
+    for name, weight in recording.part("after_step2/").items():
+        difference = (without_key_bias(name, own[name].detach()) - without_key_bias(name, weight)).abs()
+        # A step of Adam moves a weight by the learning rate, however small its gradient was.
+        assert difference.max() < 1e-4 * max(1.0, stepper.config.learning_rate / 1e-3), name
+        assert (difference < 1e-5).float().mean() > 0.999, name
+
+
+def test_a_step_goes_on_from_saved_state_as_if_it_had_never_stopped(recording: Recording) -> None:
+    straight = recording.stepper()
+    recording.run_step(straight, 0)
+    weights = copy.deepcopy(straight.policy.state_dict())
+    state = copy.deepcopy(straight.state_dict())
+    expected = recording.run_step(straight, 1)
+
+    resumed = recording.stepper()
+    resumed.policy.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    result = recording.run_step(resumed, 1)
+
+    assert result.statistics == expected.statistics
+    for name, weight in straight.policy.state_dict().items():
+        assert torch.equal(weight, resumed.policy.state_dict()[name]), name

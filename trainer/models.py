@@ -1,0 +1,365 @@
+"""The policy: a causal language model with a value head, and the reference it is held to.
+
+Wrong here would be a log-probability that depends on padding, a reference that is the policy itself, or an adapter
+that only this program can load.
+"""
+
+import contextlib
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from trainer.config import ConfigError, LoraSettings
+from trainer.ppo import distributions
+from trainer.samples import Samples
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+Quantization = Literal["8bit", "4bit"]
+
+
+class ModelNotFound(ConfigError):
+    """No model at this path, and no hub model of this name within reach."""
+
+
+@dataclass(frozen=True)
+class ResponseOutputs:
+    """What one forward pass says about each response token; 0 on padding."""
+
+    logprobs: Tensor
+    """[B, T] fp32, of the tokens that were sampled, under the distribution that was sampled from."""
+    values: Tensor
+    """[B, T] fp32, of the state before each token."""
+    entropy: Tensor
+    """[B, T] fp32, of the distribution each token was drawn from."""
+
+
+class Policy(nn.Module):
+    """A causal language model, adapters if it has any, and a value head.
+
+    The reference is the same model with its adapters off, or `reference` when every parameter learns. Dropout is
+    switched off in the model for good: with it, the ratio would compare two different networks, and the classic
+    trainer's updates had none either. `train()` therefore changes only what gradient checkpointing looks at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: nn.Module | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes."""
+        super().__init__()
+        self.model: Any = model
+        self.v_head = nn.Linear(self._output_embeddings.in_features, 1, dtype=torch.float32)
+        nn.init.zeros_(self.v_head.weight)
+        nn.init.zeros_(self.v_head.bias)
+        self.v_head.to(self._output_embeddings.weight.device)
+        self.autocast = autocast
+        # BLOOM, MPT and others read positions off the attention mask and take none.
+        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        disable_dropout(model)
+        # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
+        self._reference: list[Any] = []
+        if reference is not None:
+            self.use_reference(reference)
+
+    def use_reference(self, model: nn.Module) -> None:
+        """Holds the policy to this model from now on; its parameters are frozen."""
+        disable_dropout(model)
+        self._reference[:] = [model.eval().requires_grad_(False)]
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the reference comes from switching adapters off."""
+        return isinstance(self.model, peft.PeftModel)
+
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face model itself, for `generate` and its configuration; adapters stay active in it."""
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's inputs belong."""
+        return self.v_head.weight.device
+
+    @property
+    def _output_embeddings(self) -> Any:
+        return self.language_model.get_output_embeddings()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for reference in self._reference:
+            reference._apply(fn, recurse)
+        return self
+
+    def forward(
+        self,
+        samples: Samples,
+        *,
+        temperature: float = 1.0,
+        support: Tensor | None = None,
+        entropy_gradient: bool = False,
+    ) -> ResponseOutputs:
+        """Scores every response token in one pass; the LM head runs on response positions alone.
+
+        `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`).
+        `entropy_gradient` is for an entropy bonus; without it the entropy is only measured.
+        """
+        logits, hidden = self._response_logits(self.model, samples)
+        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy = distributions.entropy(logits)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values: Tensor = self.v_head(hidden.float()).squeeze(-1)
+        return ResponseOutputs(
+            logprobs=distributions.token_logprobs(logits, samples.response_ids).masked_fill(~samples.mask, 0.0),
+            values=values.masked_fill(~samples.mask, 0.0),
+            entropy=entropy.masked_fill(~samples.mask, 0.0),
+        )
+
+    @torch.no_grad()
+    def reference_logprobs(
+        self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of the response tokens under the reference, [B, T] fp32, 0 on padding."""
+        logits = self.reference_logits(samples, temperature=temperature, support=support)
+        return distributions.token_logprobs(logits, samples.response_ids).masked_fill(~samples.mask, 0.0)
+
+    @torch.no_grad()
+    def policy_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+        """Whole sampling distributions of the policy as logits, [B, T, V] fp32. Large: ask for few rows at a time."""
+        logits, _ = self._response_logits(self.model, samples)
+        return distributions.sampling_logits(logits, temperature=temperature, support=support)
+
+    @torch.no_grad()
+    def reference_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+        """Whole sampling distributions of the reference as logits, [B, T, V] fp32."""
+        with self.as_reference() as reference:
+            logits, _ = self._response_logits(reference, samples)
+        return distributions.sampling_logits(logits, temperature=temperature, support=support)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The reference model: the frozen copy, or this model with its adapters off for as long as the block runs."""
+        if self._reference:
+            yield self._reference[0]
+        elif self.has_adapters:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            raise ConfigError(
+                "a policy without adapters needs a frozen copy as its reference: Policy(model, reference=…)"
+            )
+
+    def support(
+        self, samples: Samples, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> Tensor | None:
+        """The tokens that top-k and top-p left to choose from, [B, T, V] bool, or None where they keep everything.
+
+        Compute it before the first update: later passes of policy and reference are held to the rollout's choices, so
+        that a ratio compares probabilities over the same tokens and the KL stays a KL. The sampled token is always
+        in, however a tie was rounded.
+        """
+        if top_k == 0 and top_p == 1.0:
+            return None
+        kept = distributions.truncation(self.policy_logits(samples, temperature=temperature), top_k=top_k, top_p=top_p)
+        return kept.scatter(-1, samples.response_ids.unsqueeze(-1), True)
+
+    def _response_logits(self, model: Any, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V] for the response tokens, and the hidden states [B, T, H] that the LM head saw.
+
+        The state before response token t is at column Q - 1 + t of the row, so the last token is no input. Left padding
+        shifts no position: tokens are counted from each row's first real one.
+
+        """
+        ids = torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1]
+        mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
+        options: dict[str, Any] = {}
+        if self._takes_positions:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        seen: list[Tensor] = []
+        hook = self._head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                output = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    logits_to_keep=samples.response_ids.shape[1],
+                    use_cache=False,
+                    **options,
+                )
+        finally:
+            hook.remove()
+        return output.logits, seen[0]
+
+    @staticmethod
+    def _head_of(model: Any) -> nn.Module:
+        head: nn.Module = (
+            model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        ).get_output_embeddings()
+        return head
+
+    def trainable_parameters_line(self) -> str:
+        """How much of the policy learns, in the words of peft; tied weights count once."""
+        everything = sum(_numel(p) for p in self.parameters())
+        learning = sum(_numel(p) for p in self.parameters() if p.requires_grad)
+        share = 100 * learning / everything
+        return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {share:.4f}"
+
+    def save(self, directory: Path) -> None:
+        """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head."""
+        self.model.save_pretrained(directory)
+        save_file({name: t.contiguous() for name, t in self.v_head.state_dict().items()}, directory / VALUE_HEAD_FILE)
+
+    def load_value_head(self, directory: Path) -> None:
+        """The value head that `save` wrote."""
+        self.v_head.load_state_dict(load_file(directory / VALUE_HEAD_FILE))
+
+    def merge(self, directory: Path) -> None:
+        """Writes the model with its adapters folded in, as a directory that plain transformers loads."""
+        if not self.has_adapters:
+            self.save(directory)
+            return
+        with tempfile.TemporaryDirectory() as adapters:
+            self.save(Path(adapters))
+            merge_adapters(Path(adapters), directory)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # A 4-bit weight is stored two to a byte; its quantisation state knows the real shape.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability in the model to 0, in modules and plain attributes; the config is left alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and re.search(r"dropout|pdrop", name):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
+    """Wraps the model with fresh adapters, which start as the identity."""
+    targets = (
+        list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
+    )
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def load_policy(
+    path: str | Path,
+    lora: LoraSettings | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
+    gradient_checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Policy:
+    """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
+
+    A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. Raises
+    `ModelNotFound`.
+    """
+    lora = lora or LoraSettings()
+    directory = Path(path)
+    if (directory / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        model = peft.PeftModel.from_pretrained(
+            load_causal_lm(base, dtype=dtype, quantization=quantization, device=device),
+            str(directory),
+            is_trainable=True,
+        )
+        policy = Policy(model, autocast=autocast)
+    elif lora.enabled:
+        base_model = load_causal_lm(path, dtype=dtype, quantization=quantization, device=device)
+        policy = Policy(add_lora(base_model, lora), autocast=autocast)
+    else:
+        if quantization is not None:
+            raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
+        policy = Policy(
+            load_causal_lm(path, dtype=dtype, device=device),
+            reference=load_causal_lm(path, dtype=dtype, device=device),
+            autocast=autocast,
+        )
+    if (directory / VALUE_HEAD_FILE).is_file():
+        policy.load_value_head(directory)
+    if gradient_checkpointing:
+        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
+    looks_local = Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise ModelNotFound(f"policy={str(path)!r}: no such directory")
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": str(device)}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+    except OSError as error:
+        raise ModelNotFound(f"policy={str(path)!r}: {' '.join(str(error).split())}") from error
+    return model if quantization is not None else model.to(device)
+
+
+def merge_adapters(adapters: Path, directory: Path) -> None:
+    """Folds a directory of adapters into the full-precision weights of their base, quantised in training or not."""
+    base = peft.PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{adapters}: the adapters do not say which model they belong to, so they cannot be merged")
+    model = peft.PeftModel.from_pretrained(load_causal_lm(base, dtype="auto"), str(adapters)).merge_and_unload()
+    model.save_pretrained(directory)
+    value_head = adapters / VALUE_HEAD_FILE
+    if value_head.is_file():
+        (directory / VALUE_HEAD_FILE).write_bytes(value_head.read_bytes())
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside a model; end of text pads where it has no padding token. Raises `ModelNotFound`."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"policy={str(path)!r}: no tokenizer ({' '.join(str(error).split())})") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,26 @@
+"""Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438)."""
+
+import torch
+from torch import Tensor
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of each response token, both [B, T] and 0 outside the mask.
+
+    delta_t = r_t + gamma * v_{t+1} - v_t
+    A_t     = delta_t + gamma * lam * A_{t+1}
+    returns = A + v
+
+    `values[t]` is the value of the state *before* token t. Responses end: nothing is bootstrapped past the last real
+    token. Advantages are not whitened here.
+    """
+    rewards = rewards.masked_fill(~mask, 0.0)
+    values = values.masked_fill(~mask, 0.0)
+    next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
+    deltas = rewards + gamma * next_values - values
+    advantages = torch.zeros_like(deltas)
+    following = torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        following = deltas[:, t] + gamma * lam * following
+        advantages[:, t] = following
+    return advantages, advantages + values

@@ -1,0 +1,160 @@
+"""Batches of queries and responses, and what a rollout knows about them.
+
+Everything is indexed by response token: `logprobs[b, t]` belongs to token t of response b, `values[b, t]` to the state
+before it. `mask` is True on real tokens. Queries are padded on the left and responses on the right, so a row is
+query ++ response and every response starts at the same column.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """B queries and their responses, as tokens."""
+
+    query_ids: Tensor
+    """[B, Q], padded on the left."""
+    query_mask: Tensor
+    """[B, Q] bool, True on real tokens."""
+    response_ids: Tensor
+    """[B, T], padded on the right."""
+    mask: Tensor
+    """[B, T] bool, True on real tokens."""
+
+    @classmethod
+    def from_lists(
+        cls,
+        queries: Sequence[Tensor | Sequence[int]],
+        responses: Sequence[Tensor | Sequence[int]],
+        pad_token_id: int,
+        device: torch.device | str | None = None,
+    ) -> "Samples":
+        """Pads ragged token lists. `ValueError` if the counts differ or a query or response has no token."""
+        if len(queries) != len(responses):
+            raise ValueError(f"{len(queries)} queries and {len(responses)} responses must be as many")
+        query_ids, query_mask = _pad(queries, pad_token_id, left=True, name="query")
+        response_ids, mask = _pad(responses, pad_token_id, left=False, name="response")
+        return cls(query_ids, query_mask, response_ids, mask).to(device)
+
+    def __len__(self) -> int:
+        return self.query_ids.shape[0]
+
+    def to(self, device: torch.device | str | None) -> "Samples":
+        """The same samples on another device; None leaves them where they are."""
+        if device is None:
+            return self
+        return Samples(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+
+    def select(self, indices: Tensor | Sequence[int]) -> "Samples":
+        """These rows in this order, without the padding columns that none of them needs."""
+        rows = torch.as_tensor(indices, device=self.mask.device)
+        query_mask, mask = self.query_mask[rows], self.mask[rows]
+        skip = self.query_ids.shape[1] - int(query_mask.sum(1).max())
+        keep = int(mask.sum(1).max())
+        return Samples(
+            self.query_ids[rows, skip:], query_mask[:, skip:], self.response_ids[rows, :keep], mask[:, :keep]
+        )
+
+    def chunks(self, size: int) -> Iterator["Samples"]:
+        """Consecutive groups of at most `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.select(range(start, min(start + size, len(self))))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Samples"]) -> "Samples":
+        """All rows in order, padded to the widest part."""
+        return cls(
+            query_ids=_stack([part.query_ids for part in parts], dim=1, left=True, fill=0),
+            query_mask=_stack([part.query_mask for part in parts], dim=1, left=True, fill=False),
+            response_ids=_stack([part.response_ids for part in parts], dim=1, left=False, fill=0),
+            mask=_stack([part.mask for part in parts], dim=1, left=False, fill=False),
+        )
+
+    @property
+    def query_lengths(self) -> Tensor:
+        """[B], in tokens."""
+        return self.query_mask.sum(1)
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B], in tokens."""
+        return self.mask.sum(1)
+
+
+def _pad(rows: Sequence[Tensor | Sequence[int]], pad_token_id: int, *, left: bool, name: str) -> tuple[Tensor, Tensor]:
+    tensors = [torch.as_tensor(row, dtype=torch.long).cpu() for row in rows]
+    for i, tensor in enumerate(tensors):
+        if tensor.ndim != 1 or tensor.numel() == 0:
+            raise ValueError(f"{name} {i} must be a list of at least one token, not of shape {tuple(tensor.shape)}")
+    width = max(tensor.numel() for tensor in tensors)
+    ids = torch.full((len(tensors), width), pad_token_id, dtype=torch.long)
+    mask = torch.zeros(len(tensors), width, dtype=torch.bool)
+    for i, tensor in enumerate(tensors):
+        columns = slice(width - tensor.numel(), width) if left else slice(0, tensor.numel())
+        ids[i, columns] = tensor
+        mask[i, columns] = True
+    return ids, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Samples with what the policy that drew them, and the reference, thought of each token."""
+
+    samples: Samples
+    logprobs: Tensor
+    """[B, T], of the policy that sampled."""
+    values: Tensor
+    """[B, T]."""
+    ref_logprobs: Tensor
+    """[B, T], of the reference."""
+    full_kl: Tensor | None = None
+    """[B, T], KL over the whole vocabulary; only with `kl_penalty="full"`."""
+    support: Tensor | None = None
+    """[B, T, V] bool, the tokens that top-k or top-p left to choose from; only when sampling truncates."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """One evaluation of all rows, padded to the widest part. Either every part has an optional field or none."""
+        samples = Samples.concatenate([part.samples for part in parts])
+        fields = {}
+        for name in ("logprobs", "values", "ref_logprobs", "full_kl", "support"):
+            tensors = [getattr(part, name) for part in parts]
+            present = [tensor for tensor in tensors if tensor is not None]
+            if len(present) not in (0, len(parts)):
+                raise ValueError(f"{len(present)} of {len(parts)} parts have {name}; all of them must, or none")
+            if present:
+                # A padded position may choose any token: with none, its log-probabilities would be NaN under the mask.
+                fields[name] = _stack(present, dim=1, left=False, fill=name == "support")
+        return cls(samples=samples, **fields)
+
+    def with_scores(self, scores: Tensor) -> "Rollout":
+        """The rollout, once `scores` [B] are there."""
+        return Rollout(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, scores=scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Evaluation):
+    """Everything an update needs to know about the moment its samples were drawn."""
+
+    scores: Tensor
+    """[B], one reward a sample."""
+
+
+def _stack(tensors: Sequence[Tensor], *, dim: int, left: bool, fill: float) -> Tensor:
+    """Concatenates rows of tensors that differ in width along `dim`, padding the narrower ones with `fill`."""
+    width = max(tensor.shape[dim] for tensor in tensors)
+    padded = []
+    for tensor in tensors:
+        missing = list(tensor.shape)
+        missing[dim] = width - tensor.shape[dim]
+        padding = tensor.new_full(missing, fill)
+        padded.append(torch.cat([padding, tensor] if left else [tensor, padding], dim=dim))
+    return torch.cat(padded)
