@@ -363,3 +363,15 @@ def load_tokenizer(path: str | Path) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a model's directory or of a hub id, with a pad token. Raises `ModelNotFound`."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelNotFound(f"policy={str(path)!r} has no tokenizer that loads: {reason:.300}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
