@@ -361,7 +361,7 @@ class RewardModelConfig:
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
     max_length: int = 256
     crop_fraction: float = 0.5
-    """Classifier: share of training texts that are cut to a random short opening, since short texts are what the
+    """Classifier: share of training batches that are cut to random short passages, since short texts are what the
     reward model will judge. 0 turns it off."""
     crop_min_tokens: int = 8
     crop_max_tokens: int = 64

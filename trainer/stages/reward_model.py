@@ -139,7 +139,11 @@ def _pairwise(config: RewardModelConfig) -> dict[str, Judgement]:
 
 
 class CroppingCollator:
-    """Texts and labels into padded tensors; a share of the batches is cut to one random short length."""
+    """Texts and labels into padded tensors; a share of the batches is cut to one random short length.
+
+    Half of those texts keep their opening, which is what will be judged; the others start at a random word, since every
+    passage of a review says something about its label and openings alone are soon learnt by heart.
+    """
 
     def __init__(self, tokenizer: Any, config: RewardModelConfig) -> None:
         self.tokenizer = tokenizer
@@ -147,11 +151,17 @@ class CroppingCollator:
         self.random = random.Random(config.seed)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        length = self.config.max_length
+        length, texts = self.config.max_length, [row["text"] for row in rows]
         if self.random.random() < self.config.crop_fraction:
             length = min(length, self.random.randint(self.config.crop_min_tokens, self.config.crop_max_tokens))
-        batch = encode(self.tokenizer, [row["text"] for row in rows], length)
+            texts = [text if self.random.random() < 0.5 else self._from_a_random_word(text) for text in texts]
+        batch = encode(self.tokenizer, texts, length)
         return {**batch, "labels": torch.tensor([row["label"] for row in rows])}
+
+    def _from_a_random_word(self, text: str) -> str:
+        words = text.split(" ")
+        last = max(len(words) - self.config.crop_min_tokens, 0)
+        return " ".join(words[self.random.randint(0, last) :])
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny_models import tiny_gpt2_dir, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gpt2_dir(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 300 labelled reviews, long enough for prompts; good ones say so in every sentence."""
+    import pandas as pd
+
+    words = {0: ("terrible", "boring", "awful"), 1: ("wonderful", "great", "moving")}
+    rows = [
+        {
+            "text": f"Film {i} is {words[i % 2][i % 3]}. " + f"The acting is {words[i % 2][(i + 1) % 3]}. " * 12,
+            "label": i % 2,
+        }
+        for i in range(300)
+    ]
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path

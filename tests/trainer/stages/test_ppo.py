@@ -1,0 +1,224 @@
+"""Stage 3 against a stub reward server: what it writes, and that a run survives what ends it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.support.stub_reward_server import StubRewardServer
+from trainer.config import ConfigError, DataSettings, PPOConfig, PPOHyperparameters, RewardSettings, to_dict
+from trainer.metrics import read_metrics
+from trainer.reward_client import RewardRejected, RewardUnavailable
+from trainer.runtime import exclusive
+from trainer.stages import ppo
+
+TIMES = "time/"
+
+
+@pytest.fixture
+def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
+    return PPOConfig(
+        policy=str(policy_dir),
+        output_dir=tmp_path / "run",
+        dataset=DataSettings(str(reviews)),
+        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5),
+        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
+        steps=4,
+        checkpoint_every=1,
+    )
+
+
+def numbers(directory: Path) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in record.items() if not name.startswith(TIMES)}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+@pytest.fixture
+def undisturbed(config: PPOConfig, tmp_path: Path) -> Path:
+    return ppo.run(dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+
+
+def test_what_it_writes_loads_without_plaudit(config: PPOConfig) -> None:
+    directory = ppo.run(dataclasses.replace(config, merge=True)).output_dir
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer("This movie was", return_tensors="pt")
+    adapted = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(config.policy), directory
+    )
+    merged = transformers.AutoModelForCausalLM.from_pretrained(directory / "merged")
+    base = transformers.AutoModelForCausalLM.from_pretrained(config.policy)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**ids).logits, merged(**ids).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(adapted(**ids).logits, base(**ids).logits, atol=1e-4)
+    assert "PPO" in (directory / "README.md").read_text()
+
+
+def test_every_reward_of_a_step_comes_from_the_service_once(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    ppo.run(config)
+    scored = stub_reward_server.state["scored"]
+    assert sum(scored.values()) == config.steps * config.ppo.batch_size  # type: ignore[operator]
+
+
+def test_the_run_starts_at_kl_0_and_its_first_update_at_ratio_1(config: PPOConfig) -> None:
+    first = read_metrics(ppo.run(config).output_dir / "metrics.jsonl")[0]
+    assert first["objective/kl"] == 0.0
+    assert first["ppo/policy/ratio_drift"] < 1e-3
+
+
+def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(config: PPOConfig, undisturbed: Path) -> None:
+    ppo.run(dataclasses.replace(config, steps=2))
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    assert_same_run(config.output_dir, undisturbed)
+
+
+def test_a_service_gone_for_longer_than_the_patience_leaves_a_checkpoint_to_resume_from(
+    config: PPOConfig, undisturbed: Path, stub_reward_server: StubRewardServer
+) -> None:
+    stub_reward_server.script({"do": "score", "times": 2}, {"do": "status", "status": 503, "times": 1000})
+    with pytest.raises(RewardUnavailable) as error:
+        ppo.run(config)
+    assert "--resume auto" in " ".join(error.value.__notes__)
+    stub_reward_server.script()
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    assert_same_run(config.output_dir, undisturbed)
+
+
+def test_a_reward_that_is_not_finite_stops_the_run_with_the_exchange_on_disk(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    stub_reward_server.script({"do": "score"}, {"do": "literal", "text": "NaN"})
+    with pytest.raises(RewardRejected):
+        ppo.run(config)
+    assert "NaN" in (config.output_dir / "rejected-reward.json").read_text()
+    assert (config.output_dir / "checkpoints" / "step-000001" / "manifest.json").exists()
+
+
+def test_another_reward_model_after_a_resume_is_refused_unless_it_is_meant(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    ppo.run(dataclasses.replace(config, steps=2))
+    stub_reward_server.set(revision="sha256:other")
+    resumed = dataclasses.replace(config, resume="auto")
+    with pytest.raises(RewardRejected, match="changed since the checkpoint"):
+        ppo.run(resumed)
+    ppo.run(dataclasses.replace(resumed, reward=dataclasses.replace(config.reward, allow_revision_change=True)))
+
+
+def test_a_directory_that_holds_a_run_is_not_started_over(config: PPOConfig) -> None:
+    ppo.run(dataclasses.replace(config, steps=1))
+    with pytest.raises(ConfigError, match="--resume auto"):
+        ppo.run(config)
+
+
+def test_resuming_with_another_batch_size_says_which_fields_differ(config: PPOConfig) -> None:
+    ppo.run(dataclasses.replace(config, steps=1))
+    other = dataclasses.replace(config, resume="auto", ppo=dataclasses.replace(config.ppo, batch_size=16))
+    with pytest.raises(ConfigError, match=r"ppo\.batch_size: 8 -> 16"):
+        ppo.run(other)
+
+
+def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(config: PPOConfig) -> None:
+    with exclusive(config.output_dir), pytest.raises(ConfigError, match="in use by another run"):
+        ppo.run(config)
+
+
+def test_no_reward_url_says_how_to_get_one(config: PPOConfig) -> None:
+    with pytest.raises(ConfigError, match="plaudit-reward"):
+        ppo.run(dataclasses.replace(config, reward=RewardSettings()))
+
+
+def test_a_policy_directory_that_does_not_exist_is_named(config: PPOConfig) -> None:
+    with pytest.raises(ConfigError, match="/nowhere/model"):
+        ppo.run(dataclasses.replace(config, policy="/nowhere/model"))
+
+
+class TrainerProcess:
+    """`plaudit ppo` as a process."""
+
+    def __init__(self, config: PPOConfig, *flags: str) -> None:
+        preset = config.output_dir.with_suffix(".yaml")
+        preset.write_text(json.dumps(to_dict(config)))  # JSON is YAML
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trainer.cli", "ppo", "--config", str(preset), *flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns when the process says that step `step` is done."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.startswith(f"PPO step {step}/"):
+                return
+        raise AssertionError(f"the process ended with {self.process.wait()} before step {step}")
+
+    def end(self) -> tuple[int, str]:
+        _, stderr = self.process.communicate(timeout=120)
+        return self.process.returncode, stderr
+
+
+def single_threaded(run: Any, *arguments: Any) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, kill: signal.Signals) -> None:
+    config = dataclasses.replace(config, steps=6)
+    undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+    first = TrainerProcess(config)
+    first.wait_for_step(1)
+    first.process.send_signal(kill)
+    code, stderr = first.end()
+    if kill == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 128 + kill
+        assert "--resume auto" in stderr
+    code, stderr = TrainerProcess(config, "--resume", "auto").end()
+    assert code == 0, stderr
+    assert_same_run(config.output_dir, undisturbed)
+
+
+def test_exit_code_75_when_the_patience_runs_out(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
+    stub_reward_server.script({"do": "score", "times": 1}, {"do": "status", "status": 503, "times": 1000})
+    code, stderr = TrainerProcess(config).end()
+    assert code == 75
+    assert "--resume auto" in stderr
+
+
+def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
+    stub_reward_server.script({"do": "wrong_count"})
+    code, _ = TrainerProcess(config).end()
+    assert code == 65
