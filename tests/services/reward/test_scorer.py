@@ -61,13 +61,13 @@ def test_deterministic_scores_are_bit_equal_in_any_company(family_dir: Path) -> 
     assert scorer.score(encodings[::-1], 0) == alone[::-1]
 
 
-@pytest.mark.parametrize(("dtype", "drift"), [("int8", 1.5), ("bf16", 0.2), ("fp16", 0.05)])
+@pytest.mark.parametrize(("dtype", "drift"), [("int8", 0.35), ("bf16", 0.1), ("fp16", 0.02)])
 def test_other_number_formats_stay_near_fp32(classifier_dir: Path, dtype: str, drift: float) -> None:
     exact, near = scorer_of(classifier_dir), scorer_of(classifier_dir, dtype=dtype)
     encodings = exact.encode([(text, None) for text in TEXTS])
-    for wanted, got in zip(exact.score(encodings, 0), near.score(encodings, 0), strict=True):
-        assert got == pytest.approx(wanted, abs=drift)
-        assert got != wanted
+    wanted, got = (torch.tensor(scorer.score(encodings, 0)) for scorer in (exact, near))
+    assert not torch.equal(got, wanted)
+    assert (got - wanted).square().mean().sqrt() < drift * wanted.std()
 
 
 def test_two_replicas_on_the_cpu_give_the_same_scores(classifier_dir: Path) -> None:
