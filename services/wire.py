@@ -71,6 +71,8 @@ class ModelInfo(_Message):
     labels: list[str]
     default_label: str | None = None
     join: Join = "concat"
+    dtype: str = "fp32"
+    """The number format that the model computes in."""
     limits: Limits
 
 

@@ -46,6 +46,8 @@ def parse_settings(arguments: list[str]) -> Settings:
         return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            raise StartError(first["msg"].removeprefix("Value error, ")) from None
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         if first["type"] == "missing":
             raise StartError(f"{flag} is missing; give a sequence-classification directory or hub id") from None
@@ -71,14 +73,21 @@ def api_keys(settings: Settings) -> list[str]:
 
 def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> None:
     """Load the model, start the engine, and answer on `listener` until told to stop."""
-    import torch  # only now: --help and a wrong flag shouldn't wait for it
+    from services.reward.model_files import ModelError, model_directory
+
+    try:
+        model_directory(settings.model)
+    except ModelError as error:
+        raise StartError(str(error)) from None
+
+    import torch  # only now: --help, a wrong flag or a missing directory shouldn't wait for it
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
     from services.reward.app import ServiceLimits, create_app
     from services.reward.batching import Engine
-    from services.reward.scorer import ModelError, load_scorer
+    from services.reward.scorer import load_scorer
 
     try:
         scorer = load_scorer(settings)
@@ -95,9 +104,9 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     url = _url(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
-        print(json.dumps({"event": "ready", "url": url, "pid": os.getpid(), "revision": scorer.revision}), flush=True)
         if settings.ready_file is not None:
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+        print(json.dumps({"event": "ready", "url": url, "pid": os.getpid(), "revision": scorer.revision}), flush=True)
 
     def drain() -> None:
         engine.draining = True

@@ -176,6 +176,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             labels=list(scorer.labels),
             default_label=service.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
             join=service.join,
+            dtype=scorer.dtype,
             limits=wire.Limits(
                 max_items=service.limits.max_items,
                 max_text_chars=service.limits.max_text_chars,

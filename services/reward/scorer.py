@@ -4,19 +4,22 @@ A model that can't give an honest reward never starts: a head without trained we
 tokenizer that is missing each end in a `ModelError` that says what to do.
 """
 
-import hashlib
+import copy
 import logging
+import warnings
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from services.reward.batching import Encoded, Logits, ScorerLostError, Text
+from services.reward.model_files import WEIGHTS_LIKE, ModelError, content_revision, model_directory
 from services.reward.settings import Settings
 
 CHARS_PER_TOKEN_LIMIT = 64
@@ -24,13 +27,9 @@ CHARS_PER_TOKEN_LIMIT = 64
 otherwise hold the tokenizer for a second. English has about 4 characters a token."""
 FALLBACK_MAX_TOKENS = 512
 """For a model that names no limit of its own."""
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja")
-LEGACY_WEIGHTS = "pytorch_model*.bin"
-WEIGHTS_LIKE = ("model*.safetensors", LEGACY_WEIGHTS)
-
-
-class ModelError(Exception):
-    """The model can't be served. The message is one line and says what to do."""
+PACKED_FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
+"""Encoders that pool at the first token and pass attention arguments through, so that they run without padding."""
+PACKED_ATTENTION = "plaudit_packed"
 
 
 def load_scorer(settings: Settings) -> "TransformersScorer":
@@ -46,66 +45,37 @@ def load_scorer(settings: Settings) -> "TransformersScorer":
     return scorer
 
 
-def model_directory(model: str) -> Path:
-    """`model` itself where it is a directory, else the local snapshot of the hub id. The only pickles are weights."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{model} is a file; give the directory that holds the model")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"there is no directory {model}; give a sequence-classification directory or a hub id")
-    try:
-        snapshot = Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
-        if not list(snapshot.glob("*.safetensors")):
-            snapshot = Path(snapshot_download(model, allow_patterns=[*MODEL_FILES, LEGACY_WEIGHTS]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{model} is neither a directory here nor a model the hub gives ({type(error).__name__}: {reason}); "
-            "give a sequence-classification directory or a hub id that can be reached"
-        ) from error
-    return snapshot
-
-
-def content_revision(directory: Path) -> str:
-    """`sha256:` and a hash over the names and contents of the model's weights, configuration and tokenizer files."""
-    files = {path for pattern in (*MODEL_FILES, LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda file: file.name):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name}\0{content}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
 class TransformersScorer:
-    """Any Hugging Face sequence classifier, in padded batches."""
-
-    packed = False
-    replicas = 1
+    """Any Hugging Face sequence classifier: without padding where its family allows, in padded batches elsewhere."""
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.id = settings.model
         self.revision = content_revision(directory)
         self.dtype = settings.dtype
-        config, tokenizer, model = _load(directory, settings)
+        tokenizer, model = _load(directory, settings)
+        config = model.config
         self.labels: tuple[str, ...] = tuple(config.id2label[index] for index in range(config.num_labels))
         if len(set(self.labels)) != len(self.labels):
             raise ModelError(f"{settings.model} gives the same name to several labels: {', '.join(self.labels)}")
-        self.device = torch.device(settings.device)
         self.max_tokens = _max_tokens(config, tokenizer, settings.max_tokens)
         self.truncation_side = settings.truncation_side
-        self._model = model.to(self.device).eval()
+        self._devices = [torch.device(name) for name in settings.devices]
+        # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
+        on_cpu = all(device.type == "cpu" for device in self._devices)
+        self.packed = on_cpu and config.model_type in PACKED_FAMILIES and not getattr(config, "is_decoder", False)
+        if self.packed:
+            model.set_attn_implementation(PACKED_ATTENTION)
+        self._first_position = _first_position(config)
+        self._deterministic = settings.deterministic
         self._takes_type_ids = "token_type_ids" in tokenizer.model_input_names
-        self._pad_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
         # A decoder pools at the last token that isn't padding. Without a padding token it can't tell, so texts of one
         # length share a forward pass and no id counts as padding.
-        self._same_length_only = config.pad_token_id is None and tokenizer.pad_token_id is None
+        self._same_length_only = config.pad_token_id is None
         if self._same_length_only:
-            self._pad_id = -1
-        if config.pad_token_id is None:
-            config.pad_token_id = self._pad_id
+            config.pad_token_id = -1
+        self._pad_id = config.pad_token_id
+        self._models = _replicas(model, self._devices)
+        self.replicas = len(self._models)
         self._backend = _fast_backend(tokenizer, self.max_tokens, settings.truncation_side)
         self._tokenizer = tokenizer
 
@@ -133,40 +103,62 @@ class TransformersScorer:
         return Encoded(encoding["input_ids"], type_ids, len(full) > self.max_tokens)
 
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
-        if not self._same_length_only:
-            return self._forward(batch)
+        """Logits for each text, in order: the model's own for the text alone, but for rounding (1e-5 in fp32)."""
         rows: dict[int, Logits] = {}
-        for length in {len(encoded.ids) for encoded in batch}:
-            members = [index for index, encoded in enumerate(batch) if len(encoded.ids) == length]
-            rows |= zip(members, self._forward([batch[index] for index in members]), strict=True)
-        return [rows[index] for index in range(len(batch))]
-
-    @torch.inference_mode()
-    def _forward(self, batch: Sequence[Encoded]) -> list[Logits]:
-        width = max(len(encoded.ids) for encoded in batch)
-
-        def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows]).to(
-                self.device, non_blocking=True
-            )
-
-        ids = [encoded.ids for encoded in batch]
-        inputs = {
-            "input_ids": padded(ids, self._pad_id),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        }
-        if self._takes_type_ids:
-            inputs["token_type_ids"] = padded([encoded.type_ids or [0] * len(encoded.ids) for encoded in batch], 0)
-        return self._run(lambda: self._model(**inputs).logits)
-
-    def _run(self, forward: Any) -> list[Logits]:
         try:
-            return [tuple(row) for row in forward().float().tolist()]
+            for group in self._groups(batch):
+                encodings = [batch[index] for index in group]
+                logits = self._packed(encodings, replica) if self.packed else self._padded(encodings, replica)
+                rows |= zip(group, map(tuple, logits.float().tolist()), strict=True)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise
         except torch.AcceleratorError as error:
-            raise ScorerLostError(f"{self.device}: {error}") from error
+            raise ScorerLostError(f"{self._devices[replica]}: {error}") from error
+        return [rows[index] for index in range(len(batch))]
+
+    def _groups(self, batch: Sequence[Encoded]) -> list[list[int]]:
+        if self._deterministic:
+            # Matrix products round differently for different shapes; alone, a text always has the same shape.
+            return [[index] for index in range(len(batch))]
+        if self._same_length_only and not self.packed:
+            by_length: dict[int, list[int]] = {}
+            for index, encoded in enumerate(batch):
+                by_length.setdefault(len(encoded.ids), []).append(index)
+            return list(by_length.values())
+        return [list(range(len(batch)))]
+
+    @torch.inference_mode()
+    def _padded(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
+        width = max(len(encoded.ids) for encoded in batch)
+        device = self._devices[replica]
+
+        def tensor(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows]).to(device, non_blocking=True)
+
+        inputs = {
+            "input_ids": tensor([encoded.ids for encoded in batch], self._pad_id),
+            "attention_mask": tensor([[1] * len(encoded.ids) for encoded in batch], 0),
+        }
+        if self._takes_type_ids:
+            inputs["token_type_ids"] = tensor([_type_ids(encoded) for encoded in batch], 0)
+        logits: torch.Tensor = self._models[replica](**inputs).logits
+        return logits
+
+    @torch.inference_mode()
+    def _packed(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
+        lengths = [len(encoded.ids) for encoded in batch]
+        ends = list(accumulate(lengths))
+        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        inputs = {
+            "input_ids": torch.tensor([list(chain.from_iterable(encoded.ids for encoded in batch))]),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None] + self._first_position,
+        }
+        if self._takes_type_ids:
+            inputs["token_type_ids"] = torch.tensor([list(chain.from_iterable(map(_type_ids, batch)))])
+        model = self._models[replica]
+        hidden = model.base_model(**inputs, bounds=list(zip(starts, ends, strict=True))).last_hidden_state
+        return _head(model, hidden[0, starts].unsqueeze(1))
 
     def warm_up(self) -> None:
         """One forward pass, so that the first caller doesn't pay for lazy initialisation, and a broken model shows."""
@@ -178,7 +170,7 @@ class TransformersScorer:
             raise ModelError(f"{self.id} gives {len(rows[0])} logits for {len(self.labels)} labels")
 
 
-def _load(directory: Path, settings: Settings) -> tuple[Any, Any, Any]:
+def _load(directory: Path, settings: Settings) -> tuple[Any, Any]:
     name = settings.model
     if not (directory / "config.json").is_file():
         raise ModelError(f"{name} holds no config.json; give a Hugging Face sequence-classification directory")
@@ -200,11 +192,70 @@ def _load(directory: Path, settings: Settings) -> tuple[Any, Any, Any]:
             f"{name} is not a trained sequence classifier: its weights lack {missing}; "
             "train one with `plaudit reward-model` or give another directory"
         )
+    if settings.dtype == "int8":
+        with warnings.catch_warnings():
+            # torch points at torchao, whose dynamic quantisation needs a further package for the same arithmetic.
+            warnings.simplefilter("ignore")
+            model = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, truncation_side=settings.truncation_side)
     except Exception as error:
         raise ModelError(f"{name} holds no tokenizer that can be loaded: {_one_line(error)}") from error
-    return config, tokenizer, model
+    return tokenizer, model
+
+
+def _replicas(model: Any, devices: list[torch.device]) -> list[Any]:
+    """One model for each device. Replicas on the CPU share their weights."""
+    try:
+        return [(model if device.type == "cpu" else copy.deepcopy(model)).to(device).eval() for device in devices]
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--devices {','.join(map(str, devices))} can't be used: {_one_line(error)}") from error
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    bounds: list[tuple[int, int]],
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each text to itself alone. Queries, keys, values are [1, heads, all tokens, head size]."""
+    outputs = [
+        scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale=scaling
+        )
+        for start, end in bounds
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
+
+
+def _head(model: Any, first: torch.Tensor) -> torch.Tensor:
+    """Logits [n, labels] from the first token's hidden states [n, 1, size]."""
+    family = model.config.model_type
+    if family == "distilbert":
+        pooled = torch.relu(model.pre_classifier(first[:, 0]))
+    elif family == "bert":
+        pooled = model.bert.pooler(first)
+    else:
+        pooled = first  # the RoBERTa families' head pools on its own
+    logits: torch.Tensor = model.classifier(pooled)
+    return logits
+
+
+def _type_ids(encoded: Encoded) -> Sequence[int]:
+    return encoded.type_ids if encoded.type_ids is not None else [0] * len(encoded.ids)
+
+
+def _first_position(config: Any) -> int:
+    """The RoBERTa families number their positions from the padding id on."""
+    return config.pad_token_id + 1 if config.model_type in {"camembert", "roberta", "xlm-roberta"} else 0
 
 
 def _one_line(error: Exception) -> str:
@@ -222,8 +273,8 @@ def _fast_backend(tokenizer: Any, max_tokens: int, side: str) -> Any:
 
 def _max_tokens(config: Any, tokenizer: Any, wanted: int | None) -> int:
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"}:
-        positions -= config.pad_token_id + 1  # these families number their positions from there
+    if positions is not None:
+        positions -= _first_position(config)
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit is not None and 0 < limit < 1_000_000]
     limit = min(limits, default=FALLBACK_MAX_TOKENS)
     if wanted is not None and wanted > limit and limits:

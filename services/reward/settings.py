@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services import wire
 
-DType = Literal["fp32", "bf16", "fp16"]
+DType = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class Settings(BaseSettings):
@@ -38,9 +38,11 @@ class Settings(BaseSettings):
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     """Longest token sequence; the model's own limit unless given."""
     dtype: DType = "fp32"
-    """Number format of weights and arithmetic."""
-    device: str = "cpu"
-    """torch device, for example cpu or cuda:0."""
+    """Number format of weights and arithmetic. int8 is dynamic quantisation, for CPUs; docs/wire.md has the drift."""
+    devices: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)] = ("cpu",)
+    """torch devices, comma separated, a replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share their weights."""
+    deterministic: bool = False
+    """Score each text in a forward pass of its own: bit-equal whatever the company, at the price of batching."""
     threads: Annotated[int, Field(gt=0)] | None = None
     """CPU threads of the forward pass; torch's own choice unless given."""
     batch_tokens: Annotated[int, Field(gt=0)] = 1024
@@ -62,6 +64,17 @@ class Settings(BaseSettings):
     """Where to write {"url", "pid"} as JSON once the service answers."""
     grace_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that SIGTERM leaves for accepted requests."""
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _int8_is_for_cpus(self) -> "Settings":
+        if self.dtype == "int8" and any(not device.startswith("cpu") for device in self.devices):
+            raise ValueError(f"--dtype int8 runs on CPUs only, and --devices is {','.join(self.devices)}")
+        return self
 
 
 class Secrets(BaseSettings):

@@ -8,17 +8,23 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 WORDS = (
@@ -68,21 +74,12 @@ def tiny_wordpiece_tokenizer(max_length: int = 64) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_classifier_dir(path: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 0) -> Path:
-    """A random DistilBERT classifier with its tokenizer, saved as a plain Hugging Face directory."""
+def tiny_classifier_dir(
+    path: Path, labels: Sequence[str] = ("NEGATIVE", "POSITIVE"), seed: int = 0, family: str = "distilbert"
+) -> Path:
+    """A random classifier with its tokenizer, saved as a plain Hugging Face directory."""
     torch.manual_seed(seed)
-    config = DistilBertConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        dim=32,
-        hidden_dim=64,
-        n_heads=2,
-        n_layers=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    )
-    DistilBertForSequenceClassification(config).save_pretrained(path)
+    _classifier(family, labels).save_pretrained(path)
     tiny_wordpiece_tokenizer().save_pretrained(path)
     return path
 
@@ -168,3 +165,28 @@ def save(model: Any, path: Path) -> Path:
 def tiny_gpt2_dir(path: Path, seed: int = 0) -> Path:
     """A policy directory."""
     return save(tiny_gpt2(seed), path)
+
+
+def _classifier(family: str, labels: Sequence[str]) -> PreTrainedModel:
+    common = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "pad_token_id": 0,
+        "initializer_range": 0.5,
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+    encoder = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    if family == "distilbert":
+        return DistilBertForSequenceClassification(
+            DistilBertConfig(**common, dim=32, hidden_dim=64, n_heads=2, n_layers=2, max_position_embeddings=64)
+        )
+    if family == "bert":
+        return BertForSequenceClassification(BertConfig(**common, **encoder, max_position_embeddings=64))
+    if family == "roberta":
+        return RobertaForSequenceClassification(
+            RobertaConfig(**common, **encoder, max_position_embeddings=65, type_vocab_size=2)
+        )
+    assert family == "gpt2"
+    return GPT2ForSequenceClassification(
+        GPT2Config(**common | {"pad_token_id": None}, n_embd=32, n_head=2, n_layer=2, n_positions=64)
+    )

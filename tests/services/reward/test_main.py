@@ -14,6 +14,8 @@ from typing import IO, Any
 import httpx
 import pytest
 
+from services.reward.__main__ import main
+
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -121,19 +123,25 @@ def test_a_client_that_never_finishes_its_body_does_not_outlast_the_grace_time(
         (["--model", "./nowhere"], "there is no directory ./nowhere"),
         (["--model", "{model}", "--label", "HAPPY"], "no label 'HAPPY'; its labels are NEGATIVE, POSITIVE"),
         (["--model", "{model}", "--port", "70000"], "--port 70000"),
+        (["--model", "{model}", "--dtype", "int8", "--devices", "cuda:0"], "int8 runs on CPUs only"),
+        (["--model", "{model}", "--devices", "cuda:0"], "--devices cuda:0 can't be used"),
         (["--model", "{model}", "--port", "{busy}"], "choose another --port"),
         (["--model", "{model}", "--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
         (["--model", "{model}", "--host", "no.such.host.invalid"], "no address of this machine"),
     ],
 )
-def test_what_cannot_work_is_one_clear_line(classifier_dir: Path, arguments: list[str], said: str) -> None:
+def test_what_cannot_work_is_one_clear_line(
+    classifier_dir: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     with socket.create_server(("127.0.0.1", 0)) as busy:
-        filled = [a.format(model=classifier_dir, busy=busy.getsockname()[1]) for a in arguments]
-        done = subprocess.run(command(*filled), capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
+        status = main([a.format(model=classifier_dir, busy=busy.getsockname()[1]) for a in arguments])
+    signal.signal(signal.SIGTERM, before)
+    out, err = capfd.readouterr()
+    assert (status, out) == (2, "")
+    assert said in err
+    assert err.startswith("plaudit-reward: ")
+    assert err.count("\n") == 1
 
 
 def test_help_does_not_wait_for_torch() -> None:

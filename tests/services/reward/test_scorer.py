@@ -34,14 +34,47 @@ def transformers_logits(directory: Path, *text: str) -> list[float]:
     return logits
 
 
-def test_scores_are_those_of_transformers_alone_or_in_company(classifier_dir: Path) -> None:
-    scorer = scorer_of(classifier_dir)
+@pytest.fixture(scope="module", params=["distilbert", "bert", "roberta", "gpt2"])
+def family_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_classifier_dir(tmp_path_factory.mktemp(request.param), family=request.param)
+
+
+def test_scores_are_those_of_transformers_alone_or_in_company(family_dir: Path) -> None:
+    scorer = scorer_of(family_dir)
     encodings = scorer.encode([(text, None) for text in TEXTS])
     together = scorer.score(encodings, 0)
     for text, encoded, row in zip(TEXTS, encodings, together, strict=True):
-        expected = transformers_logits(classifier_dir, text)
+        expected = transformers_logits(family_dir, text)
         assert row == pytest.approx(expected, abs=1e-5)
         assert scorer.score([encoded], 0)[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_encoders_run_without_padding_and_decoders_with_it(family_dir: Path) -> None:
+    assert scorer_of(family_dir).packed == ("gpt2" not in family_dir.name)
+
+
+def test_deterministic_scores_are_bit_equal_in_any_company(family_dir: Path) -> None:
+    scorer = scorer_of(family_dir, deterministic=True)
+    encodings = scorer.encode([(text, None) for text in TEXTS])
+    alone = [scorer.score([encoded], 0)[0] for encoded in encodings]
+    assert scorer.score(encodings, 0) == alone
+    assert scorer.score(encodings[::-1], 0) == alone[::-1]
+
+
+@pytest.mark.parametrize(("dtype", "drift"), [("int8", 0.35), ("bf16", 0.1), ("fp16", 0.02)])
+def test_other_number_formats_stay_near_fp32(classifier_dir: Path, dtype: str, drift: float) -> None:
+    exact, near = scorer_of(classifier_dir), scorer_of(classifier_dir, dtype=dtype)
+    encodings = exact.encode([(text, None) for text in TEXTS])
+    wanted, got = (torch.tensor(scorer.score(encodings, 0)) for scorer in (exact, near))
+    assert not torch.equal(got, wanted)
+    assert (got - wanted).square().mean().sqrt() < drift * wanted.std()
+
+
+def test_two_replicas_on_the_cpu_give_the_same_scores(classifier_dir: Path) -> None:
+    scorer = scorer_of(classifier_dir, devices="cpu,cpu")
+    encodings = scorer.encode([(text, None) for text in TEXTS])
+    assert scorer.replicas == 2
+    assert scorer.score(encodings, 0) == scorer.score(encodings, 1)
 
 
 def test_a_pair_is_joined_by_the_tokenizer(classifier_dir: Path) -> None:

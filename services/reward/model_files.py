@@ -1,0 +1,48 @@
+"""Where a model's files are, and the name that their content gives them. Quick to import: no torch, no transformers."""
+
+import hashlib
+from pathlib import Path
+
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja")
+LEGACY_WEIGHTS = "pytorch_model*.bin"
+WEIGHTS_LIKE = ("model*.safetensors", LEGACY_WEIGHTS)
+
+
+class ModelError(Exception):
+    """The model can't be served. The message is one line and says what to do."""
+
+
+def model_directory(model: str) -> Path:
+    """`model` itself where it is a directory, else the local snapshot of the hub id. The only pickles are weights."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{model} is a file; give the directory that holds the model")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"there is no directory {model}; give a sequence-classification directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+        if not list(snapshot.glob("*.safetensors")):
+            snapshot = Path(snapshot_download(model, allow_patterns=[*MODEL_FILES, LEGACY_WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{model} is neither a directory here nor a model the hub gives ({type(error).__name__}: {reason}); "
+            "give a sequence-classification directory or a hub id that can be reached"
+        ) from error
+    return snapshot
+
+
+def content_revision(directory: Path) -> str:
+    """`sha256:` and a hash over the names and contents of the model's weights, configuration and tokenizer files."""
+    files = {path for pattern in (*MODEL_FILES, LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda file: file.name):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name}\0{content}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
