@@ -1,0 +1,58 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.ppo import kl
+
+
+def test_estimators_of_a_difference_of_log_2() -> None:
+    logprobs, reference = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
+    assert kl.k1(logprobs, reference).item() == pytest.approx(math.log(2))
+    assert kl.k1(reference, logprobs).item() == pytest.approx(-math.log(2))
+    assert kl.absolute(reference, logprobs).item() == pytest.approx(math.log(2))
+    assert kl.k2(logprobs, reference).item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert kl.k3(logprobs, reference).item() == pytest.approx(0.5 - 1 + math.log(2))
+
+
+def test_k1_and_k3_are_the_full_kl_on_average_over_the_policy() -> None:
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    exact = kl.full_kl(policy, reference)
+    for estimator in (kl.k1, kl.k3):
+        assert (policy.exp() * estimator(policy, reference)).sum().item() == pytest.approx(exact.item())
+
+
+def test_full_kl_is_that_of_torch_and_ignores_tokens_that_cannot_be_sampled() -> None:
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 3, 4, 7).log_softmax(-1)
+    expected = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="none").sum(-1)
+    assert torch.allclose(kl.full_kl(policy, reference), expected, atol=1e-6)
+    support = torch.tensor([True] * 3 + [False] * 4)
+    truncated = policy.masked_fill(~support, -torch.inf).log_softmax(-1)
+    assert kl.full_kl(truncated, truncated).eq(0).all()
+
+
+@given(st.floats(-5, 5))
+def test_k3_is_never_negative_and_zero_only_without_a_difference(difference: float) -> None:
+    value = kl.k3(torch.tensor(difference, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)).item()
+    assert value >= 0
+    assert (value < 1e-12) == (abs(difference) < 2e-6)
+
+
+@pytest.mark.parametrize("name", kl.ESTIMATORS)
+def test_every_estimator_is_zero_where_policy_and_reference_agree(name: str) -> None:
+    logprobs = torch.tensor([-0.1, -3.0])
+    assert kl.ESTIMATORS[name](logprobs, logprobs).eq(0).all()
+
+
+def test_the_controller_steers_by_at_most_a_fifth_of_the_share_of_the_horizon() -> None:
+    def after(observed: float) -> float:
+        return kl.adapt_coefficient(0.2, observed, target=6.0, horizon=10_000.0, samples=100)
+
+    assert after(6.0) == 0.2
+    assert after(6.6) == pytest.approx(0.2 * (1 + 0.1 * 0.01))
+    assert after(600.0) == pytest.approx(0.2 * (1 + 0.2 * 0.01))
+    assert after(-600.0) == pytest.approx(0.2 * (1 - 0.2 * 0.01))

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.ppo import losses
+
+
+def test_policy_loss_by_hand() -> None:
+    ratios, advantages = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
+    # A gain is worth no more than the clip allows; a loss counts in full.
+    assert losses.policy_losses(ratios, advantages, cliprange=0.2).tolist() == pytest.approx(
+        [-1.2, 1.5, -0.5, 0.8, -2.2]
+    )
+    assert losses.policy_clipped(ratios, advantages, cliprange=0.2).tolist() == [True, False, False, True, False]
+
+
+def test_a_clipped_token_has_no_gradient_and_an_unclipped_one_has_minus_its_advantage() -> None:
+    ratios = torch.tensor([1.5, 1.1], requires_grad=True)
+    losses.policy_losses(ratios, torch.tensor([2.0, 2.0]), cliprange=0.2).sum().backward()
+    assert ratios.grad is not None
+    assert ratios.grad.tolist() == [0.0, -2.0]
+
+
+@given(st.floats(0.01, 5), st.floats(-3, 3), st.floats(0.01, 0.9))
+def test_the_clip_only_ever_raises_the_policy_loss(ratio: float, advantage: float, cliprange: float) -> None:
+    loss = losses.policy_losses(torch.tensor(ratio), torch.tensor(advantage), cliprange=cliprange)
+    assert loss >= torch.tensor(-advantage) * torch.tensor(ratio)
+
+
+def test_value_loss_by_hand() -> None:
+    values, old, returns = torch.tensor([1.0, 0.1, 3.0]), torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
+    # Clipped to 0.2, 0.1 and 0.2: the larger error of clipped and unclipped counts, halved.
+    assert losses.value_losses(values, old, returns, cliprange=0.2).tolist() == pytest.approx(
+        [0.5 * 1.8**2, 0.5 * 1.9**2, 0.5 * 3.0**2]
+    )
+    assert losses.value_clipped(values, old, returns, cliprange=0.2).tolist() == [True, False, False]
+
+
+def test_within_the_clip_the_value_loss_is_half_the_squared_error() -> None:
+    values, returns = torch.tensor([0.1, -0.1]), torch.tensor([1.0, -1.0])
+    assert torch.equal(
+        losses.value_losses(values, torch.zeros(2), returns, cliprange=0.2), 0.5 * (values - returns).square()
+    )
