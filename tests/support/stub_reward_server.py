@@ -4,9 +4,10 @@ Its reward is a function of the text, so a lost, repeated or reordered reward sh
 prints one line of JSON with its ports when it listens; `StubRewardServer` starts, scripts, kills and restarts it.
 
 Script: a list of acts, one for each coming scoring request, each `{"do": NAME, "times": N, ...}`; afterwards it answers
-well. `score` (delay_s), `status` (status, headers, body), `hang` (before a byte, or `after` N bytes of the body),
-`drip` (delay_s a byte), `reset`, `wrong_count`, `reversed`, `literal` (text in place of the first reward), `revision`,
-`label`, `html`, `redirect` (location), `truncated_gzip`, `cut` (a body shorter than its Content-Length).
+well. An act with `when` is kept for requests that contain this text. `score` (delay_s), `status` (status, headers,
+body), `hang` (before a byte, or `after` N bytes of the body), `drip` (delay_s a byte), `reset`, `wrong_count`,
+`reversed`, `literal` (text in place of the first reward), `revision`, `label`, `html`, `redirect` (location),
+`truncated_gzip`, `cut` (a body shorter than its Content-Length).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import http
 import json
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -41,31 +43,30 @@ class State:
     requests: int = 0
     largest_request: int = 0
     scored: dict[str, int] = field(default_factory=dict)
-    authorization: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     in_flight: int = 0
     max_in_flight: int = 0
 
-    def next_act(self) -> dict[str, Any]:
-        while self.script and self.script[0].get("times", 1) <= 0:
-            self.script.pop(0)
-        if not self.script:
-            return {"do": "score"}
-        act = self.script[0]
-        act["times"] = act.get("times", 1) - 1
-        return act
+    def next_act(self, body: str) -> dict[str, Any]:
+        for act in self.script:
+            left = act.get("times", 1)
+            if left > 0 and act.get("when", "") in body:
+                act["times"] = left - 1
+                return act
+        return {"do": "score"}
 
 
 async def serve_rewards(state: State, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while (request := await read_request(reader)) is not None:
             method, path, headers, body = request
-            state.authorization = headers.get("authorization")
+            state.headers = headers
             if (method, path) == ("POST", "/v1/rewards"):
                 state.requests += 1
                 state.in_flight += 1
                 state.max_in_flight = max(state.max_in_flight, state.in_flight)
                 try:
-                    await act_out(state, state.next_act(), json.loads(body), writer)
+                    await act_out(state, state.next_act(body.decode()), json.loads(body), writer)
                 finally:
                     state.in_flight -= 1
             elif path == "/livez" or (path == "/readyz" and state.ready):
@@ -181,9 +182,13 @@ async def serve_control(state: State, reader: asyncio.StreamReader, writer: asyn
     writer.close()
 
 
-async def main(port: int) -> None:
+async def main(host: str, port: int, tls: list[str]) -> None:
     state = State()
-    public = await asyncio.start_server(lambda r, w: serve_rewards(state, r, w), "127.0.0.1", port)
+    context = None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
+    public = await asyncio.start_server(lambda r, w: serve_rewards(state, r, w), host, port, ssl=context)
     control = await asyncio.start_server(lambda r, w: serve_control(state, r, w), "127.0.0.1", 0)
     print(json.dumps([server.sockets[0].getsockname()[1] for server in (public, control)]), flush=True)
     await asyncio.Event().wait()
@@ -192,19 +197,21 @@ async def main(port: int) -> None:
 class StubRewardServer:
     """The server's process, seen from a test."""
 
-    def __init__(self) -> None:
+    def __init__(self, *tls: Path) -> None:
+        """`tls`: the files of a certificate and its key, to speak https."""
         self.port = 0
+        self._tls = tls
         self._process: subprocess.Popen[str] | None = None
         self.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Start, on the same port as before if there was one; returns when it listens."""
         assert self._process is None
-        command = [sys.executable, str(Path(__file__)), "--port", str(self.port)]
+        command = [sys.executable, str(Path(__file__)), "--port", str(self.port), "--tls", *map(str, self._tls)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.port, self._control_port = json.loads(self._process.stdout.readline())
@@ -247,4 +254,7 @@ class StubRewardServer:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
-    asyncio.run(main(parser.parse_args().port))
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--tls", nargs="*", default=[])
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.host, arguments.port, arguments.tls))
