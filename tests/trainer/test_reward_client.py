@@ -45,7 +45,7 @@ def test_nothing_to_score_asks_nobody(stub_reward_server: StubRewardServer) -> N
 
 
 def test_submitting_does_not_wait_for_the_answer(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "score", "delay_s": 1.0})
+    stub_reward_server.script([{"do": "score", "delay_s": 1.0}])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         futures = [client.submit(PROMPTS[i : i + 5], RESPONSES[i : i + 5]) for i in range(0, 50, 5)]
@@ -74,7 +74,7 @@ def say(act: object) -> str:
 def test_a_passing_trouble_is_retried_and_no_reward_is_lost_or_invented(
     stub_reward_server: StubRewardServer, act: dict[str, object]
 ) -> None:
-    stub_reward_server.script({**act, "times": 3})
+    stub_reward_server.script([{**act, "times": 3}])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
@@ -85,7 +85,7 @@ def test_a_passing_trouble_is_retried_and_no_reward_is_lost_or_invented(
 def test_a_server_that_hangs_at_any_point_is_asked_again_after_the_timeout(
     stub_reward_server: StubRewardServer, act: dict[str, object]
 ) -> None:
-    stub_reward_server.script({**act, "times": 3})
+    stub_reward_server.script([{**act, "times": 3}])
     with RewardClient(settings(stub_reward_server, request_timeout_s=1.0, patience_s=60.0)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
@@ -118,7 +118,7 @@ def test_a_server_that_hangs_at_any_point_is_asked_again_after_the_timeout(
 def test_a_refusal_stops_at_once_and_tells_what_came_back(
     stub_reward_server: StubRewardServer, act: dict[str, object], message: str
 ) -> None:
-    stub_reward_server.script(act)
+    stub_reward_server.script([act])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         with pytest.raises(RewardRejected, match=message):
@@ -130,7 +130,7 @@ def test_a_rejection_can_be_saved_with_the_request_and_the_answer(
     stub_reward_server: StubRewardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PLAUDIT_REWARD_API_KEY", "secret")
-    stub_reward_server.script({"do": "status", "status": 422, "body": "too strange"})
+    stub_reward_server.script([{"do": "status", "status": 422, "body": "too strange"}])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         with pytest.raises(RewardRejected) as caught:
@@ -157,7 +157,7 @@ def test_the_api_key_file_goes_before_the_environment(
 
 @pytest.mark.parametrize("header", ["0.4", "Thu, 01 Jan 1970 00:00:00 GMT"])
 def test_retry_after_is_honoured_in_both_of_its_forms(stub_reward_server: StubRewardServer, header: str) -> None:
-    stub_reward_server.script({"do": "status", "status": 429, "headers": {"Retry-After": header}})
+    stub_reward_server.script([{"do": "status", "status": 429, "headers": {"Retry-After": header}}])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         started = time.monotonic()
@@ -166,7 +166,7 @@ def test_retry_after_is_honoured_in_both_of_its_forms(stub_reward_server: StubRe
 
 
 def test_a_change_of_revision_goes_on_when_it_is_meant(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "revision", "revision": "sha256:other", "times": 9})
+    stub_reward_server.script([{"do": "revision", "revision": "sha256:other", "times": 9}])
     with RewardClient(settings(stub_reward_server, allow_revision_change=True)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
@@ -174,7 +174,7 @@ def test_a_change_of_revision_goes_on_when_it_is_meant(stub_reward_server: StubR
 
 
 def test_a_request_that_alone_breaks_the_server_is_rejected(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "status", "status": 500, "when": "poison", "times": 1000})
+    stub_reward_server.script([{"do": "status", "status": 500, "when": "poison", "times": 1000}])
     with RewardClient(settings(stub_reward_server, patience_s=60.0)) as client:
         client.connect()
         poison = client.submit(["poison"], ["pill"])
@@ -187,7 +187,7 @@ def test_a_request_that_alone_breaks_the_server_is_rejected(stub_reward_server: 
 def test_a_server_that_fails_on_everything_is_unavailable_and_no_request_is_blamed(
     stub_reward_server: StubRewardServer,
 ) -> None:
-    stub_reward_server.script({"do": "status", "status": 500, "times": 10_000})
+    stub_reward_server.script([{"do": "status", "status": 500, "times": 10_000}])
     with RewardClient(settings(stub_reward_server, patience_s=0.5)) as client:
         client.connect()
         with pytest.raises(RewardUnavailable, match="500"):
@@ -235,7 +235,7 @@ def test_no_url_at_all_is_refused_when_built() -> None:
 
 
 def test_a_server_that_only_fails_ends_in_unavailable_within_the_patience(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "status", "status": 503, "times": 10_000})
+    stub_reward_server.script([{"do": "status", "status": 503, "times": 10_000}])
     with RewardClient(settings(stub_reward_server, patience_s=0.5)) as client:
         client.connect()
         started = time.monotonic()
@@ -246,21 +246,21 @@ def test_a_server_that_only_fails_ends_in_unavailable_within_the_patience(stub_r
 
 
 def test_cancelling_takes_the_requests_back_and_the_client_goes_on(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "hang", "times": 7})
+    stub_reward_server.script([{"do": "hang", "times": 7}])
     with RewardClient(settings(stub_reward_server)) as client:
         client.connect()
         future = client.submit(PROMPTS, RESPONSES)
         assert future.cancel()
         with pytest.raises(CancelledError):
             future.result(timeout=1)
-        stub_reward_server.script()
+        stub_reward_server.script([])
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
 
 
 def test_closing_while_the_server_hangs_takes_no_time_and_fails_what_is_under_way(
     stub_reward_server: StubRewardServer,
 ) -> None:
-    stub_reward_server.script({"do": "hang", "times": 100})
+    stub_reward_server.script([{"do": "hang", "times": 100}])
     client = RewardClient(settings(stub_reward_server, request_timeout_s=60.0))
     client.connect()
     future = client.submit(PROMPTS, RESPONSES)
@@ -275,7 +275,7 @@ def test_closing_while_the_server_hangs_takes_no_time_and_fails_what_is_under_wa
 
 
 def test_no_more_requests_are_under_way_than_the_setting_allows(stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "score", "delay_s": 0.3, "times": 100})
+    stub_reward_server.script([{"do": "score", "delay_s": 0.3, "times": 100}])
     with RewardClient(settings(stub_reward_server, max_in_flight=3)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED

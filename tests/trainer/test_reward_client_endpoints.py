@@ -36,7 +36,7 @@ def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
 
 def test_work_goes_to_the_endpoint_with_the_least_outstanding(start_stub: Start) -> None:
     slow, fast = start_stub(), start_stub()
-    slow.script({"do": "score", "delay_s": 2.0, "times": 100})
+    slow.script([{"do": "score", "delay_s": 2.0, "times": 100}])
     with RewardClient(settings(slow, fast, max_in_flight=1)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
@@ -61,8 +61,8 @@ def test_a_chunk_moves_on_at_once_when_its_endpoint_fails(start_stub: Start, mon
     monkeypatch.setattr(source, "WAIT_INITIAL_S", 30.0)
     first, second = start_stub(), start_stub()
     for server in (first, second):
-        server.script({"do": "status", "status": 503, "headers": {"Retry-After": "60"}, "when": "prompt 0"})
-    second.script()
+        server.script([{"do": "status", "status": 503, "headers": {"Retry-After": "60"}, "when": "prompt 0"}])
+    second.script([])
     said: list[str] = []
     with RewardClient(settings(first, second), on_wait=said.append) as client:
         client.connect()
@@ -103,7 +103,7 @@ def test_repeated_requests_go_out_one_at_a_time_while_the_endpoint_fails(stub_re
     delay_s, patience_s = 0.1, 1.5
     with RewardClient(settings(stub_reward_server, patience_s=patience_s)) as client:
         client.connect()
-        stub_reward_server.script({"do": "status", "status": 503, "delay_s": delay_s, "times": 1000})
+        stub_reward_server.script([{"do": "status", "status": 503, "delay_s": delay_s, "times": 1000}])
         with pytest.raises(RewardUnavailable):
             client.score(PROMPTS[:32], RESPONSES[:32])
     first_tries = 8
@@ -112,7 +112,7 @@ def test_repeated_requests_go_out_one_at_a_time_while_the_endpoint_fails(stub_re
 
 def test_a_slow_chunk_is_hedged_and_the_faster_answer_counts(start_stub: Start) -> None:
     stuck, healthy = start_stub(), start_stub()
-    stuck.script({"do": "hang", "when": "prompt", "times": 1})
+    stuck.script([{"do": "hang", "when": "prompt", "times": 1}])
     with RewardClient(settings(stuck, healthy, hedge_after_s=0.2, request_timeout_s=60.0)) as client:
         client.connect()
         started = time.monotonic()
@@ -123,8 +123,8 @@ def test_a_slow_chunk_is_hedged_and_the_faster_answer_counts(start_stub: Start) 
 
 def test_a_hedged_chunk_survives_the_failure_of_the_faster_endpoint(start_stub: Start) -> None:
     slow, failing = start_stub(), start_stub()
-    slow.script({"do": "score", "delay_s": 1.0, "times": 9})
-    failing.script({"do": "status", "status": 503, "times": 9})
+    slow.script([{"do": "score", "delay_s": 1.0, "times": 9}])
+    failing.script([{"do": "status", "status": 503, "times": 9}])
     with RewardClient(settings(slow, failing, hedge_after_s=0.2)) as client:
         client.connect()
         assert client.score(PROMPTS[:4], RESPONSES[:4]) == EXPECTED[:4]
@@ -133,7 +133,7 @@ def test_a_hedged_chunk_survives_the_failure_of_the_faster_endpoint(start_stub: 
 def test_rewards_in_another_order_than_the_texts_are_noticed_at_the_start(
     stub_reward_server: StubRewardServer,
 ) -> None:
-    stub_reward_server.script({"do": "reversed", "times": 100})
+    stub_reward_server.script([{"do": "reversed", "times": 100, "probes": True}])
     with (
         RewardClient(settings(stub_reward_server, check_order=True)) as client,
         pytest.raises(RewardRejected, match="another order than the texts"),
@@ -144,7 +144,8 @@ def test_rewards_in_another_order_than_the_texts_are_noticed_at_the_start(
 def test_a_server_that_keeps_the_order_passes_the_check(stub_reward_server: StubRewardServer) -> None:
     with RewardClient(settings(stub_reward_server, check_order=True)) as client:
         client.connect()
-    assert stub_reward_server.state["requests"] == 5
+    state = stub_reward_server.state
+    assert (state["probes"], state["requests"]) == (5, 0)
 
 
 def length(prompts: list[str], responses: list[str]) -> list[float]:

@@ -2,5 +2,6 @@
 
 from trainer.reward_client.client import RewardClient, Scores
 from trainer.reward_client.errors import RewardError, RewardRejected, RewardUnavailable
+from trainer.reward_client.remote_reward import RemoteReward
 
-__all__ = ["RewardClient", "RewardError", "RewardRejected", "RewardUnavailable", "Scores"]
+__all__ = ["RemoteReward", "RewardClient", "RewardError", "RewardRejected", "RewardUnavailable", "Scores"]
