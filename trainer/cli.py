@@ -16,6 +16,8 @@ import tyro
 from trainer import presets
 from trainer.config import ConfigError, DemoConfig, EvaluateConfig, PPOConfig, RewardModelConfig, SFTConfig
 
+REPEATABLE = ("--reward.url", "--reward.header")
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTED = 65
@@ -104,6 +106,8 @@ def parse(name: str, flags: Sequence[str]) -> Any:
     config_type = command.config_type
     file = _config_file(flags)
     settings = presets.unchecked_defaults(config_type, file) if file else config_type()
+    for flag in REPEATABLE:
+        flags = _gathered(flags, flag)
     parsed = tyro.cli(
         _CommandLine[config_type],  # type: ignore[valid-type]
         args=flags,
@@ -143,6 +147,23 @@ def _config_file(flags: Sequence[str]) -> Path | None:
         if flag.startswith("--config="):
             return Path(flag.removeprefix("--config="))
     return None
+
+
+def _gathered(flags: Sequence[str], name: str) -> list[str]:
+    """`--name A --name B` as `--name A B`: of a repeated flag, tyro would drop all values but the last."""
+    values: list[str] = []
+    others: list[str] = []
+    taking = False
+    for flag in flags:
+        if flag == name or flag.startswith(f"{name}="):
+            taking = True
+            values += [flag.removeprefix(f"{name}=")] if "=" in flag else []
+        elif taking and not flag.startswith("--"):
+            values.append(flag)
+        else:
+            taking = False
+            others.append(flag)
+    return [*others, name, *values] if values else list(flags)
 
 
 def _overview() -> str:

@@ -5,9 +5,10 @@ An impossible setting raises `ConfigError` with the numbers that clash; nothing 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -116,14 +117,67 @@ class GenerationSettings:
         _require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")
 
 
-@dataclass(frozen=True)
-class RewardSettings:
-    """Where rewards come from, and how long to wait for them."""
+EndpointKind = Literal[
+    "auto", "plaudit", "tei", "openrlhf", "vllm-classify", "vllm-pooling", "sglang", "hf-inference", "kserve"
+]
 
+
+@dataclass(frozen=True)
+class RewardComponent:
+    """One reward: who computes it, and its weight in the sum."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    """For lists of these in preset files: a misspelt key is an error."""
+
+    name: str = "reward"
+    """What the metrics call it."""
+    weight: float = 1.0
     url: tuple[str, ...] = ()
     """Base URL of a reward endpoint; several are used side by side."""
+    kind: EndpointKind = "auto"
+    """The protocol that the endpoints speak; found out by asking them unless given."""
     label: str | None = "POSITIVE"
     """Whose raw logit is the reward, by name."""
+    label_index: int | None = None
+    """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
+    model: str | None = None
+    """The model's name in requests, where one server has several (vllm, kserve)."""
+    accept_probabilities: bool = False
+    """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
+    header: tuple[str, ...] = ()
+    """Further request header, for example "X-Tenant: blue"."""
+    api_key_file: Path | None = None
+    """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
+    ca_file: Path | None = None
+    """PEM file of the certificate authority that signed an https endpoint's certificate."""
+    function: str | None = None
+    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async."""
+
+    def __post_init__(self) -> None:
+        for url in self.url:
+            _require(
+                url.startswith(("http://", "https://")),
+                f"reward.url={url!r} must start with http:// or https://, for example http://127.0.0.1:8000",
+            )
+        for line in self.header:
+            name, colon, _ = line.partition(":")
+            _require(
+                bool(colon and name.strip()), f"reward.header={line!r} must be a name and a value, as in X-Tenant: blue"
+            )
+        if self.function is not None:
+            module, _, name = self.function.partition(":")
+            _require(bool(module and name), f"reward.function={self.function!r} must be module:name")
+        _require(math.isfinite(self.weight), f"reward.weight={self.weight} must be finite")
+
+
+@dataclass(frozen=True)
+class RewardSettings(RewardComponent):
+    """Where rewards come from, and how long to wait for them."""
+
+    function_weight: float = 1.0
+    """The function's weight where there are URLs too; the sum of both is then the reward."""
+    also: tuple[RewardComponent, ...] = ()
+    """Further rewards to add, each with its own endpoints and weight (in a preset file)."""
     patience_s: float = 600.0
     """How long an endpoint may stay unavailable before the run checkpoints and exits 75."""
     request_timeout_s: float = 60.0
@@ -132,18 +186,48 @@ class RewardSettings:
     """Completions in one request."""
     max_in_flight: int = 8
     """Requests under way at once for each endpoint."""
-    api_key_file: Path | None = None
-    """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
+    hedge_after_s: float | None = None
+    """With several endpoints: ask a second one when the first has not answered after so long; the faster one counts."""
+    check_order: bool = True
+    """At the start, score four texts together and one by one, to see that rewards come back in the texts' order."""
     allow_revision_change: bool = False
     """Go on when the reward model changes in mid-run."""
 
     def __post_init__(self) -> None:
-        _positive(self, "patience_s", "request_timeout_s", "connect_timeout_s", "chunk_size", "max_in_flight")
-        for url in self.url:
+        super().__post_init__()
+        _positive(
+            self,
+            "patience_s",
+            "request_timeout_s",
+            "connect_timeout_s",
+            "chunk_size",
+            "max_in_flight",
+            "hedge_after_s",
+        )
+        _require(
+            self.hedge_after_s is None or self.hedge_after_s < self.request_timeout_s,
+            f"hedge_after_s={self.hedge_after_s} must be less than request_timeout_s={self.request_timeout_s}",
+        )
+        names = [component.name for component in self.components]
+        _require(len(set(names)) == len(names), f"rewards need different names, not {', '.join(names)}")
+        for component in self.also:
             _require(
-                url.startswith(("http://", "https://")),
-                f"reward.url={url!r} must start with http:// or https://, for example http://127.0.0.1:8000",
+                bool(component.url) != (component.function is not None),
+                f"reward.also {component.name!r} needs either url or function",
             )
+
+    @property
+    def components(self) -> tuple[RewardComponent, ...]:
+        """The rewards to add up, each either from URLs or from a function."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(RewardComponent)}
+        result: list[RewardComponent] = []
+        if self.url:
+            result.append(RewardComponent(**own | {"function": None}))
+        if self.function is not None:
+            name = self.function.partition(":")[2] if self.url else self.name
+            weight = self.function_weight if self.url else self.weight
+            result.append(RewardComponent(**own | {"url": (), "name": name, "weight": weight}))
+        return (*result, *self.also)
 
 
 @dataclass(frozen=True)

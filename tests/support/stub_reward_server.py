@@ -4,9 +4,13 @@ Its reward is a function of the text, so a lost, repeated or reordered reward sh
 prints one line of JSON with its ports when it listens; `StubRewardServer` starts, scripts, kills and restarts it.
 
 Script: a list of acts, one for each coming scoring request, each `{"do": NAME, "times": N, ...}`; afterwards it answers
-well. `score` (delay_s), `status` (status, headers, body), `hang` (before a byte, or `after` N bytes of the body),
-`drip` (delay_s a byte), `reset`, `wrong_count`, `reversed`, `literal` (text in place of the first reward), `revision`,
-`label`, `html`, `redirect` (location), `truncated_gzip`, `cut` (a body shorter than its Content-Length).
+well. An act with `when` is kept for requests that contain this text. `score` (delay_s), `status` (status, headers,
+body), `hang` (before a byte, or `after` N bytes of the body), `drip` (delay_s a byte), `reset`, `wrong_count`,
+`reversed`, `literal` (text in place of the first reward), `revision`, `label`, `html`, `redirect` (location),
+`truncated_gzip`, `cut` (a body shorter than its Content-Length).
+
+The texts by which a client checks the order of the rewards are always answered well and not counted among the requests,
+except by acts with `probes`.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import gzip
 import hashlib
 import http
 import json
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -25,6 +30,8 @@ from typing import Any
 MODEL = "stub"
 REVISION = "sha256:stub"
 LABELS = ["NEGATIVE", "POSITIVE"]
+PROBES = {"The film", "I", "This is", "It starts"}
+"""The prompts of `trainer.reward_client.source.ORDER_PROBES`."""
 
 
 def stub_reward(prompt: str, response: str) -> float:
@@ -38,36 +45,30 @@ class State:
     script: list[dict[str, Any]] = field(default_factory=list)
     ready: bool = True
     revision: str = REVISION
+    probes: int = 0
     requests: int = 0
     largest_request: int = 0
     scored: dict[str, int] = field(default_factory=dict)
-    authorization: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     in_flight: int = 0
     max_in_flight: int = 0
 
-    def next_act(self) -> dict[str, Any]:
-        while self.script and self.script[0].get("times", 1) <= 0:
-            self.script.pop(0)
-        if not self.script:
-            return {"do": "score"}
-        act = self.script[0]
-        act["times"] = act.get("times", 1) - 1
-        return act
+    def next_act(self, body: str) -> dict[str, Any]:
+        for act in self.script:
+            left = act.get("times", 1)
+            if left > 0 and act.get("when", "") in body:
+                act["times"] = left - 1
+                return act
+        return {"do": "score"}
 
 
 async def serve_rewards(state: State, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while (request := await read_request(reader)) is not None:
             method, path, headers, body = request
-            state.authorization = headers.get("authorization")
+            state.headers = headers
             if (method, path) == ("POST", "/v1/rewards"):
-                state.requests += 1
-                state.in_flight += 1
-                state.max_in_flight = max(state.max_in_flight, state.in_flight)
-                try:
-                    await act_out(state, state.next_act(), json.loads(body), writer)
-                finally:
-                    state.in_flight -= 1
+                await reward(state, json.loads(body), writer)
             elif path == "/livez" or (path == "/readyz" and state.ready):
                 await respond(writer, 200, b"{}")
             elif path == "/readyz":
@@ -80,6 +81,21 @@ async def serve_rewards(state: State, reader: asyncio.StreamReader, writer: asyn
         pass
     finally:
         writer.close()
+
+
+async def reward(state: State, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    if all(item["prompt"] in PROBES for item in request["items"]):
+        state.probes += 1
+        act = next((act for act in state.script if act.get("probes")), {"do": "score"})
+        await act_out(State(revision=state.revision), act, request, writer)
+        return
+    state.requests += 1
+    state.in_flight += 1
+    state.max_in_flight = max(state.max_in_flight, state.in_flight)
+    try:
+        await act_out(state, state.next_act(json.dumps(request)), request, writer)
+    finally:
+        state.in_flight -= 1
 
 
 def model_info(state: State) -> dict[str, Any]:
@@ -181,10 +197,14 @@ async def serve_control(state: State, reader: asyncio.StreamReader, writer: asyn
     writer.close()
 
 
-async def main(port: int) -> None:
+async def main(host: str, port: int, tls: list[str]) -> None:
     state = State()
-    public = await asyncio.start_server(lambda r, w: serve_rewards(state, r, w), "127.0.0.1", port)
-    control = await asyncio.start_server(lambda r, w: serve_control(state, r, w), "127.0.0.1", 0)
+    context = None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*tls)
+    public = await asyncio.start_server(lambda r, w: serve_rewards(state, r, w), host, port, ssl=context)
+    control = await asyncio.start_server(lambda r, w: serve_control(state, r, w), host, 0)
     print(json.dumps([server.sockets[0].getsockname()[1] for server in (public, control)]), flush=True)
     await asyncio.Event().wait()
 
@@ -192,19 +212,24 @@ async def main(port: int) -> None:
 class StubRewardServer:
     """The server's process, seen from a test."""
 
-    def __init__(self) -> None:
+    def __init__(self, *tls: Path, host: str = "127.0.0.1", wrapper: tuple[str, ...] = ()) -> None:
+        """`tls`: the files of a certificate and its key, to speak https. `wrapper`: a command to run it under."""
         self.port = 0
+        self._host = host
+        self._wrapper = wrapper
+        self._tls = tls
         self._process: subprocess.Popen[str] | None = None
         self.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self._host}:{self.port}"
 
     def start(self) -> None:
         """Start, on the same port as before if there was one; returns when it listens."""
         assert self._process is None
-        command = [sys.executable, str(Path(__file__)), "--port", str(self.port)]
+        command = [*self._wrapper, sys.executable, str(Path(__file__))]
+        command += ["--host", self._host, "--port", str(self.port), "--tls", *map(str, self._tls)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.port, self._control_port = json.loads(self._process.stdout.readline())
@@ -218,9 +243,9 @@ class StubRewardServer:
             self._process.stdout.close()
             self._process = None
 
-    def script(self, *acts: dict[str, Any]) -> None:
+    def script(self, acts: list[dict[str, Any]]) -> None:
         """What to do with the coming scoring requests, in order."""
-        self.set(script=list(acts))
+        self.set(script=acts)
 
     def set(self, **values: Any) -> None:
         self._control("POST", values)
@@ -239,7 +264,7 @@ class StubRewardServer:
 
     def _control(self, method: str, values: dict[str, Any] | None) -> dict[str, Any]:
         data = None if values is None else json.dumps(values).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self._control_port}/", data=data, method=method)
+        request = urllib.request.Request(f"http://{self._host}:{self._control_port}/", data=data, method=method)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.loads(response.read())
 
@@ -247,4 +272,7 @@ class StubRewardServer:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
-    asyncio.run(main(parser.parse_args().port))
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--tls", nargs="*", default=[])
+    arguments = parser.parse_args()
+    asyncio.run(main(arguments.host, arguments.port, arguments.tls))

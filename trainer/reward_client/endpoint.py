@@ -10,6 +10,8 @@ import httpx
 from pydantic import ValidationError
 
 from services.wire import ModelInfo, Problem, RewardItem, RewardResponse
+from trainer.config import RewardComponent
+from trainer.reward_client.dialects import DIALECTS, recognise
 from trainer.reward_client.dialects.base import BrokenBody, Dialect, UnusableAnswer
 from trainer.reward_client.errors import Exchange, RewardRejected
 
@@ -35,7 +37,7 @@ class Trouble(Exception):
 class Endpoint:
     """A reward server at one URL, and how it has been doing."""
 
-    def __init__(self, url: str, dialect: Dialect, http: httpx.AsyncClient, *, request_timeout_s: float) -> None:
+    def __init__(self, url: str, component: RewardComponent, http: httpx.AsyncClient, request_timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self.info: ModelInfo | None = None
         self.outstanding = 0
@@ -43,7 +45,8 @@ class Endpoint:
         """Failures since the last usable answer."""
         self.aside_until = 0.0
         """Loop time before which other endpoints are preferred."""
-        self._dialect = dialect
+        self._component = component
+        self._dialect: Dialect | None = None if component.kind == "auto" else DIALECTS[component.kind](component)
         self._http = http
         self._request_timeout_s = request_timeout_s
 
@@ -55,22 +58,27 @@ class Endpoint:
             return await self._exchange(exchange, min(DESCRIBE_TIMEOUT_S, self._request_timeout_s))
 
         try:
+            if self._dialect is None:
+                self._dialect = await recognise(self._component, get)
             self.info = await self._dialect.describe(get)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=Exchange("GET", self.url, "")) from error
         except UnusableAnswer as error:
-            raise RewardRejected(f"{self.url} doesn't speak the {self._dialect.name} protocol: {error}") from error
+            spoken = f" as {self._dialect.name}" if self._dialect else ""
+            raise RewardRejected(f"{self.url} can't be used{spoken}: {error}") from error
         return self.info
 
-    async def score(self, items: Sequence[RewardItem], label: str | None) -> tuple[RewardResponse, Exchange]:
+    async def score(self, items: Sequence[RewardItem]) -> tuple[RewardResponse, Exchange]:
         """One finite reward for each item, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
         info = self.info or await self.describe()
-        call = self._dialect.encode(items, label, info)
+        assert self._dialect is not None
+        label = self._component.label
+        call = self._dialect.encode(items)
         exchange = Exchange("POST", self.url + call.path, call.body.decode())
         body = await self._exchange(exchange, self._request_timeout_s)
         answered = _answered(exchange, 200, {}, body)
         try:
-            answer = self._dialect.decode(body, len(items), label, info)
+            answer = self._dialect.decode(body, info)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
         except UnusableAnswer as error:
@@ -116,11 +124,12 @@ class Endpoint:
                     answered,
                 )
             return response.content
-        if status in RETRIED_STATUSES | self._dialect.retried_statuses or (status >= 500 and status not in (501, 505)):
+        passing = self._dialect.retried_statuses if self._dialect else frozenset()
+        if status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505)):
             raise Trouble(
                 f"{self.url}: {status} {response.reason_phrase}: {_quote(response)}",
                 retry_after_s=_retry_after_s(response),
-                server_error=status == 500 or status in self._dialect.retried_statuses,
+                server_error=status == 500 or status in passing,
                 exchange=answered,
             )
         if response.is_redirect:

@@ -3,7 +3,8 @@
 A chunk goes to the endpoint with the least outstanding work. An endpoint that fails is set aside for a growing time and
 then probed by one request at a time; the chunk moves on at once if another endpoint is in good health, else it waits,
 with jitter, and no shorter than `Retry-After` asks. Patience is measured from the last usable answer, so it covers an
-endpoint's outage, not a long queue.
+endpoint's outage, not a long queue. With `hedge_after_s`, a slow chunk is also sent to a second healthy endpoint, one
+chunk at a time, and the faster answer counts: scoring a text twice changes nothing.
 
 A 500 is retried too, because it comes in bursts when a server is short of memory or restarts. But a chunk that is
 answered with it `MAX_SERVER_ERRORS` times while other chunks get their rewards is itself the reason: it is rejected.
@@ -19,7 +20,7 @@ from typing import TypeVar
 import stamina
 
 from services.wire import ModelInfo, RewardItem, RewardResponse
-from trainer.config import RewardSettings
+from trainer.config import RewardComponent, RewardSettings
 from trainer.reward_client.endpoint import Endpoint, Trouble
 from trainer.reward_client.errors import Exchange, RewardRejected, RewardUnavailable
 
@@ -31,15 +32,28 @@ WAIT_INITIAL_S = 0.1
 WAIT_MAX_S = 5.0
 WAIT_JITTER_S = 0.5
 ASIDE_MAX_S = 30.0
+ORDER_PROBES = [
+    RewardItem(
+        prompt="The film", response=" was all right, I suppose, though it could have ended half an hour earlier."
+    ),
+    RewardItem(prompt="I", response=" loved it."),
+    RewardItem(prompt="This is", response=" a terrible, boring waste of everyone's time."),
+    RewardItem(prompt="It starts", response=" at nine."),
+]
 
 
 class Source:
     """A reward and its endpoints. Everything here runs on one event loop."""
 
     def __init__(
-        self, settings: RewardSettings, endpoints: Sequence[Endpoint], on_wait: Callable[[str], None] | None
+        self,
+        component: RewardComponent,
+        settings: RewardSettings,
+        endpoints: Sequence[Endpoint],
+        on_wait: Callable[[str], None] | None,
     ) -> None:
         self.revision: str | None = None
+        self._component = component
         self._settings = settings
         self._endpoints = list(endpoints)
         self._on_wait = on_wait or (lambda message: None)
@@ -47,6 +61,7 @@ class Source:
         self._answered_at = float("-inf")
         self._in_flight = asyncio.Semaphore(settings.max_in_flight * len(self._endpoints))
         self._retries_in_flight = asyncio.Semaphore(len(self._endpoints))
+        self._hedging = asyncio.Lock()
 
     async def connect(self) -> ModelInfo:
         """Wait until an endpoint is ready. Raises `RewardUnavailable`, or `RewardRejected` if one never will be."""
@@ -63,12 +78,7 @@ class Source:
                 raise failures[0]
             return infos[0]
 
-        info = await self._patiently(attempt)
-        for endpoint in self._endpoints:
-            if endpoint.info is not None:
-                self._check_label(endpoint.url, endpoint.info)
-                self._check_revision(endpoint.url, endpoint.info.revision)
-        return info
+        return await self._patiently(attempt)
 
     async def score(self, items: Sequence[RewardItem]) -> RewardResponse:
         """The rewards of one chunk. Raises `RewardUnavailable` or `RewardRejected`."""
@@ -83,12 +93,42 @@ class Source:
 
     async def _describe(self, endpoint: Endpoint) -> ModelInfo:
         with self._watching(endpoint):
-            return await endpoint.describe()
+            info = await endpoint.describe()
+            try:
+                self._check_label(endpoint.url, info)
+                self._check_revision(endpoint.url, info.revision)
+                if self._settings.check_order:
+                    await _check_order(endpoint)
+            except BaseException:
+                endpoint.info = None
+                raise
+            return info
 
     async def _attempt(self, items: Sequence[RewardItem]) -> RewardResponse:
-        endpoint = self._choose()
+        first = self._choose()
+        if self._settings.hedge_after_s is None or len(self._endpoints) == 1:
+            return await self._ask(first, items)
+        asked = {asyncio.create_task(self._ask(first, items))}
+        try:
+            await asyncio.wait(asked, timeout=self._settings.hedge_after_s)
+            others = [e for e in self._endpoints if e is not first and e.failures == 0]
+            if any(task.done() for task in asked) or not others or self._hedging.locked():
+                return await next(iter(asked))
+            async with self._hedging:
+                asked.add(asyncio.create_task(self._ask(min(others, key=lambda e: e.outstanding), items)))
+                done, late = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+                if late and isinstance(next(iter(done)).exception(), Trouble):
+                    done, _ = await asyncio.wait(late)
+                return next(iter(done)).result()
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def _ask(self, endpoint: Endpoint, items: Sequence[RewardItem]) -> RewardResponse:
+        if endpoint.info is None:
+            await self._describe(endpoint)
         with self._watching(endpoint):
-            answer, exchange = await endpoint.score(items, self._settings.label)
+            answer, exchange = await endpoint.score(items)
         self._check_revision(endpoint.url, answer.revision, exchange)
         self._answered_at = asyncio.get_running_loop().time()
         return answer
@@ -192,8 +232,10 @@ class Source:
             self._retries_in_flight.release()
 
     def _check_label(self, url: str, info: ModelInfo) -> None:
-        label = self._settings.label
+        label = self._component.label
         there_are = ", ".join(info.labels)
+        if not info.labels:
+            return
         if label is None and info.default_label is None and len(info.labels) > 1:
             raise RewardRejected(
                 f"{url} serves {info.id} with several labels: choose one with --reward.label: {there_are}"
@@ -213,3 +255,23 @@ class Source:
                 )
             log.warning("%s answers with reward model revision %s, so far it was %s", url, revision, self.revision)
         self.revision = revision
+
+
+async def _check_order(endpoint: Endpoint) -> None:
+    """Raises `RewardRejected` if texts scored together get each other's rewards.
+
+    Scores may differ a little with the batch that they are computed in, so a reward is in its place within a tenth of
+    their spread. A judge that answers the same text differently each time passes.
+    """
+    together, exchange = await endpoint.score(ORDER_PROBES)
+    alone = [(await endpoint.score([item]))[0].rewards[0] for item in ORDER_PROBES]
+    tolerance = (max(alone) - min(alone)) / 10
+
+    def alike(left: Sequence[float], right: Sequence[float]) -> bool:
+        return all(abs(a - b) <= tolerance for a, b in zip(left, right, strict=True))
+
+    if alike(sorted(together.rewards), sorted(alone)) and not alike(together.rewards, alone):
+        raise RewardRejected(
+            f"{endpoint.url} gives rewards in another order than the texts: together {together.rewards}, alone {alone}",
+            exchange,
+        )

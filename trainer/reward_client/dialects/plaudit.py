@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from services.wire import MODEL_PATH, READYZ_PATH, REWARDS_PATH, ModelInfo, RewardItem, RewardRequest, RewardResponse
+from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import BrokenBody, Call, Get, UnusableAnswer
 
 Message = TypeVar("Message", bound=BaseModel)
@@ -15,14 +16,18 @@ class Plaudit:
     name = "plaudit"
     retried_statuses: frozenset[int] = frozenset()
 
+    def __init__(self, component: RewardComponent) -> None:
+        self._component = component
+
     async def describe(self, get: Get) -> ModelInfo:
         await get(READYZ_PATH)
         return _parse(ModelInfo, await get(MODEL_PATH))
 
-    def encode(self, items: Sequence[RewardItem], label: str | None, info: ModelInfo) -> Call:
-        return Call(REWARDS_PATH, RewardRequest(items=list(items), label=label).model_dump_json().encode())
+    def encode(self, items: Sequence[RewardItem]) -> Call:
+        request = RewardRequest(items=list(items), label=self._component.label)
+        return Call(REWARDS_PATH, request.model_dump_json().encode())
 
-    def decode(self, body: bytes, count: int, label: str | None, info: ModelInfo) -> RewardResponse:
+    def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
         return _parse(RewardResponse, body)
 
 

@@ -1,0 +1,61 @@
+"""The real reward service in a process of its own, to be killed and restarted by tests."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+READY_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class RewardService:
+    """`python -m services.reward` on a port that stays the same over restarts."""
+
+    def __init__(self, model: Path, *flags: str, api_key: str | None = None, wrapper: tuple[str, ...] = ()) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._model = model
+        self._flags = flags
+        self._wrapper = wrapper
+        self._environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        if api_key is not None:
+            self._environment["REWARD_API_KEY"] = api_key
+        self._process: subprocess.Popen[str] | None = None
+        self.begin()
+        self.wait_until_ready()
+
+    def begin(self, model: Path | None = None) -> None:
+        """Start the process and don't wait for it."""
+        assert self._process is None
+        command = [sys.executable, "-m", "services.reward", "--model", str(model or self._model)]
+        where = ["--port", str(self.port), "--threads", "1"]
+        self._process = subprocess.Popen(
+            [*self._wrapper, *command, *where, *self._flags], stdout=subprocess.PIPE, text=True, env=self._environment
+        )
+
+    def wait_until_ready(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert json.loads(line)["event"] == "ready", line
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """Send the signal and wait for the end; the exit code."""
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        code = self._process.wait(timeout=60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process = None
+        return code

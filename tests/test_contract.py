@@ -1,0 +1,97 @@
+"""The real client against the real service, over real HTTP."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.support.reward_service import RewardService
+from tests.support.tiny_models import tiny_classifier_dir
+from trainer.config import RewardSettings
+from trainer.reward_client import RewardClient, RewardRejected
+
+PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(100)]
+RESPONSES = [f"{word} and the plot number {i}" for i, word in enumerate(["good", "bad", "great", "awful"] * 25)]
+KEY = "a secret of the test"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_classifier_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def service(model_dir: Path) -> Iterator[RewardService]:
+    running = RewardService(model_dir, "--max-items", "16", "--max-text-chars", "500", api_key=KEY)
+    yield running
+    running.kill()
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLAUDIT_REWARD_API_KEY", KEY)
+
+
+def settings(service: RewardService, **changes: Any) -> RewardSettings:
+    return RewardSettings(url=(service.url,), patience_s=60.0, **changes)
+
+
+def test_the_client_gets_the_logits_that_transformers_computes(service: RewardService, model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForSequenceClassification.from_pretrained(model_dir).eval()
+    with torch.no_grad():
+        expected = [
+            model(**tokenizer(p + r, return_tensors="pt", truncation=True)).logits[0].tolist()
+            for p, r in zip(PROMPTS, RESPONSES, strict=True)
+        ]
+    for index, label in enumerate(["NEGATIVE", "POSITIVE"]):
+        with RewardClient(settings(service, label=label)) as client:
+            info = client.connect()
+            assert client.score(PROMPTS, RESPONSES) == pytest.approx([row[index] for row in expected], abs=1e-4)
+            assert client.revision == info.revision
+
+
+def test_chunks_keep_to_the_services_limit(service: RewardService) -> None:
+    with RewardClient(settings(service, chunk_size=1000)) as client:
+        assert client.connect().limits.max_items == 16
+        assert len(client.score(PROMPTS, RESPONSES)) == 100
+
+
+def test_an_unknown_label_is_answered_with_those_there_are(service: RewardService) -> None:
+    with RewardClient(settings(service, label="GOOD")) as client, pytest.raises(RewardRejected) as caught:
+        client.connect()
+    assert all(word in str(caught.value) for word in ("GOOD", "NEGATIVE", "POSITIVE"))
+
+
+def test_a_missing_key_is_refused_with_where_to_put_it(service: RewardService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PLAUDIT_REWARD_API_KEY")
+    with RewardClient(settings(service)) as client, pytest.raises(RewardRejected, match="PLAUDIT_REWARD_API_KEY"):
+        client.connect()
+
+
+def test_a_text_that_is_too_long_is_refused_with_the_services_words(service: RewardService) -> None:
+    with RewardClient(settings(service)) as client:
+        client.connect()
+        with pytest.raises(RewardRejected, match=r"items\[1\] has a text of more than 500 characters") as caught:
+            client.score(["a", "b"], ["c", "d" * 501])
+    assert caught.value.exchange is not None
+    assert caught.value.exchange.status is not None
+    assert 400 <= caught.value.exchange.status < 500
+
+
+def test_other_weights_after_a_restart_stop_the_run_and_a_clean_end_has_exit_code_0(tmp_path: Path) -> None:
+    service = RewardService(tiny_classifier_dir(tmp_path / "one", seed=1), api_key=KEY)
+    try:
+        with RewardClient(settings(service)) as client:
+            client.connect()
+            client.score(PROMPTS[:4], RESPONSES[:4])
+            assert service.kill(signal.SIGTERM) == 0
+            service.begin(tiny_classifier_dir(tmp_path / "two", seed=2))
+            with pytest.raises(RewardRejected, match="revision"):
+                client.score(PROMPTS[:4], RESPONSES[:4])
+    finally:
+        service.kill()

@@ -1,0 +1,315 @@
+"""Several endpoints, several rewards, functions, headers and TLS."""
+
+import asyncio
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.stub_reward_server import StubRewardServer, stub_reward
+from trainer.config import ConfigError, RewardComponent, RewardSettings
+from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable, source
+
+PROMPTS = [f"prompt {i}" for i in range(40)]
+RESPONSES = [f" response {i}" for i in range(40)]
+EXPECTED = [stub_reward(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+HERE = __name__
+
+Start = Callable[[], StubRewardServer]
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "WAIT_INITIAL_S", 0.01)
+    monkeypatch.setattr(source, "WAIT_MAX_S", 0.05)
+    monkeypatch.setattr(source, "WAIT_JITTER_S", 0.01)
+
+
+def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
+    values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 4, "check_order": False} | changes
+    return RewardSettings(url=tuple(server.url for server in servers), **values)  # type: ignore[arg-type]
+
+
+def test_work_goes_to_the_endpoint_with_the_least_outstanding(start_stub: Start) -> None:
+    slow, fast = start_stub(), start_stub()
+    slow.script([{"do": "score", "delay_s": 2.0, "times": 100}])
+    with RewardClient(settings(slow, fast, max_in_flight=1)) as client:
+        client.connect()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+    assert slow.state["requests"] < fast.state["requests"]
+    assert slow.state["requests"] + fast.state["requests"] == 10
+
+
+def test_a_dead_endpoint_is_set_aside_and_taken_up_again_when_it_is_back(start_stub: Start) -> None:
+    first, second = start_stub(), start_stub()
+    with RewardClient(settings(first, second)) as client:
+        client.connect()
+        first.kill()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+        assert second.state["requests"] == 10
+        first.start()
+        while not first.state["requests"]:
+            assert client.score(PROMPTS, RESPONSES) == EXPECTED
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+
+
+def test_a_chunk_moves_on_at_once_when_its_endpoint_fails(start_stub: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "WAIT_INITIAL_S", 30.0)
+    first, second = start_stub(), start_stub()
+    for server in (first, second):
+        server.script([{"do": "status", "status": 503, "headers": {"Retry-After": "60"}, "when": "prompt 0"}])
+    second.script([])
+    said: list[str] = []
+    with RewardClient(settings(first, second), on_wait=said.append) as client:
+        client.connect()
+        started = time.monotonic()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+    assert time.monotonic() - started < 15
+    assert said == []
+
+
+def test_one_endpoint_may_be_down_at_the_start_and_join_later(start_stub: Start) -> None:
+    first, second = start_stub(), start_stub()
+    first.kill()
+    with RewardClient(settings(first, second)) as client:
+        client.connect()
+        first.start()
+        while not first.state["requests"]:
+            assert client.score(PROMPTS, RESPONSES) == EXPECTED
+
+
+def test_an_endpoint_that_joins_with_another_model_is_refused(start_stub: Start) -> None:
+    first, second = start_stub(), start_stub()
+    second.set(revision="sha256:other")
+    with RewardClient(settings(first, second)) as client, pytest.raises(RewardRejected, match="sha256:other"):
+        client.connect()
+
+
+def test_all_endpoints_dead_for_longer_than_the_patience_is_unavailable(start_stub: Start) -> None:
+    servers = [start_stub(), start_stub()]
+    with RewardClient(settings(*servers, patience_s=0.5)) as client:
+        client.connect()
+        for server in servers:
+            server.kill()
+        with pytest.raises(RewardUnavailable):
+            client.score(PROMPTS, RESPONSES)
+
+
+def test_repeated_requests_go_out_one_at_a_time_while_the_endpoint_fails(stub_reward_server: StubRewardServer) -> None:
+    delay_s, patience_s = 0.1, 1.5
+    with RewardClient(settings(stub_reward_server, patience_s=patience_s)) as client:
+        client.connect()
+        stub_reward_server.script([{"do": "status", "status": 503, "delay_s": delay_s, "times": 1000}])
+        with pytest.raises(RewardUnavailable):
+            client.score(PROMPTS[:32], RESPONSES[:32])
+    first_tries = 8
+    assert stub_reward_server.state["requests"] <= first_tries + patience_s / delay_s + 1
+
+
+def test_a_slow_chunk_is_hedged_and_the_faster_answer_counts(start_stub: Start) -> None:
+    stuck, healthy = start_stub(), start_stub()
+    stuck.script([{"do": "hang", "when": "prompt", "times": 1}])
+    with RewardClient(settings(stuck, healthy, hedge_after_s=0.2, request_timeout_s=60.0)) as client:
+        client.connect()
+        started = time.monotonic()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+    assert time.monotonic() - started < 20
+    assert stuck.state["requests"] + healthy.state["requests"] >= 11
+
+
+def test_a_hedged_chunk_survives_the_failure_of_the_faster_endpoint(start_stub: Start) -> None:
+    slow, failing = start_stub(), start_stub()
+    slow.script([{"do": "score", "delay_s": 1.0, "times": 9}])
+    failing.script([{"do": "status", "status": 503, "times": 9}])
+    with RewardClient(settings(slow, failing, hedge_after_s=0.2)) as client:
+        client.connect()
+        assert client.score(PROMPTS[:4], RESPONSES[:4]) == EXPECTED[:4]
+
+
+def test_rewards_in_another_order_than_the_texts_are_noticed_at_the_start(
+    stub_reward_server: StubRewardServer,
+) -> None:
+    stub_reward_server.script([{"do": "reversed", "times": 100, "probes": True}])
+    with (
+        RewardClient(settings(stub_reward_server, check_order=True)) as client,
+        pytest.raises(RewardRejected, match="another order than the texts"),
+    ):
+        client.connect()
+
+
+def test_a_server_that_keeps_the_order_passes_the_check(stub_reward_server: StubRewardServer) -> None:
+    with RewardClient(settings(stub_reward_server, check_order=True)) as client:
+        client.connect()
+    state = stub_reward_server.state
+    assert (state["probes"], state["requests"]) == (5, 0)
+
+
+def length(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
+async def length_async(prompts: list[str], responses: list[str]) -> list[int]:
+    await asyncio.sleep(0)
+    return [len(response) for response in responses]
+
+
+def one_short(prompts: list[str], responses: list[str]) -> list[float]:
+    return length(prompts, responses)[1:]
+
+
+def not_a_number(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float("nan")] * len(responses)
+
+
+def nothing(prompts: list[str], responses: list[str]) -> list[float | None]:
+    return [None] * len(responses)
+
+
+def raises(prompts: list[str], responses: list[str]) -> list[float]:
+    raise KeyError("lost")
+
+
+never = threading.Event()
+
+
+def hangs(prompts: list[str], responses: list[str]) -> list[float]:
+    never.wait()
+    return []
+
+
+@pytest.fixture(autouse=True)
+def functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "my_rewards", sys.modules[HERE])
+
+
+@pytest.mark.parametrize("name", ["length", "length_async"])
+def test_a_function_is_a_reward_sync_or_async(name: str) -> None:
+    with RewardClient(RewardSettings(function=f"my_rewards:{name}", chunk_size=7)) as client:
+        info = client.connect()
+        assert client.score(PROMPTS, RESPONSES) == [float(len(response)) for response in RESPONSES]
+    assert info.revision.startswith("function:")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_short", "got 4 texts and gave 3 numbers"),
+        ("not_a_number", "not finite"),
+        ("nothing", "no list of numbers"),
+        ("raises", "KeyError: 'lost'"),
+    ],
+)
+def test_a_functions_failure_is_never_a_number(name: str, message: str) -> None:
+    with RewardClient(RewardSettings(function=f"my_rewards:{name}")) as client:
+        client.connect()
+        with pytest.raises(RewardRejected, match=message):
+            client.score(PROMPTS[:4], RESPONSES[:4])
+
+
+def test_a_function_that_hangs_is_unavailable_after_the_timeout() -> None:
+    with RewardClient(RewardSettings(function="my_rewards:hangs", request_timeout_s=0.2)) as client:
+        client.connect()
+        with pytest.raises(RewardUnavailable, match=r"took more than 0\.2 s"):
+            client.score(PROMPTS[:4], RESPONSES[:4])
+    never.set()
+
+
+@pytest.mark.parametrize("name", ["my_rewards:missing", "no_such_module:f", "my_rewards:EXPECTED"])
+def test_a_function_that_is_not_there_is_refused_when_built(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        RewardClient(RewardSettings(function=name))
+
+
+def test_several_rewards_are_weighted_and_each_is_told_by_name(start_stub: Start) -> None:
+    first, second = start_stub(), start_stub()
+    mixed = settings(
+        first,
+        name="sentiment",
+        weight=2.0,
+        function="my_rewards:length",
+        function_weight=-0.5,
+        also=(RewardComponent(name="negative", url=(second.url,), label="NEGATIVE", weight=3.0),),
+    )
+    with RewardClient(mixed) as client:
+        client.connect()
+        scores = client.submit_components(PROMPTS, RESPONSES).result(timeout=60)
+        assert client.revision.startswith("sentiment=sha256:stub, length=function:")
+    lengths = [float(len(response)) for response in RESPONSES]
+    assert scores.components == {"sentiment": EXPECTED, "length": lengths, "negative": EXPECTED}
+    assert scores.totals == pytest.approx([2 * e - 0.5 * n + 3 * e for e, n in zip(EXPECTED, lengths, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"also": (RewardComponent(name="reward", function="a:b"),), "function": "c:reward"}, "different names"),
+        ({"also": (RewardComponent(name="empty"),)}, "needs either url or function"),
+        ({"url": ("127.0.0.1:8000",)}, "http://"),
+        ({"function": "no_colon"}, "module:name"),
+        ({"header": ("novalue",)}, "X-Tenant: blue"),
+        ({"weight": float("nan")}, "finite"),
+        ({"hedge_after_s": 99.0}, "request_timeout_s=60"),
+        ({"max_in_flight": 0}, "greater than 0"),
+    ],
+)
+def test_settings_that_cannot_work_fail_when_built(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RewardSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_an_https_endpoint_is_trusted_by_its_own_authority_and_not_otherwise(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    openssl = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    done = subprocess.run([*openssl, *names, "-keyout", key, "-out", certificate], capture_output=True)
+    if done.returncode:
+        pytest.skip("openssl can't make a certificate here")
+    server = StubRewardServer(certificate, key)
+    try:
+        with RewardClient(settings(server, ca_file=certificate)) as client:
+            client.connect()
+            assert client.score(PROMPTS, RESPONSES) == EXPECTED
+        with (
+            RewardClient(settings(server)) as client,
+            pytest.raises(RewardRejected, match="not trusted"),
+        ):
+            client.connect()
+        with pytest.raises(ConfigError, match="missing"):
+            RewardClient(settings(server, ca_file=tmp_path / "missing.pem"))
+    finally:
+        server.kill()
+
+
+def test_custom_headers_are_sent(stub_reward_server: StubRewardServer) -> None:
+    with RewardClient(settings(stub_reward_server, header=("X-Tenant: blue", "X-Empty:"))) as client:
+        client.connect()
+    headers = stub_reward_server.state["headers"]
+    assert (headers["x-tenant"], headers["x-empty"]) == ("blue", "")
+
+
+def test_every_text_is_scored_once_when_nothing_fails(start_stub: Start) -> None:
+    servers = [start_stub() for _ in range(3)]
+    with RewardClient(settings(*servers)) as client:
+        client.connect()
+        client.score(PROMPTS, RESPONSES)
+    scored = Counter[str]()
+    for server in servers:
+        scored.update(server.state["scored"])
+    assert scored == Counter(f"{p}|{r}" for p, r in zip(PROMPTS, RESPONSES, strict=True))
