@@ -35,15 +35,8 @@ class EvaluationResult:
 
 def run(config: EvaluateConfig) -> EvaluationResult:
     """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
-    policy, tokenizer = _load(config)
-    prompts = load_prompts(
-        config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts
-    )
-    if len(prompts) < config.n_prompts:
-        raise ConfigError(
-            f"n_prompts={config.n_prompts} but data={config.dataset.data!r} has {len(prompts)} held-out prompts; "
-            "ask for fewer, or raise --held-out-fraction as every stage of the run had it"
-        )
+    policy, tokenizer = load_pair(config)
+    prompts = held_out_prompts(config, tokenizer)
     draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
     console = Console()
     with RewardClient(
@@ -61,7 +54,7 @@ def run(config: EvaluateConfig) -> EvaluationResult:
     return result
 
 
-def _load(config: EvaluateConfig) -> tuple[Policy, Any]:
+def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
     """The policy after PPO, whose reference is the policy before, and their tokenizer."""
     import peft
 
@@ -79,6 +72,19 @@ def _load(config: EvaluateConfig) -> tuple[Policy, Any]:
     else:
         policy = Policy(load_causal_lm(after), reference=load_causal_lm(before))
     return policy.eval(), load_tokenizer(before)
+
+
+def held_out_prompts(config: EvaluateConfig, tokenizer: Any) -> Prompts:
+    """As many as were asked for. Raises `ConfigError` if there are fewer."""
+    prompts = load_prompts(
+        config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts
+    )
+    if len(prompts) < config.n_prompts:
+        raise ConfigError(
+            f"n_prompts={config.n_prompts} but data={config.dataset.data!r} has {len(prompts)} held-out prompts; "
+            "ask for fewer, or use a larger source"
+        )
+    return prompts
 
 
 @torch.no_grad()
