@@ -62,7 +62,7 @@ COMMANDS = {
         EvaluateConfig,
         "trainer.stages.evaluate",
         "judge a policy before and after PPO on held-out prompts",
-        "plaudit evaluate --policy lvwerra/gpt2-imdb --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
+        "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
     ),
     "demo": Command(
         DemoConfig,

@@ -481,9 +481,10 @@ class EvaluateConfig:
     """Judge a policy before and after PPO on held-out prompts, with the same seeds."""
 
     after: str = "runs/ppo"
-    """What `plaudit ppo` wrote; a directory of a whole model will do too."""
-    policy: str = "lvwerra/gpt2-imdb"
-    """Before: the directory or hub id that `plaudit ppo` started from. Also the reference of KL and perplexity."""
+    """The directory that `plaudit ppo` wrote, or that of a whole model."""
+    policy: str | None = None
+    """Before: the directory or hub id that `plaudit ppo` started from; also the reference of KL and perplexity. Not
+    given means the one that the adapters name."""
     output_dir: Path = Path("runs/evaluation")
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)

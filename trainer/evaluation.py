@@ -18,9 +18,11 @@ class Answers:
     texts: tuple[str, ...]
     rewards: tuple[float, ...]
     logprobs: tuple[float, ...]
-    """log p(response | prompt) under the policy that wrote it, summed over its tokens, in nats."""
+    """log p(response | prompt) under the distribution it was sampled from, summed over its tokens, in nats."""
     reference_logprobs: tuple[float, ...]
-    """The same under the reference."""
+    """The same under the reference, sampled the same way."""
+    plain_reference_logprobs: tuple[float, ...]
+    """The same under the reference as it is, with neither temperature nor truncation."""
     token_counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -103,8 +105,8 @@ def compare(before: Answers, after: Answers) -> Evaluation:
         ),
         kl=sequence_kl(after.logprobs, after.reference_logprobs),
         perplexity=Change(
-            perplexity(before.reference_logprobs, before.token_counts),
-            perplexity(after.reference_logprobs, after.token_counts),
+            perplexity(before.plain_reference_logprobs, before.token_counts),
+            perplexity(after.plain_reference_logprobs, after.token_counts),
         ),
         distinct_responses=CountChange(distinct(before.texts), distinct(after.texts)),
     )

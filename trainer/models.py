@@ -355,17 +355,6 @@ def merge_adapters(adapters: Path, directory: Path) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer beside a model; end of text pads where it has no padding token. Raises `ModelNotFound`."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"policy={str(path)!r}: no tokenizer ({' '.join(str(error).split())})") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a model's directory or of a hub id, with a pad token. Raises `ModelNotFound`."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))

@@ -9,13 +9,16 @@ import pytest
 from trainer.evaluation import Answers, compare, distinct, mean_ci95, perplexity, sequence_kl, summary
 
 
-def answers(rewards, texts=None, logprobs=None, reference_logprobs=None, token_counts=None) -> Answers:
+def answers(
+    rewards, texts=None, logprobs=None, reference_logprobs=None, plain_reference_logprobs=None, token_counts=None
+) -> Answers:
     n = len(rewards)
     return Answers(
         texts=tuple(texts or [f"answer {i}" for i in range(n)]),
         rewards=tuple(rewards),
         logprobs=tuple(logprobs or [-1.0] * n),
         reference_logprobs=tuple(reference_logprobs or [-1.0] * n),
+        plain_reference_logprobs=tuple(plain_reference_logprobs or reference_logprobs or [-1.0] * n),
         token_counts=tuple(token_counts or [1] * n),
     )
 
@@ -93,6 +96,14 @@ def test_kl_and_perplexity_come_from_the_right_policy():
     assert result.perplexity.before == pytest.approx(math.e)
     assert result.perplexity.after == pytest.approx(math.exp(1.5))
     assert result.perplexity.ratio == pytest.approx(math.exp(0.5))
+
+
+def test_a_sampling_temperature_changes_the_kl_but_not_the_perplexity():
+    plain = {"plain_reference_logprobs": [-2.0, -2.0], "token_counts": [2, 2]}
+    after = answers([0.0, 0.0], logprobs=[-0.5, -0.5], reference_logprobs=[-1.5, -1.5], **plain)
+    result = compare(answers([0.0, 0.0], **plain), after)
+    assert result.kl == 1.0
+    assert result.perplexity.after == pytest.approx(math.e)
 
 
 def test_the_json_has_exactly_the_documented_fields():

@@ -32,6 +32,7 @@ def answers(rewards: list[float], word: str) -> Answers:
         rewards=tuple(rewards),
         logprobs=(-10.0,) * n,
         reference_logprobs=(-12.5,) * n,
+        plain_reference_logprobs=(-12.5,) * n,
         token_counts=(5,) * n,
     )
 

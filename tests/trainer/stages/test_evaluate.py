@@ -1,0 +1,170 @@
+"""Before against after: the same prompts, the same random numbers, and nothing made up about either."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from tests.support.stub_reward_server import StubRewardServer, stub_reward
+from tests.support.tiny_models import save, tiny_gpt2
+from trainer import cli
+from trainer.config import ConfigError, DataSettings, EvaluateConfig, GenerationSettings, LoraSettings, RewardSettings
+from trainer.metrics import KL, REWARD_MEAN, MetricsLog
+from trainer.models import add_lora
+from trainer.rollout import Draws, generate
+from trainer.stages import evaluate
+
+N = 20
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tiny_gpt2(), tmp_path_factory.mktemp("policy"))
+
+
+def save_adapters(policy_dir: Path, path: Path, *, trained: bool) -> Path:
+    model = add_lora(tiny_gpt2(), LoraSettings(r=4))
+    model.peft_config["default"].base_model_name_or_path = str(policy_dir)
+    if trained:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapters(policy_dir, tmp_path_factory.mktemp("trained"), trained=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path, trained: Path, stub_reward_server: StubRewardServer) -> EvaluateConfig:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(f"Film number {i} " + "was a film that I saw. " * 12 for i in range(80)))
+    return EvaluateConfig(
+        after=str(trained),
+        output_dir=tmp_path / "out",
+        dataset=DataSettings(data=str(texts), held_out_fraction=0.5),
+        generation=GenerationSettings(batch_size=8),
+        reward=RewardSettings(url=(stub_reward_server.url,)),
+        n_prompts=N,
+    )
+
+
+def test_untrained_adapters_change_nothing(config, policy_dir, tmp_path):
+    untrained = save_adapters(policy_dir, tmp_path / "untrained", trained=False)
+    result = evaluate.run(dataclasses.replace(config, after=str(untrained)))
+    assert all(row.response_before == row.response_after for row in result.samples)
+    assert result.evaluation.reward.difference.mean == 0
+    assert result.evaluation.kl == pytest.approx(0, abs=1e-4)
+    assert result.evaluation.perplexity.ratio == pytest.approx(1)
+
+
+def test_trained_adapters_answer_otherwise_and_cost_kl(config):
+    result = evaluate.run(config)
+    assert any(row.response_before != row.response_after for row in result.samples)
+    assert result.evaluation.kl > 0
+
+
+def test_every_reward_is_that_of_its_own_prompt_and_response(config):
+    for row in evaluate.run(config).samples:
+        assert row.reward_before == pytest.approx(stub_reward(row.query, row.response_before))
+        assert row.reward_after == pytest.approx(stub_reward(row.query, row.response_after))
+
+
+def test_a_whole_model_is_judged_like_the_adapters_it_was_merged_from(config, policy_dir, trained, tmp_path):
+    merged = peft.PeftModel.from_pretrained(tiny_gpt2(), str(trained)).merge_and_unload()
+    save(merged, tmp_path / "merged")
+    whole = evaluate.run(dataclasses.replace(config, after=str(tmp_path / "merged"), policy=str(policy_dir)))
+    adapters = evaluate.run(config)
+    assert whole.samples == adapters.samples
+    assert whole.evaluation.kl == pytest.approx(adapters.evaluation.kl, abs=1e-3)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20}])
+def test_the_perplexity_is_that_of_the_plain_reference_however_responses_were_sampled(config, policy_dir, sampling):
+    config = dataclasses.replace(config, generation=dataclasses.replace(config.generation, **sampling))
+    config = dataclasses.replace(config, n_prompts=2)
+    loss, tokens = 0.0, 0
+    policy, tokenizer = evaluate.load_pair(config)
+    prompts, settings = evaluate.held_out_prompts(config, tokenizer), config.generation
+    draws = Draws.of(settings, 2, seed=config.seed, step=0)
+    samples = generate(policy.language_model, prompts.token_ids, draws, settings, tokenizer)
+    reference = tiny_gpt2()
+    for query, row, mask in zip(prompts.token_ids, samples.response_ids, samples.mask, strict=True):
+        response = row[mask].tolist()
+        labels = torch.tensor([[-100] * len(query) + response])
+        loss += reference(torch.tensor([query + response]), labels=labels).loss.item() * len(response)
+        tokens += len(response)
+    assert evaluate.run(config).evaluation.perplexity.after == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+
+
+def test_truncated_sampling_still_gives_a_kl_that_is_finite_and_positive(config):
+    generation = GenerationSettings(batch_size=8, temperature=0.7, top_k=20)
+    kl = evaluate.run(dataclasses.replace(config, generation=generation)).evaluation.kl
+    assert 0 < kl < math.inf
+
+
+def test_the_same_seed_gives_the_same_figures_and_the_batch_size_does_not_matter(config):
+    first = evaluate.run(config)
+    again = evaluate.run(dataclasses.replace(config, generation=GenerationSettings(batch_size=7)))
+    assert again.samples == first.samples
+    assert again.evaluation.kl == pytest.approx(first.evaluation.kl, abs=1e-4)
+    assert evaluate.run(dataclasses.replace(config, seed=1)).samples != first.samples
+
+
+def test_the_files_hold_what_was_found(config, trained):
+    with MetricsLog(trained, tensorboard=False) as log:
+        for step in range(3):
+            log.write(step, {REWARD_MEAN: float(step), KL: 0.1 * step})
+    result = evaluate.run(config)
+    document = json.loads((config.output_dir / "evaluation.json").read_text())
+    assert document["n"] == N
+    assert document["kl"] == result.evaluation.kl
+    assert document["reward"]["difference"]["mean"] == result.evaluation.reward.difference.mean
+    with (config.output_dir / "samples.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["response_after"] for row in rows] == [row.response_after for row in result.samples]
+    report = (config.output_dir / "report.html").read_text()
+    assert "3 PPO steps" in report
+
+
+def test_the_console_shows_the_table_and_where_the_report_is(config, capsys):
+    evaluate.run(config)
+    printed = capsys.readouterr().out
+    for words in ("reward, mean", "distinct responses", "query", str(config.output_dir / "report.html")):
+        assert words in printed
+
+
+def test_more_prompts_than_there_are_is_refused_with_both_numbers(config):
+    with pytest.raises(ConfigError, match=r"n_prompts=500 but .* has \d+ held-out prompts"):
+        evaluate.run(dataclasses.replace(config, n_prompts=500))
+
+
+def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
+    assert cli.run(["evaluate", "--after", str(tmp_path), "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"plaudit evaluate: after='{tmp_path}' holds neither adapters nor a model")
+
+
+def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(config, capsys):
+    flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
+    code = cli.run(["evaluate", *flags, "--reward.url", *config.reward.url, "--reward.label", "HAPPY"])
+    assert code == cli.EXIT_REJECTED
+    line = capsys.readouterr().err.splitlines()[-1]
+    for words in ("HAPPY", "NEGATIVE", "POSITIVE"):
+        assert words in line
+
+
+def test_a_reward_service_that_is_not_there_ends_with_code_75(config, capsys):
+    flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
+    code = cli.run(["evaluate", *flags, "--reward.url", "http://127.0.0.1:9", "--reward.patience-s", "0.2"])
+    assert code == cli.EXIT_UNAVAILABLE
+    assert "127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
