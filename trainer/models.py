@@ -323,9 +323,7 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
 ) -> Any:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
-    looks_local = Path(path).is_absolute() or str(path).startswith(".") or str(path).count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise ModelNotFound(f"policy={str(path)!r}: no such directory")
+    _require_reachable(path)
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -338,7 +336,7 @@ def load_causal_lm(
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
     except OSError as error:
-        raise ModelNotFound(f"policy={str(path)!r}: {' '.join(str(error).split())}") from error
+        raise _not_found(path, "model", error) from error
     return model if quantization is not None else model.to(device)
 
 
@@ -356,11 +354,25 @@ def merge_adapters(adapters: Path, directory: Path) -> None:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a model's directory or of a hub id, with a pad token. Raises `ModelNotFound`."""
+    _require_reachable(path)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelNotFound(f"policy={str(path)!r} has no tokenizer that loads: {reason:.300}") from error
+        raise _not_found(path, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _require_reachable(path: str | Path) -> None:
+    """Raises `ModelNotFound` for a directory that isn't there, before the hub is asked about it and tried again."""
+    parent = Path(path).parent
+    is_path = Path(path).is_absolute() or len(Path(path).parts) > 2 or str(path).startswith(".")
+    if not Path(path).is_dir() and (is_path or (parent != Path() and parent.is_dir())):
+        raise ModelNotFound(f"policy={str(path)!r}: no such directory; name one with a model in it, or a hub id")
+
+
+def _not_found(path: str | Path, what: str, error: Exception) -> ModelNotFound:
+    where = "directory" if Path(path).is_dir() else "directory here, and no hub id that can be reached,"
+    reason = " ".join(str(error).split())
+    return ModelNotFound(f"policy={str(path)!r} is no {where} with a {what} that loads ({reason:.160})")

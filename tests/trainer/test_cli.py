@@ -123,9 +123,20 @@ def test_a_data_file_that_cannot_be_read_is_one_line(tmp_path, capsys, content, 
     assert message in line
 
 
-def test_a_model_directory_that_is_not_there_is_one_line(reviews, tmp_path):
-    result = plaudit("sft", "--data", str(reviews), "--text-column", "review", "--model", str(tmp_path / "nope"))
-    assert_one_clear_line(result, str(tmp_path / "nope"))
+@pytest.mark.parametrize("policy", ["models/nope", "./nope", "/nope", "runs/a/nope"])
+def test_a_policy_directory_that_is_not_there_is_one_line_and_no_question_to_the_hub(
+    policy, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    assert cli.run(["ppo", "--policy", policy, "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"plaudit ppo: policy={policy!r}: no such directory; name one with a model in it, or a hub id"
+
+
+def test_the_command_itself_refuses_a_policy_that_is_nowhere(tmp_path):
+    result = plaudit("ppo", "--policy", "nope", "--output-dir", str(tmp_path), "--reward.url", "http://127.0.0.1:9")
+    assert_one_clear_line(result, "policy='nope' is no directory here, and no hub id that can be reached")
 
 
 @pytest.mark.parametrize(
