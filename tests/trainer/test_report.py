@@ -37,27 +37,33 @@ def answers(rewards: list[float], word: str) -> Answers:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def before() -> Answers:
     return answers([-1.0, 0.0, 1.0, 2.0], "awful")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def after() -> Answers:
     return answers([1.25, 2.5, 3.25, 3.0], "lovely")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def samples(before, after) -> list[Sample]:
     return pair_samples(["One", "Two", "Three", "Four"], before, after)
 
 
-def html(before, after, samples, **kwargs) -> str:
-    return render_report(title="A run", evaluation=compare(before, after), samples=samples, **kwargs)
+@pytest.fixture(scope="module")
+def document(before, after, samples) -> str:
+    return render_report(
+        title="A run",
+        evaluation=compare(before, after),
+        samples=samples,
+        training=TRAINING,
+        settings={"ppo": to_dict(PPOConfig())},
+    )
 
 
-def test_nothing_is_loaded_from_elsewhere(before, after, samples):
-    document = html(before, after, samples, training=TRAINING, settings={"ppo": to_dict(PPOConfig())})
+def test_nothing_is_loaded_from_elsewhere(document):
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)', document) + re.findall(r"url\(([^)]*)", document)
     assert len(sources) == 2
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
@@ -66,8 +72,7 @@ def test_nothing_is_loaded_from_elsewhere(before, after, samples):
     assert "<link" not in document
 
 
-def test_the_figures_at_the_head_are_those_of_the_evaluation(before, after, samples):
-    document = html(before, after, samples)
+def test_the_figures_at_the_head_are_those_of_the_evaluation(document, before, after):
     low, high = compare(before, after).reward.difference.ci95
     assert "+2.00" in document
     assert f"+{low:.2f} to +{high:.2f}" in document
@@ -76,21 +81,20 @@ def test_the_figures_at_the_head_are_those_of_the_evaluation(before, after, samp
     assert "× 1.00" in document
 
 
-def test_every_setting_of_the_run_is_there(before, after, samples):
-    document = html(before, after, samples, settings={"ppo": to_dict(PPOConfig())})
+def test_every_setting_of_the_run_is_there(document):
     for text in ("Settings: ppo", "cliprange_value", "min_text_chars", "1.41e-05", "lvwerra/gpt2-imdb"):
         assert text in document
 
 
-def test_without_training_metrics_there_are_no_curves(before, after, samples):
-    assert "PPO steps" in html(before, after, samples, training=TRAINING)
-    assert "PPO steps" not in html(before, after, samples)
-    assert "PPO steps" not in html(before, after, samples, training=[{"step": 0, "other": 1.0}])
+def test_without_training_metrics_there_are_no_curves(document, before, after, samples):
+    assert "5 PPO steps" in document
+    bare = render_report(title="A run", evaluation=compare(before, after), samples=samples, training=[{"step": 0}])
+    assert "PPO steps" not in bare
 
 
 def test_model_output_is_text_in_the_report_and_on_the_console(before, after, samples):
     nasty = [Sample(NASTY, NASTY, NASTY, 0.0, 1.0), *samples[1:]]
-    assert "&lt;script&gt;alert(1)" in html(before, after, nasty)
+    assert "&lt;script&gt;alert(1)" in render_report(title="", evaluation=compare(before, after), samples=nasty)
     file = io.StringIO()
     Console(file=file, width=400).print(samples_table(nasty))
     assert "[bold]marked[/bold]" in file.getvalue()
@@ -138,6 +142,7 @@ def test_the_console_summary_has_every_figure(before, after):
 
 def test_a_single_step_and_equal_rewards_still_draw():
     same = answers([1.0, 1.0], "same")
-    document = html(same, same, pair_samples(["a", "b"], same, same), training=TRAINING[:1])
+    rows = pair_samples(["a", "b"], same, same)
+    document = render_report(title="", evaluation=compare(same, same), samples=rows, training=TRAINING[:1])
     assert document.count("data:image/svg+xml") == 2
     assert "+0.00" in document

@@ -44,18 +44,37 @@ def trained(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapters(policy_dir, tmp_path_factory.mktemp("trained"), trained=True)
 
 
-@pytest.fixture
-def config(tmp_path: Path, trained: Path, stub_reward_server: StubRewardServer) -> EvaluateConfig:
-    texts = tmp_path / "texts.txt"
+@pytest.fixture(scope="module")
+def module_config(
+    tmp_path_factory: pytest.TempPathFactory, trained: Path, idle_stubs: list[StubRewardServer]
+) -> EvaluateConfig:
+    directory = tmp_path_factory.mktemp("evaluate")
+    server = StubRewardServer()
+    idle_stubs.append(server)
+    texts = directory / "texts.txt"
     texts.write_text("\n".join(f"Film number {i} " + "was a film that I saw. " * 12 for i in range(80)))
     return EvaluateConfig(
         after=str(trained),
-        output_dir=tmp_path / "out",
+        output_dir=directory / "out",
         dataset=DataSettings(data=str(texts), held_out_fraction=0.5),
         generation=GenerationSettings(batch_size=8),
-        reward=RewardSettings(url=(stub_reward_server.url,)),
+        reward=RewardSettings(url=(server.url,)),
         n_prompts=N,
     )
+
+
+@pytest.fixture
+def config(module_config: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
+    return dataclasses.replace(module_config, output_dir=tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def judged(module_config: EvaluateConfig) -> evaluate.EvaluationResult:
+    """The trained adapters' evaluation, whose files are in `module_config.output_dir`."""
+    with MetricsLog(Path(module_config.after), tensorboard=False) as log:
+        for step in range(3):
+            log.write(step, {REWARD_MEAN: float(step), KL: 0.1 * step})
+    return evaluate.run(module_config)
 
 
 def test_untrained_adapters_change_nothing(config, policy_dir, tmp_path):
@@ -67,25 +86,23 @@ def test_untrained_adapters_change_nothing(config, policy_dir, tmp_path):
     assert result.evaluation.perplexity.ratio == pytest.approx(1)
 
 
-def test_trained_adapters_answer_otherwise_and_cost_kl(config):
-    result = evaluate.run(config)
-    assert any(row.response_before != row.response_after for row in result.samples)
-    assert result.evaluation.kl > 0
+def test_trained_adapters_answer_otherwise_and_cost_kl(judged):
+    assert any(row.response_before != row.response_after for row in judged.samples)
+    assert judged.evaluation.kl > 0
 
 
-def test_every_reward_is_that_of_its_own_prompt_and_response(config):
-    for row in evaluate.run(config).samples:
+def test_every_reward_is_that_of_its_own_prompt_and_response(judged):
+    for row in judged.samples:
         assert row.reward_before == pytest.approx(stub_reward(row.query, row.response_before))
         assert row.reward_after == pytest.approx(stub_reward(row.query, row.response_after))
 
 
-def test_a_whole_model_is_judged_like_the_adapters_it_was_merged_from(config, policy_dir, trained, tmp_path):
+def test_a_whole_model_is_judged_like_the_adapters_it_was_merged_from(config, judged, policy_dir, trained, tmp_path):
     merged = peft.PeftModel.from_pretrained(tiny_gpt2(), str(trained)).merge_and_unload()
     save(merged, tmp_path / "merged")
     whole = evaluate.run(dataclasses.replace(config, after=str(tmp_path / "merged"), policy=str(policy_dir)))
-    adapters = evaluate.run(config)
-    assert whole.samples == adapters.samples
-    assert whole.evaluation.kl == pytest.approx(adapters.evaluation.kl, abs=1e-3)
+    assert whole.samples == judged.samples
+    assert whole.evaluation.kl == pytest.approx(judged.evaluation.kl, abs=1e-3)
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20}])
@@ -112,28 +129,23 @@ def test_truncated_sampling_still_gives_a_kl_that_is_finite_and_positive(config)
     assert 0 < kl < math.inf
 
 
-def test_the_same_seed_gives_the_same_figures_and_the_batch_size_does_not_matter(config):
-    first = evaluate.run(config)
+def test_the_same_seed_gives_the_same_figures_and_the_batch_size_does_not_matter(config, judged):
     again = evaluate.run(dataclasses.replace(config, generation=GenerationSettings(batch_size=7)))
-    assert again.samples == first.samples
-    assert again.evaluation.kl == pytest.approx(first.evaluation.kl, abs=1e-4)
-    assert evaluate.run(dataclasses.replace(config, seed=1)).samples != first.samples
+    assert again.samples == judged.samples
+    assert again.evaluation.kl == pytest.approx(judged.evaluation.kl, abs=1e-4)
+    assert evaluate.run(dataclasses.replace(config, seed=1)).samples != judged.samples
 
 
-def test_the_files_hold_what_was_found(config, trained):
-    with MetricsLog(trained, tensorboard=False) as log:
-        for step in range(3):
-            log.write(step, {REWARD_MEAN: float(step), KL: 0.1 * step})
-    result = evaluate.run(config)
-    document = json.loads((config.output_dir / "evaluation.json").read_text())
+def test_the_files_hold_what_was_found(module_config, judged):
+    directory = module_config.output_dir
+    document = json.loads((directory / "evaluation.json").read_text())
     assert document["n"] == N
-    assert document["kl"] == result.evaluation.kl
-    assert document["reward"]["difference"]["mean"] == result.evaluation.reward.difference.mean
-    with (config.output_dir / "samples.csv").open(encoding="utf-8", newline="") as file:
+    assert document["kl"] == judged.evaluation.kl
+    assert document["reward"]["difference"]["mean"] == judged.evaluation.reward.difference.mean
+    with (directory / "samples.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["response_after"] for row in rows] == [row.response_after for row in result.samples]
-    report = (config.output_dir / "report.html").read_text()
-    assert "3 PPO steps" in report
+    assert [row["response_after"] for row in rows] == [row.response_after for row in judged.samples]
+    assert "3 PPO steps" in (directory / "report.html").read_text()
 
 
 def test_the_console_shows_the_table_and_where_the_report_is(config, capsys):
