@@ -100,11 +100,11 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(config: PPOConfig, undi
 def test_a_service_gone_for_longer_than_the_patience_leaves_a_checkpoint_to_resume_from(
     config: PPOConfig, undisturbed: Path, stub_reward_server: StubRewardServer
 ) -> None:
-    stub_reward_server.script({"do": "score", "times": 2}, {"do": "status", "status": 503, "times": 1000})
+    stub_reward_server.script([{"do": "score", "times": 2}, {"do": "status", "status": 503, "times": 1000}])
     with pytest.raises(RewardUnavailable) as error:
         ppo.run(config)
     assert "--resume auto" in " ".join(error.value.__notes__)
-    stub_reward_server.script()
+    stub_reward_server.script([])
     ppo.run(dataclasses.replace(config, resume="auto"))
     assert_same_run(config.output_dir, undisturbed)
 
@@ -112,7 +112,7 @@ def test_a_service_gone_for_longer_than_the_patience_leaves_a_checkpoint_to_resu
 def test_a_reward_that_is_not_finite_stops_the_run_with_the_exchange_on_disk(
     config: PPOConfig, stub_reward_server: StubRewardServer
 ) -> None:
-    stub_reward_server.script({"do": "score"}, {"do": "literal", "text": "NaN"})
+    stub_reward_server.script([{"do": "score"}, {"do": "literal", "text": "NaN"}])
     with pytest.raises(RewardRejected):
         ppo.run(config)
     assert "NaN" in (config.output_dir / "rejected-reward.json").read_text()
@@ -212,13 +212,13 @@ def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, 
 
 
 def test_exit_code_75_when_the_patience_runs_out(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "score", "times": 1}, {"do": "status", "status": 503, "times": 1000})
+    stub_reward_server.script([{"do": "score", "times": 1}, {"do": "status", "status": 503, "times": 1000}])
     code, stderr = TrainerProcess(config).end()
     assert code == 75
     assert "--resume auto" in stderr
 
 
 def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
-    stub_reward_server.script({"do": "wrong_count"})
+    stub_reward_server.script([{"do": "wrong_count"}])
     code, _ = TrainerProcess(config).end()
     assert code == 65
