@@ -1,5 +1,6 @@
 """The optimizer of stages 1 and 2: AdamW, or Muon on the weight matrices and AdamW on the rest."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,12 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     Embeddings, output layers, biases and norms stay with AdamW: Muon orthogonalises updates, which fits linear maps
     between hidden states only (Jordan et al. 2024).
     """
-    adamw = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "betas": (0.9, 0.99)}
+    adamw = functools.partial(
+        torch.optim.AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
+    )
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if settings.muon_learning_rate is None:
-        return torch.optim.AdamW(trainable.values(), **adamw)
+        return adamw(trainable.values())
     outer = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
@@ -34,7 +37,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
         momentum=0.95,
         adjust_lr_fn="original",
     )
-    return _Together(muon, torch.optim.AdamW(rest, **adamw))
+    return _Together(muon, adamw(rest))
 
 
 class _Together(torch.optim.Optimizer):

@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
-from trl import RewardConfig, RewardTrainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from trainer.config import ConfigError, RewardModelConfig, to_dict
 from trainer.data import LabelledTexts, is_held_out, load_labelled_texts, load_ranked_answers, preference_pairs
 from trainer.from_scratch import new_classifier, train_tokenizer
+from trainer.models import load_tokenizer
 from trainer.optimizers import build_optimizer
-from trainer.stages.pretrained import load_pretrained, training_arguments
-from trainer.stages.saving import save_model_directory
+from trainer.stages.supervised import save_model_directory, training_arguments
 
 CHARS_PER_TOKEN = 16
 """Upper bound used to cut texts before tokenising; no natural text has longer tokens on average."""
@@ -63,8 +62,8 @@ def _classifier(config: RewardModelConfig) -> dict[str, Judgement]:
         model = new_classifier(config.sizes, tokenizer, config.label_names)
     else:
         names = dict(enumerate(config.label_names))
-        model, tokenizer = load_pretrained(
-            config.model, "classifier", id2label=names, label2id={name: i for i, name in names.items()}
+        model, tokenizer = _load_classifier(
+            config.model, id2label=names, label2id={name: i for i, name in names.items()}
         )
     trainer = Trainer(
         model=model,
@@ -116,7 +115,10 @@ def _pairwise(config: RewardModelConfig) -> dict[str, Judgement]:
         )
         model = new_classifier(config.sizes, tokenizer, None)
     else:
-        model, tokenizer = load_pretrained(config.model, "classifier", num_labels=1)
+        model, tokenizer = _load_classifier(config.model, num_labels=1)
+
+    from trl import RewardConfig, RewardTrainer  # seconds to import; wrong data should be told before
+
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(
@@ -136,6 +138,19 @@ def _pairwise(config: RewardModelConfig) -> dict[str, Judgement]:
     )
     preferred = torch.sigmoid(better - worse)
     return {"pairs": judge(torch.stack([1 - preferred, preferred], dim=1), torch.ones(len(held_out), dtype=torch.long))}
+
+
+def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
+    """A model to start from with a head for the labels that `settings` describe, and its tokenizer."""
+    tokenizer = load_tokenizer(source)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(source, ignore_mismatched_sizes=True, **settings)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model={source!r} can't be loaded as a classifier ({reason:.160}); name another") from error
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 class CroppingCollator:

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
-from trl import SFTConfig as TrlSFTConfig
-from trl import SFTTrainer
 
 from trainer.config import SFTConfig, to_dict
 from trainer.data import load_texts
 from trainer.from_scratch import new_causal_lm, train_tokenizer
+from trainer.models import load_causal_lm, load_tokenizer
 from trainer.optimizers import build_optimizer
-from trainer.stages.pretrained import load_pretrained, training_arguments
-from trainer.stages.saving import save_model_directory
+from trainer.stages.supervised import save_model_directory, training_arguments
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,12 @@ def run(config: SFTConfig) -> SFTResult:
         tokenizer = train_tokenizer(texts, vocab_size=config.sizes.vocab_size, max_length=config.sizes.max_positions)
         model = new_causal_lm(config.sizes, tokenizer)
     else:
-        model, tokenizer = load_pretrained(config.model, "causal-lm")
+        model, tokenizer = load_causal_lm(config.model), load_tokenizer(config.model)
 
+    # Only now: these take seconds to import, and wrong data should be told before.
     from datasets import Dataset
+    from trl import SFTConfig as TrlSFTConfig
+    from trl import SFTTrainer
 
     ids = token_rows(tokenizer, texts, config.max_length)
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
