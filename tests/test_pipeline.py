@@ -1,0 +1,105 @@
+"""All stages in a row on tiny models: from texts to a report, with the real service in a process of its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.config import ConfigError, DemoConfig, PPOConfig, RewardModelConfig, SFTConfig
+from trainer.reward_process import reward_service
+from trainer.stages import demo
+
+SMALL = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2, "max_positions": 64}
+OPTIMIZER = {"learning_rate": 0.005, "batch_size": 8}
+
+
+@pytest.fixture
+def presets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo's presets at sizes that train in seconds."""
+    directory = tmp_path / "presets"
+    directory.mkdir()
+    presets = {
+        "imdb-gpt2-mini": {"sizes": {"model_type": "gpt2"} | SMALL, "max_length": 32, "eval_texts": 50},
+        "imdb-distilbert-mini": {"sizes": {"model_type": "distilbert"} | SMALL, "max_length": 64},
+    }
+    for name, settings in presets.items():
+        data = {"data": "movie-reviews", "max_texts": 200, "held_out_fraction": 0.005}
+        common = {"from_scratch": True, "dataset": data, "optimizer": OPTIMIZER}
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump(common | settings))
+    training = {
+        "dataset": {"data": "movie-reviews", "max_texts": 200},
+        "ppo": {"batch_size": 16, "mini_batch_size": 8, "learning_rate": 0.001},
+    }
+    (directory / "demo.yaml").write_text(yaml.safe_dump(training))
+    monkeypatch.setattr(demo, "PRESETS", directory)
+    return directory
+
+
+def test_from_texts_to_a_report_over_real_http(presets_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    demo.run(
+        DemoConfig(
+            output_dir=output,
+            preset=presets_dir / "demo.yaml",
+            stages="all",
+            from_scratch_steps=10,
+            steps=2,
+            n_prompts=16,
+        )
+    )
+    figures = json.loads((output / "evaluation.json").read_text())
+    assert figures["n"] == 16
+    assert set(figures) == {"n", "reward", "kl", "perplexity", "distinct_responses"}
+    assert len((output / "ppo" / "metrics.jsonl").read_text().splitlines()) == 2
+    report = (output / "report.html").read_text()
+    assert "<img" in report or "<svg" in report
+    assert "http://" not in report.replace("http://127.0.0.1", "").replace("http://www.w3.org", "")
+    assert len((output / "samples.csv").read_text().splitlines()) >= 17
+    assert not (output / "reward-service.json").exists()
+
+
+def test_the_service_is_gone_when_the_block_ends(tmp_path: Path) -> None:
+    import httpx
+
+    from tests.support.tiny_models import tiny_classifier_dir
+
+    model = tiny_classifier_dir(tmp_path / "classifier")
+    with reward_service(str(model), tmp_path, ready_timeout_s=60) as url:
+        assert httpx.get(f"{url}/readyz").status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/readyz")
+
+
+def test_a_model_that_is_no_classifier_ends_the_demo_with_the_services_own_words(
+    policy_dir_without_head: Path, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(ConfigError, match="the reward service ended with code 2"),
+        reward_service(str(policy_dir_without_head), tmp_path, ready_timeout_s=60),
+    ):
+        pass
+
+
+@pytest.fixture
+def policy_dir_without_head(tmp_path: Path) -> Path:
+    from tests.support.tiny_models import tiny_gpt2_dir
+
+    return tiny_gpt2_dir(tmp_path / "policy")
+
+
+@pytest.mark.parametrize(
+    ("preset", "config_type"),
+    [
+        ("gpt2-imdb", PPOConfig),
+        ("demo", PPOConfig),
+        ("imdb-gpt2-mini", SFTConfig),
+        ("imdb-distilbert-mini", RewardModelConfig),
+    ],
+)
+def test_every_preset_is_a_valid_configuration(preset: str, config_type: type) -> None:
+    from trainer import presets
+
+    config = presets.load(config_type, Path("presets") / f"{preset}.yaml")
+    assert dataclasses.is_dataclass(config)

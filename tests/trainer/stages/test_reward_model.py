@@ -1,0 +1,92 @@
+"""Stage 2: judgements by hand, and both kinds of reward model from nothing on reviews that are easy to judge."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from trainer.config import ConfigError, DataSettings, ModelSizes, OptimizerSettings, RewardModelConfig
+from trainer.data import LabelledTexts
+from trainer.stages import reward_model
+
+SIZES = ModelSizes("distilbert", vocab_size=300, hidden_size=32, layers=1, heads=2, max_positions=64)
+
+
+def config(tmp_path: Path, reviews: Path, **settings: object) -> RewardModelConfig:
+    return RewardModelConfig(
+        from_scratch=True,
+        sizes=SIZES,
+        output_dir=tmp_path / "judge",
+        dataset=DataSettings(str(reviews)),
+        optimizer=OptimizerSettings(learning_rate=3e-3, batch_size=16, max_steps=60),
+        max_length=64,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def test_accuracy_and_calibration_error_of_four_judgements_by_hand() -> None:
+    probabilities = torch.tensor([[0.05, 0.95], [0.95, 0.05], [0.35, 0.65], [0.35, 0.65]])
+    judged = reward_model.judge(probabilities, torch.tensor([1, 0, 1, 0]))
+    assert judged.accuracy == 0.75
+    # Bin 0.9: two right at 0.95, off by 0.05. Bin 0.6: one of two right at 0.65, off by 0.15. Half of the samples each.
+    assert judged.calibration_error == pytest.approx(0.10)
+
+
+def test_a_classifier_learns_names_its_labels_and_says_how_good_it_is(reviews: Path, tmp_path: Path) -> None:
+    judged = reward_model.run(config(tmp_path, reviews))
+    assert set(judged) == {"whole texts", "first 20 words"}
+    assert judged["whole texts"].accuracy > 0.9
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    assert json.loads((tmp_path / "judge" / "reward_model.json").read_text())["held_out"]["whole texts"]["n"] > 10
+
+
+def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path, tmp_path: Path) -> None:
+    ranked = tmp_path / "ranked.jsonl"
+    answers = [" is wonderful and great.", " is a film.", " is terrible and awful."]
+    ranked.write_text("".join(json.dumps({"prompt": f"Film number {i}", "answers": answers}) + "\n" for i in range(80)))
+    judged = reward_model.run(config(tmp_path, reviews, kind="pairwise", ranked=ranked))
+    assert judged["pairs"].accuracy == 1.0
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "judge")
+    scores = reward_model.logits(model, tokenizer, [f"A new film{answer}" for answer in answers], 64)
+    assert scores.shape == (3, 1)
+    assert scores[0] > scores[1] > scores[2]
+
+
+def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: Path, tokenizer: object) -> None:
+    settings = config(tmp_path, reviews, crop_fraction=1.0, crop_min_tokens=8, crop_max_tokens=8)
+    collate = reward_model.CroppingCollator(tokenizer, settings)
+    text = " ".join(f"w{i}" for i in range(200))
+    ids = collate([{"text": text, "label": 1}] * 400)["input_ids"]
+    assert ids.shape == (400, 8)
+    opening = reward_model.encode(tokenizer, [text], 8)["input_ids"][0]
+    kept = (ids == opening).all(1).float().mean().item()
+    assert 0.4 < kept < 0.6
+
+
+def test_logits_come_back_in_the_order_of_the_texts(reviews: Path, tmp_path: Path) -> None:
+    from tests.support.tiny_models import tiny_classifier_dir
+
+    directory = tiny_classifier_dir(tmp_path / "tiny")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    texts = ["a much longer text about a film", "short", "one of middle length"]
+    together = reward_model.logits(model, tokenizer, texts, 32, batch_size=2)
+    alone = torch.cat([reward_model.logits(model, tokenizer, [text], 32) for text in texts])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_labels_may_be_numbers_or_names_and_anything_else_is_named() -> None:
+    names = ("NEGATIVE", "POSITIVE")
+    assert reward_model.label_indices(LabelledTexts(["a", "b"], [1, 0]), names) == [1, 0]
+    assert reward_model.label_indices(LabelledTexts(["a", "b"], ["POSITIVE", "NEGATIVE"]), names) == [1, 0]
+    with pytest.raises(ConfigError, match="labels 2, neutral are neither"):
+        reward_model.label_indices(LabelledTexts(["a", "b", "c"], [0, 2, "neutral"]), names)
+
+
+def test_a_pairwise_model_needs_ranked_answers() -> None:
+    with pytest.raises(ConfigError, match="ranked=FILE"):
+        RewardModelConfig(kind="pairwise")
