@@ -66,7 +66,7 @@ def test_the_service_is_gone_when_the_block_ends(tmp_path: Path) -> None:
     from tests.support.tiny_models import tiny_classifier_dir
 
     model = tiny_classifier_dir(tmp_path / "classifier")
-    with reward_service(str(model), tmp_path, ready_timeout_s=60) as url:
+    with reward_service(str(model), tmp_path, ready_timeout_s=200) as url:
         assert httpx.get(f"{url}/readyz").status_code == 200
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/readyz")
@@ -77,7 +77,7 @@ def test_a_model_that_is_no_classifier_ends_the_demo_with_the_services_own_words
 ) -> None:
     with (
         pytest.raises(ConfigError, match="the reward service ended with code 2"),
-        reward_service(str(policy_dir_without_head), tmp_path, ready_timeout_s=60),
+        reward_service(str(policy_dir_without_head), tmp_path, ready_timeout_s=200),
     ):
         pass
 

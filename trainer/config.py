@@ -18,6 +18,7 @@ class ConfigError(Exception):
 
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+Quantization = Literal["8bit", "4bit"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -85,12 +86,27 @@ class LoraSettings:
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
+    """Recorded with the adapters. PPO itself runs without dropout: a ratio compares two scores of one network."""
     target_modules: tuple[str, ...] | None = None
     """Module names to adapt; found by architecture when not given."""
 
     def __post_init__(self) -> None:
         _positive(self, "r", "alpha")
         _require(0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How the policy is held in memory and computed."""
+
+    quantization: Quantization | None = None
+    """Base weights in 8 or 4 bits (bitsandbytes); adapters and value head stay in full precision."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass of updates: less memory, about a third more time."""
+    bf16: bool = False
+    """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
+    separate_value_model: bool = False
+    """Values from a transformer of their own, which starts as a copy of the policy and learns whole."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +351,7 @@ class PPOConfig:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     steps: int | None = None
     """PPO steps; not given means one pass over the prompts."""

@@ -21,13 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from trainer.config import ConfigError, LoraSettings
+from trainer.config import ConfigError, LoraSettings, ModelSettings, Quantization
 from trainer.ppo import distributions
 from trainer.samples import Samples
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-
-Quantization = Literal["8bit", "4bit"]
+VALUE_MODEL_DIRECTORY = "value_model"
 
 
 class ModelNotFound(ConfigError):
@@ -59,19 +58,25 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         reference: nn.Module | None = None,
+        value_model: Any = None,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes."""
+        """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
+
+        `value_model` is a headless transformer of its own for the values; without it they share the policy's.
+        """
         super().__init__()
         self.model: Any = model
-        self.v_head = nn.Linear(self._output_embeddings.in_features, 1, dtype=torch.float32)
+        self.value_model = value_model
+        head = self._head_of(model)
+        width = head.in_features if value_model is None else value_model.config.hidden_size
+        self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
         nn.init.zeros_(self.v_head.weight)
         nn.init.zeros_(self.v_head.bias)
-        self.v_head.to(self._output_embeddings.weight.device)
         self.autocast = autocast
         # BLOOM, MPT and others read positions off the attention mask and take none.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
-        disable_dropout(model)
+        disable_dropout(self)
         # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
         self._reference: list[Any] = []
         if reference is not None:
@@ -97,10 +102,6 @@ class Policy(nn.Module):
         """Where the policy's inputs belong."""
         return self.v_head.weight.device
 
-    @property
-    def _output_embeddings(self) -> Any:
-        return self.language_model.get_output_embeddings()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for reference in self._reference:
@@ -121,6 +122,8 @@ class Policy(nn.Module):
         `entropy_gradient` is for an entropy bonus; without it the entropy is only measured.
         """
         logits, hidden = self._response_logits(self.model, samples)
+        if self.value_model is not None:
+            hidden = self._value_states(samples)
         logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = distributions.entropy(logits)
@@ -187,32 +190,35 @@ class Policy(nn.Module):
         shifts no position: tokens are counted from each row's first real one.
 
         """
-        ids = torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1]
-        mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
-        options: dict[str, Any] = {}
-        if self._takes_positions:
-            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         seen: list[Tensor] = []
         hook = self._head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            with torch.autocast(ids.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                output = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    logits_to_keep=samples.response_ids.shape[1],
-                    use_cache=False,
-                    **options,
-                )
+            with self._autocasting(samples):
+                logits = model(**self._inputs(samples), logits_to_keep=samples.response_ids.shape[1]).logits
         finally:
             hook.remove()
-        return output.logits, seen[0]
+        return logits, seen[0]
+
+    def _value_states(self, samples: Samples) -> Tensor:
+        with self._autocasting(samples):
+            states: Tensor = self.value_model(**self._inputs(samples)).last_hidden_state
+        return states[:, -samples.response_ids.shape[1] :]
+
+    def _inputs(self, samples: Samples) -> dict[str, Any]:
+        mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
+        inputs = {
+            "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
+            "attention_mask": mask,
+            "use_cache": False,
+        }
+        return inputs | ({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {})
+
+    def _autocasting(self, samples: Samples) -> torch.autocast:
+        return torch.autocast(samples.mask.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @staticmethod
-    def _head_of(model: Any) -> nn.Module:
-        head: nn.Module = (
-            model.get_base_model() if isinstance(model, peft.PeftModel) else model
-        ).get_output_embeddings()
-        return head
+    def _head_of(model: Any) -> Any:
+        return (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_output_embeddings()
 
     def trainable_parameters_line(self) -> str:
         """How much of the policy learns, in the words of peft; tied weights count once."""
@@ -224,6 +230,8 @@ class Policy(nn.Module):
     def save(self, directory: Path) -> None:
         """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head."""
         self.model.save_pretrained(directory)
+        if self.value_model is not None:
+            self.value_model.save_pretrained(directory / VALUE_MODEL_DIRECTORY)
         save_file({name: t.contiguous() for name, t in self.v_head.state_dict().items()}, directory / VALUE_HEAD_FILE)
 
     def load_value_head(self, directory: Path) -> None:
@@ -275,20 +283,22 @@ def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
 def load_policy(
     path: str | Path,
     lora: LoraSettings | None = None,
+    settings: ModelSettings | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    quantization: Quantization | None = None,
-    gradient_checkpointing: bool = False,
-    autocast: torch.dtype | None = None,
 ) -> Policy:
     """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
 
-    A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. Raises
-    `ModelNotFound`.
+    A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
+    of adapters that go on training is their base. A separate value model is the one saved beside the policy, or else a
+    copy of the policy's start. Raises `ModelNotFound`.
     """
-    lora = lora or LoraSettings()
+    lora, settings = lora or LoraSettings(), settings or ModelSettings()
+    quantization = settings.quantization
     directory = Path(path)
+    base: str | Path = path
+    reference = value_model = None
     if (directory / "adapter_config.json").is_file():
         base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
         model = peft.PeftModel.from_pretrained(
@@ -296,22 +306,24 @@ def load_policy(
             str(directory),
             is_trainable=True,
         )
-        policy = Policy(model, autocast=autocast)
     elif lora.enabled:
-        base_model = load_causal_lm(path, dtype=dtype, quantization=quantization, device=device)
-        policy = Policy(add_lora(base_model, lora), autocast=autocast)
+        model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
+    elif quantization is not None:
+        raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
     else:
-        if quantization is not None:
-            raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
-        policy = Policy(
-            load_causal_lm(path, dtype=dtype, device=device),
-            reference=load_causal_lm(path, dtype=dtype, device=device),
-            autocast=autocast,
-        )
+        model = load_causal_lm(path, dtype=dtype, device=device)
+        reference = load_causal_lm(path, dtype=dtype, device=device)
+    if settings.separate_value_model:
+        own = directory / VALUE_MODEL_DIRECTORY
+        value_model = transformers.AutoModel.from_pretrained(str(own if own.is_dir() else base), dtype=dtype).to(device)
+    policy = Policy(
+        model, reference=reference, value_model=value_model, autocast=torch.bfloat16 if settings.bf16 else None
+    )
     if (directory / VALUE_HEAD_FILE).is_file():
         policy.load_value_head(directory)
-    if gradient_checkpointing:
-        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.gradient_checkpointing:
+        for transformer in filter(None, (policy.language_model, value_model)):
+            transformer.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
@@ -335,7 +347,7 @@ def load_causal_lm(
         options["device_map"] = {"": str(device)}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
     return model if quantization is not None else model.to(device)
 

@@ -360,8 +360,9 @@ class PPOStepper:
 
 
 def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Adam:
-    """Adam without weight decay over everything that learns; the value head apart if it has a rate of its own."""
-    head = {id(parameter) for parameter in policy.v_head.parameters()}
+    """Adam without weight decay over everything that learns; what makes values apart if it has a rate of its own."""
+    modules = [policy.v_head] if policy.value_model is None else [policy.v_head, policy.value_model]
+    head = {id(parameter) for module in modules for parameter in module.parameters()}
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     rate, head_rate = config.learning_rate, config.value_head_learning_rate
     groups: list[dict[str, Any]] = [{"params": learning, "lr": rate, "initial_lr": rate}]

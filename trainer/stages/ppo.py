@@ -43,7 +43,7 @@ def run(config: PPOConfig) -> PPOResult:
     with exclusive(config.output_dir), StopSignal().listening() as stop:
         resumed = _checkpoint_to_resume(config)
         tokenizer = load_tokenizer(config.policy)
-        policy = load_policy(config.policy, config.lora)
+        policy = load_policy(config.policy, config.lora, config.model)
         print(policy.trainable_parameters_line())
         prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
         schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
