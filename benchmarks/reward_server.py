@@ -157,9 +157,7 @@ async def closed_loop(url: str, concurrency: int, seconds: float, seed: int) -> 
 
 def report(measured: dict[tuple[str, int], list[dict[str, float]]], servers: list[str], counts: list[int]) -> None:
     """Medians over the rounds, and the ratio to the last server named."""
-    print(
-        f"{'server':20} {'c':>4} {'requests/s':>11} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'errors':>7} {'ratio':>6}"
-    )
+    print(f"{'server':20} {'c':>4} {'rps':>11} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} {'errors':>7} {'ratio':>6}")
     for concurrency in counts:
         base = statistics.median(result["rps"] for result in measured[servers[-1], concurrency])
         for name in servers:
