@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from services.reward.app import create_app
@@ -51,17 +51,23 @@ def post(make_engine: Callable[..., Engine], client_of: Callable[..., Any]) -> C
     return send
 
 
-def test_the_hugging_face_client_gets_every_label_best_first(url: str) -> None:
-    client = InferenceClient(model=url)
-    raw = client.text_classification("hi", function_to_apply="none")
+@pytest.fixture
+def hub_client(url: str, monkeypatch: pytest.MonkeyPatch) -> InferenceClient:
+    """The tests run without the hub; this client only ever calls the server above."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return InferenceClient(model=url)
+
+
+def test_the_hugging_face_client_gets_every_label_best_first(hub_client: InferenceClient) -> None:
+    raw = hub_client.text_classification("hi", function_to_apply="none")
     assert [(element.label, element.score) for element in raw] == [("LENGTH", 2), ("MINUS", -2)]
-    [best] = client.text_classification("hi", top_k=1)
+    [best] = hub_client.text_classification("hi", top_k=1)
     assert (best.label, best.score) == ("LENGTH", pytest.approx(SOFTMAX_OF_2))
 
 
-def test_the_hugging_face_client_reads_our_refusal(url: str) -> None:
+def test_the_hugging_face_client_reads_our_refusal(hub_client: InferenceClient) -> None:
     with pytest.raises(HfHubHTTPError, match="the model failed on"):
-        InferenceClient(model=url).text_classification("poison")
+        hub_client.text_classification("poison")
 
 
 @pytest.mark.parametrize("binary", [True, False])
