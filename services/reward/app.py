@@ -4,14 +4,18 @@ Handlers only parse, submit and wait; nothing here runs long enough to hold up t
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import hmac
 import json
+import math
+import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgpack
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import ValidationError
@@ -20,14 +24,20 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import wire
+from services.reward import compat
 from services.reward.batching import Engine, Scored, Scorer, Text
+from services.reward.cache import CachedScore, ScoreCache
 from services.reward.metrics import Metrics
+from services.reward.model_files import ModelError
 from services.reward.problems import ProblemError
 
-PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH})
+PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
 """What answers without a key: health, and nothing else."""
 MAX_REPORTED_ERRORS = 10
 JSON_TYPE = "application/json"
+MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
+TIMEOUT_HEADER = "x-request-timeout"
+RELOAD_PATH = "/v1/model:reload"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,9 @@ class Service:
     limits: ServiceLimits
     default_label: str | None
     join: wire.Join
+    cache: ScoreCache | None = None
+    reload: Callable[[], Scorer] | None = None
+    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def text(self, prompt: str, response: str) -> Text:
         """Prompt and response as the model wants them."""
@@ -68,18 +81,78 @@ class Service:
         return b"".join(chunks)
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
-        """The logits of `texts`, or `ProblemError`. Gives up when the client does."""
-        job = self.engine.submit(texts)
+        """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        if self.cache is None:
+            return await self._run(texts, request)
+        known = self.cache.lookup(self.engine.scorer, texts)
+        missing = [text for text, score in zip(texts, known, strict=True) if score is None]
+        self.engine.metrics.cached_items.inc(len(texts) - len(missing))
+        if not missing:
+            self.engine.require_open()
+            return _merged(known, Scored([], [], [], self.engine.scorer, 0.0, 0.0, 0.0))
+        scored = await self._run(missing, request)
+        self.cache.keep(missing, scored)
+        return _merged(known, scored)
+
+    async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
+        timeout_s = _timeout(request)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = self.engine.submit(texts, deadline=deadline)
         gone = asyncio.ensure_future(request.receive())
         either: set[asyncio.Future[Any]] = {job.future, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not job.future.done():
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if job.future.done():
+                return job.future.result()
+            if gone.done():
                 raise ClientGoneError
-            return job.future.result()
+            raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
         finally:
             gone.cancel()
             self.engine.abandon(job)
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Hold texts that came by a foreign protocol to the same limits."""
+        if not texts:
+            raise ProblemError("empty-items", "the request holds no text")
+        if len(texts) > self.limits.max_items:
+            raise _too_many(len(texts), self.limits)
+        for index, (first, second) in enumerate(texts):
+            if max(len(first), len(second or "")) > self.limits.max_text_chars:
+                raise _too_long(index, self.limits)
+            try:
+                f"{first}{second or ''}".encode()
+            except UnicodeEncodeError:
+                raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
+
+    async def load_again(self) -> Scorer:
+        """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
+        if self.reload is None:
+            raise ProblemError("not-found", "this service was started without a way to reload")
+        async with self.reloading:
+            try:
+                scorer = await asyncio.to_thread(self.reload)
+                self.engine.replace(scorer)
+            except (ModelError, ValueError) as error:
+                raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
+            return scorer
+
+    def info(self) -> wire.ModelInfo:
+        scorer = self.engine.scorer
+        return wire.ModelInfo(
+            id=scorer.id,
+            revision=scorer.revision,
+            labels=list(scorer.labels),
+            default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
+            join=self.join,
+            dtype=scorer.dtype,
+            limits=wire.Limits(
+                max_items=self.limits.max_items,
+                max_text_chars=self.limits.max_text_chars,
+                max_body_bytes=self.limits.max_body_bytes,
+                max_tokens=scorer.max_tokens,
+            ),
+        )
 
     def label_index(self, scorer: Scorer, label: str | None) -> int:
         """Which logit is the reward. Only a model of one logit needs no name for it."""
@@ -112,21 +185,28 @@ def create_app(
     default_label: str | None = None,
     join: wire.Join = "concat",
     api_keys: Sequence[str] = (),
+    cache: ScoreCache | None = None,
+    reload: Callable[[], Scorer] | None = None,
 ) -> FastAPI:
-    """The ASGI application over a started engine. Without `api_keys` every caller is served."""
-    service = Service(engine, limits or ServiceLimits(), default_label, join)
+    """The ASGI application over a started engine. Without `api_keys` every caller is served.
+
+    `reload` loads the model anew, in a thread, for `POST /v1/model:reload`. `app.state.service` is the `Service`.
+    """
+    service = Service(engine, limits or ServiceLimits(), default_label, join, cache, reload)
     app = FastAPI(
         title="Plaudit reward service",
         description="Rewards from a sequence classifier: raw logits, chosen by label, in request order.",
         redoc_url=None,
     )
-    app.state.metrics = engine.metrics
+    app.state.service = service
     app.add_middleware(Gate, keys=api_keys, metrics=engine.metrics)
     app.add_exception_handler(ProblemError, _problem_response)
     app.add_exception_handler(ClientGoneError, _client_gone_response)
     app.add_exception_handler(HTTPException, _http_exception_response)
     app.add_exception_handler(Exception, _internal_error_response)
     _add_routes(app, service)
+    for router in compat.routers(service):
+        app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -149,9 +229,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         openapi_extra=_body_schema(wire.RewardRequest),
     )
     async def rewards(request: Request) -> Response:
+        content_type = _content_type(request)
         body = await service.read_body(request)
-        _require_json(request)
-        wanted = parse_rewards_request(body, service.limits)
+        wanted = parse_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
         index = service.label_index(engine.scorer, wanted.label)
         scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
         answer = wire.RewardResponse(
@@ -161,29 +241,21 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             label=scored.scorer.labels[index],
             truncated=scored.truncated,
         )
-        return Response(
-            answer.__pydantic_serializer__.to_json(answer),
-            media_type=JSON_TYPE,
-            headers={"server-timing": server_timing(scored)},
-        )
+        headers = {"server-timing": server_timing(scored)}
+        if _wants_msgpack(request, content_type):
+            # Logits are float32 to begin with, so half the bytes lose nothing.
+            packed = msgpack.packb(answer.model_dump(), use_single_float=True)
+            return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
+        return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
 
     @app.get(wire.MODEL_PATH, response_model=wire.ModelInfo, summary="What is served, and its limits")
     async def model() -> wire.ModelInfo:
-        scorer = engine.scorer
-        return wire.ModelInfo(
-            id=scorer.id,
-            revision=scorer.revision,
-            labels=list(scorer.labels),
-            default_label=service.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
-            join=service.join,
-            dtype=scorer.dtype,
-            limits=wire.Limits(
-                max_items=service.limits.max_items,
-                max_text_chars=service.limits.max_text_chars,
-                max_body_bytes=service.limits.max_body_bytes,
-                max_tokens=scorer.max_tokens,
-            ),
-        )
+        return service.info()
+
+    @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
+    async def reload() -> wire.ModelInfo:
+        await service.load_again()
+        return service.info()
 
     @app.get(wire.LIVEZ_PATH, summary="The process answers")
     async def livez() -> dict[str, str]:
@@ -201,27 +273,64 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(engine.metrics.exposition(), headers={"content-type": Metrics.content_type})
 
 
-def parse_rewards_request(body: bytes, limits: ServiceLimits) -> wire.RewardRequest:
-    """The request in `body`, or a `ProblemError` that names the first item at fault."""
+def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:
+    """The request in `body`, JSON or msgpack (`packed`), or a `ProblemError` that names the first item at fault."""
     try:
-        request = wire.RewardRequest.model_validate_json(body)
+        if packed:
+            request = wire.RewardRequest.model_validate(msgpack.unpackb(body))
+        else:
+            request = wire.RewardRequest.model_validate_json(body)
     except ValidationError as error:
         raise _invalid(error, body, limits) from None
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProblemError("malformed-body", f"the body is not msgpack: {error}") from None
     if len(request.items) > limits.max_items:
         raise _too_many(len(request.items), limits)
     if limits.max_text_chars < wire.MAX_TEXT_CHARS:
         for index, item in enumerate(request.items):
             if max(len(item.prompt), len(item.response)) > limits.max_text_chars:
-                raise ProblemError(
-                    "text-too-long",
-                    f"items[{index}] has a text of more than {limits.max_text_chars} characters",
-                    item=index,
-                )
+                raise _too_long(index, limits)
     return request
 
 
 def _too_many(count: int, limits: ServiceLimits) -> ProblemError:
     return ProblemError("too-many-items", f"the request holds {count} items; at most {limits.max_items} are taken")
+
+
+def _too_long(index: int, limits: ServiceLimits) -> ProblemError:
+    return ProblemError(
+        "text-too-long", f"items[{index}] has a text of more than {limits.max_text_chars} characters", item=index
+    )
+
+
+def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
+    """`scored` with the cached scores put back where they belong."""
+    truncated = set(scored.truncated)
+    fresh = (
+        CachedScore(row, index in truncated, length)
+        for index, (row, length) in enumerate(zip(scored.logits, scored.lengths, strict=True))
+    )
+    scores = [score or next(fresh) for score in known]
+    return dataclasses.replace(
+        scored,
+        logits=[score.logits for score in scores],
+        truncated=[index for index, score in enumerate(scores) if score.truncated],
+        lengths=[score.length for score in scores],
+    )
+
+
+def _timeout(request: Request) -> float | None:
+    """Seconds until the client stops waiting, from its `X-Request-Timeout` header."""
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise ProblemError("invalid-request", f"{TIMEOUT_HEADER}: {value!r} is no positive number of seconds")
+    return timeout_s
 
 
 def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> ProblemError:
@@ -257,10 +366,20 @@ def _path(location: tuple[int | str, ...]) -> str:
     return path.removeprefix(".") or "body"
 
 
-def _require_json(request: Request) -> None:
-    content_type = request.headers.get("content-type", JSON_TYPE)
-    if content_type.split(";")[0].strip().lower() != JSON_TYPE:
-        raise ProblemError("unsupported-media-type", f"the body is {content_type}; send {JSON_TYPE}")
+def _content_type(request: Request) -> str:
+    sent = request.headers.get("content-type", JSON_TYPE)
+    content_type = sent.split(";")[0].strip().lower()
+    if content_type != JSON_TYPE and content_type not in MSGPACK_TYPES:
+        raise ProblemError("unsupported-media-type", f"the body is {sent}; send {JSON_TYPE} or {MSGPACK_TYPES[0]}")
+    return content_type
+
+
+def _wants_msgpack(request: Request, content_type: str) -> bool:
+    """What `Accept` asks for; without a preference, what was sent."""
+    accept = request.headers.get("accept", "*/*")
+    if any(name in accept for name in MSGPACK_TYPES):
+        return True
+    return content_type in MSGPACK_TYPES and JSON_TYPE not in accept
 
 
 def server_timing(scored: Scored) -> str:
@@ -323,7 +442,7 @@ def problem_response(problem: ProblemError) -> Response:
 
 async def _problem_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)
-    request.app.state.metrics.refused_requests.labels(error.name).inc()
+    request.app.state.service.engine.metrics.refused_requests.labels(error.name).inc()
     return problem_response(error)
 
 
