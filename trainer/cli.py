@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the console script."""
+    # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run(sys.argv[1:]))
 
 
