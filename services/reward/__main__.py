@@ -86,11 +86,12 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
-    from services.reward.app import ServiceLimits, create_app
+    from services.reward.app import create_app
     from services.reward.batching import Engine
     from services.reward.cache import ScoreCache
     from services.reward.problems import ProblemError
     from services.reward.scorer import load_scorer
+    from services.reward.service import ServiceLimits
 
     try:
         scorer = load_scorer(settings)

@@ -3,19 +3,15 @@
 What each one covers, and what not, is in docs/wire.md. None of them is needed by Plaudit's own trainer.
 """
 
-from typing import TYPE_CHECKING
-
 from fastapi import APIRouter
 
 from services.reward.compat import classify, kserve, openrlhf, pooling, tei
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/ready"})
 """Foreign health routes; like our own they need no key."""
 
 
-def routers(service: "Service") -> list[APIRouter]:
+def routers(service: Service) -> list[APIRouter]:
     """One router for each protocol."""
     return [module.router(service) for module in (tei, classify, pooling, openrlhf, kserve)]

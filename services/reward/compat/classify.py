@@ -5,7 +5,7 @@ infinity without `raw_scores` can't be told from vLLM; point such a client at `/
 
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -14,9 +14,7 @@ from pydantic import AliasChoices, Field
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, activated, parsed, ranked, read_json
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 
 class VllmRequest(Foreign):
@@ -33,7 +31,7 @@ class InfinityRequest(Foreign):
     raw_scores: bool = False
 
 
-def router(service: "Service") -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
     @routes.post("/classify")
@@ -75,7 +73,7 @@ def usage(scored: Scored) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
 
-async def _answer_vllm(service: "Service", wanted: VllmRequest, request: Request) -> dict[str, Any]:
+async def _answer_vllm(service: Service, wanted: VllmRequest, request: Request) -> dict[str, Any]:
     texts = as_texts(wanted.input)
     service.check(texts)
     scored = await service.score(texts, request)
@@ -95,7 +93,7 @@ async def _answer_vllm(service: "Service", wanted: VllmRequest, request: Request
     }
 
 
-async def _answer_sglang(service: "Service", wanted: SglangRequest, request: Request) -> Any:
+async def _answer_sglang(service: Service, wanted: SglangRequest, request: Request) -> Any:
     single = isinstance(wanted.text, str)
     texts: list[Text] = []
     for index, text in enumerate([wanted.text] if isinstance(wanted.text, str) else wanted.text):
@@ -112,7 +110,7 @@ async def _answer_sglang(service: "Service", wanted: SglangRequest, request: Req
     return answers[0] if single else answers
 
 
-async def _answer_infinity(service: "Service", wanted: InfinityRequest, request: Request) -> dict[str, Any]:
+async def _answer_infinity(service: Service, wanted: InfinityRequest, request: Request) -> dict[str, Any]:
     texts = as_texts(wanted.input)
     service.check(texts)
     scored = await service.score(texts, request)

@@ -3,16 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from services.reward.batching import Logits
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -23,7 +21,7 @@ class Foreign(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
 
-async def read_json(service: "Service", request: Request) -> dict[str, Any]:
+async def read_json(service: Service, request: Request) -> dict[str, Any]:
     """The JSON object in the body, or `ProblemError`."""
     body = await service.read_body(request)
     try:

@@ -6,7 +6,7 @@ The first input holds texts, an optional second one their pairs. The model answe
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,9 +15,7 @@ from pydantic import Field
 from services.reward.batching import Text
 from services.reward.compat.common import Foreign, parsed
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 HEADER_LENGTH = "inference-header-content-length"
 MODEL_ALIAS = "reward"
@@ -52,7 +50,7 @@ class InferRequest(Foreign):
     outputs: list[OutputRequest] | None = None
 
 
-def router(service: "Service") -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=["KServe v2"])
     engine = service.engine
 
@@ -106,7 +104,7 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _infer(service: "Service", model: str, request: Request) -> Response:
+async def _infer(service: Service, model: str, request: Request) -> Response:
     body = await service.read_body(request)
     header, tail = _split(body, request.headers.get(HEADER_LENGTH))
     wanted = parsed(InferRequest, header)

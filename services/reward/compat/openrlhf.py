@@ -6,7 +6,7 @@ instead of being refused.
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -14,9 +14,7 @@ from fastapi.responses import JSONResponse
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, parsed, read_json
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 DOOR_WAIT_S = 150.0
 """Less than the 180 s that the client waits in all."""
@@ -26,7 +24,7 @@ class RewardQuery(Foreign):
     query: list[str]
 
 
-def router(service: "Service") -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["OpenRLHF"])
 
     @routes.post("/get_reward")
@@ -43,7 +41,7 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _rewards(service: "Service", queries: list[str], request: Request) -> list[float]:
+async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
     texts: list[Text] = [(query, None) for query in queries]
     service.check(texts)
     index = service.label_index(service.engine.scorer, None)
@@ -51,7 +49,7 @@ async def _rewards(service: "Service", queries: list[str], request: Request) -> 
     return [row[index] for row in scored.logits]
 
 
-async def _score_patiently(service: "Service", texts: list[Text], request: Request) -> Scored:
+async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
     give_up_at = time.monotonic() + DOOR_WAIT_S
     while True:
         try:

@@ -4,7 +4,7 @@ import base64
 import struct
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,9 +12,7 @@ from fastapi.responses import JSONResponse
 from services.reward.compat.classify import as_texts, openai_error, usage
 from services.reward.compat.common import Foreign, activated, parsed, read_json
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 
 class PoolingRequest(Foreign):
@@ -24,7 +22,7 @@ class PoolingRequest(Foreign):
     use_activation: bool | None = None
 
 
-def router(service: "Service") -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
     @routes.post("/pooling")
@@ -38,7 +36,7 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _answer(service: "Service", wanted: PoolingRequest, request: Request) -> dict[str, Any]:
+async def _answer(service: Service, wanted: PoolingRequest, request: Request) -> dict[str, Any]:
     if wanted.task not in {None, "classify"}:
         raise ProblemError("invalid-request", f"Unsupported task: {wanted.task!r}; a classifier has classify")
     texts = as_texts(wanted.input)

@@ -4,7 +4,7 @@ A list of two strings is one pair, not two texts: that is TEI's rule. A body wit
 client, whose own rule it is that a list is a batch, and whose answer is nested one deeper.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -12,9 +12,7 @@ from fastapi.responses import JSONResponse
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, activated, parsed, ranked, read_json
 from services.reward.problems import ProblemError
-
-if TYPE_CHECKING:
-    from services.reward.app import Service
+from services.reward.service import Service
 
 ERROR_TYPES = {400: "Empty", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
 
@@ -36,7 +34,7 @@ class HubRequest(Foreign):
     parameters: HubParameters
 
 
-def router(service: "Service") -> APIRouter:
+def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["text-embeddings-inference, Hugging Face InferenceClient"])
 
     @routes.post("/")
@@ -83,7 +81,7 @@ def router(service: "Service") -> APIRouter:
     return routes
 
 
-async def _answer_tei(service: "Service", wanted: PredictRequest, request: Request) -> list[Any]:
+async def _answer_tei(service: Service, wanted: PredictRequest, request: Request) -> list[Any]:
     texts = _texts(wanted.inputs)
     if any(not first and not second for first, second in texts):
         raise ProblemError("empty-items", "Input validation error: `inputs` cannot be empty")
@@ -109,7 +107,7 @@ def _texts(inputs: str | list[str] | list[list[str]]) -> list[Text]:
     return texts
 
 
-async def _answer_hub(service: "Service", wanted: HubRequest, request: Request) -> list[Any]:
+async def _answer_hub(service: Service, wanted: HubRequest, request: Request) -> list[Any]:
     texts: list[Text] = [
         (text, None) for text in ([wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs)
     ]

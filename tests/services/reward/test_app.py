@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services import wire
-from services.reward.app import ClientGoneError, ServiceLimits, create_app
+from services.reward.app import create_app
 from services.reward.batching import Engine
 from services.reward.cache import ScoreCache
 from services.reward.model_files import ModelError
+from services.reward.service import ClientGoneError, ServiceLimits
 from tests.support.scorers import FakeScorer
 
 ITEM = {"prompt": "ab", "response": "cde"}
