@@ -364,10 +364,14 @@ class PPOConfig:
     """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
     merge: bool = False
     """Also write OUTPUT_DIR/merged: the adapters folded into the model, for plain transformers."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    collective_timeout_s: float = 600.0
+    """With several processes: how long one waits for another, beyond what waiting for rewards may take."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "checkpoint_every", "keep_checkpoints")
+        _positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
         _require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")
 
 

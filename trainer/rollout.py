@@ -5,6 +5,7 @@ response that holds tokens of its query, or a sample that depends on which other
 therefore carries its own random numbers, drawn before anything is generated.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -58,6 +59,21 @@ class Collected:
     responses: list[str]
     waited_s: float
     """Time spent waiting for rewards after everything else was done."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Collected"]) -> "Collected":
+        """All rows in order; the longest of the waits, since they were at the same time."""
+        scores = torch.cat([part.rollout.scores for part in parts])
+        return cls(
+            rollout=Evaluation.concatenate([part.rollout for part in parts]).with_scores(scores),
+            prompts=[text for part in parts for text in part.prompts],
+            responses=[text for part in parts for text in part.responses],
+            waited_s=max(part.waited_s for part in parts),
+        )
+
+    def to(self, device: torch.device | str) -> "Collected":
+        """The same on another device."""
+        return dataclasses.replace(self, rollout=self.rollout.to(device))
 
 
 def wait_for(future: "Future[list[float]]") -> list[float]:

@@ -1,28 +1,21 @@
 """Stage 3 against a stub reward server: what it writes, and that a run survives what ends it."""
 
 import dataclasses
-import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
+from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import ConfigError, DataSettings, PPOConfig, PPOHyperparameters, RewardSettings, to_dict
+from trainer.config import ConfigError, DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
 from trainer.metrics import read_metrics
 from trainer.reward_client import RewardRejected, RewardUnavailable
 from trainer.runtime import exclusive
 from trainer.stages import ppo
-
-TIMES = "time/"
 
 
 @pytest.fixture
@@ -36,25 +29,6 @@ def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer
         steps=4,
         checkpoint_every=1,
     )
-
-
-def numbers(directory: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith(TIMES)}
-        for record in read_metrics(directory / "metrics.jsonl")
-    ]
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert numbers(one) == numbers(other)
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
 
 
 @pytest.fixture
@@ -158,48 +132,13 @@ def test_a_policy_directory_that_does_not_exist_is_named(config: PPOConfig) -> N
         ppo.run(dataclasses.replace(config, policy="/nowhere/model"))
 
 
-class TrainerProcess:
-    """`plaudit ppo` as a process."""
-
-    def __init__(self, config: PPOConfig, *flags: str) -> None:
-        preset = config.output_dir.with_suffix(".yaml")
-        preset.write_text(json.dumps(to_dict(config)))  # JSON is YAML
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.cli", "ppo", "--config", str(preset), *flags],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def wait_for_step(self, step: int) -> None:
-        """Returns when the process says that step `step` is done."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith(f"PPO step {step}/"):
-                return
-        raise AssertionError(f"the process ended with {self.process.wait()} before step {step}")
-
-    def end(self) -> tuple[int, str]:
-        _, stderr = self.process.communicate(timeout=120)
-        return self.process.returncode, stderr
-
-
-def single_threaded(run: Any, *arguments: Any) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return run(*arguments)
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, kill: signal.Signals) -> None:
     config = dataclasses.replace(config, steps=6)
     undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
     first = TrainerProcess(config)
     first.wait_for_step(1)
-    first.process.send_signal(kill)
+    first.signal(kill)
     code, stderr = first.end()
     if kill == signal.SIGKILL:
         assert code == -signal.SIGKILL
