@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from trainer.progress import StepProgress
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
 from trainer.rollout import Collected, Draws, collect
 from trainer.runtime import StopRequested, StopSignal, exclusive
-from trainer.update import PPOStepper, Sampling
+from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "run.json"
@@ -156,7 +157,13 @@ class _Loop:
         parts = self.processes.together(self._collect_share)
         collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
-        result = self.stepper.update(collected.rollout)
+        try:
+            result = self.stepper.update(collected.rollout)
+        except NonFiniteUpdate as error:
+            if self.processes.is_main:
+                path = save_non_finite_batch(error, collected, config.output_dir)
+                error.add_note(f"its samples are in {path}; the checkpoints are from before this step")
+            raise
         ended = time.perf_counter()
         scores = collected.rollout.scores
         metrics = {
@@ -210,6 +217,35 @@ def sample_table(collected: Collected, rows: int = 8) -> list[tuple[str, str, fl
     """Some of a step's prompts, responses and scores."""
     scores = collected.rollout.scores[:rows].tolist()
     return list(zip(collected.prompts[:rows], collected.responses[:rows], scores, strict=True))
+
+
+def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, directory: Path) -> Path:
+    """Writes the samples of the mini-batch that gave no finite loss or gradient, for a person to look into."""
+
+    def numbers(row: torch.Tensor) -> list[float | str]:
+        return [value if math.isfinite(value) else str(value) for value in row.tolist()]
+
+    rollout = collected.rollout
+    records = []
+    for row in error.rows.tolist():
+        real = rollout.samples.mask[row]
+        records.append(
+            {
+                "row": row,
+                "prompt": collected.prompts[row],
+                "response": collected.responses[row],
+                "score": rollout.scores[row].item(),
+                "query_tokens": rollout.samples.query_ids[row, rollout.samples.query_mask[row]].tolist(),
+                "response_tokens": rollout.samples.response_ids[row, real].tolist(),
+                "logprobs": numbers(rollout.logprobs[row, real]),
+                "ref_logprobs": numbers(rollout.ref_logprobs[row, real]),
+                "values": numbers(rollout.values[row, real]),
+            }
+        )
+    path = directory / f"non-finite-step-{error.step}.json"
+    report = {"message": str(error), "step": error.step, "epoch": error.epoch, "samples": records}
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:

@@ -1,6 +1,7 @@
 """Stage 3 against a stub reward server: what it writes, and that a run survives what ends it."""
 
 import dataclasses
+import json
 import signal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trainer.metrics import read_metrics
 from trainer.reward_client import RewardRejected, RewardUnavailable
 from trainer.runtime import exclusive
 from trainer.stages import ppo
+from trainer.update import NonFiniteUpdate
 
 
 @pytest.fixture
@@ -91,6 +93,25 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_the_exchange_on_disk(
         ppo.run(config)
     assert "NaN" in (config.output_dir / "rejected-reward.json").read_text()
     assert (config.output_dir / "checkpoints" / "step-000001" / "manifest.json").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_its_samples_on_disk_and_the_checkpoint_before_it(
+    config: PPOConfig, undisturbed: Path, stub_reward_server: StubRewardServer
+) -> None:
+    # A finite reward, whose square in the value loss is not.
+    stub_reward_server.script([{"do": "score"}, {"do": "literal", "text": "1e30"}])
+    with pytest.raises(NonFiniteUpdate, match=r"loss is inf in step 1, epoch \d, samples") as error:
+        ppo.run(config)
+    assert "non-finite-step-1.json" in " ".join(error.value.__notes__)
+    report = json.loads((config.output_dir / "non-finite-step-1.json").read_text())
+    assert [sample["row"] for sample in report["samples"]] == error.value.rows.tolist()
+    assert any(sample["score"] > 1e29 for sample in report["samples"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.policy)
+    for sample in report["samples"]:
+        assert tokenizer.decode(sample["response_tokens"], skip_special_tokens=True) == sample["response"]
+        assert len(sample["logprobs"]) == len(sample["values"]) == len(sample["response_tokens"])
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    assert_same_run(config.output_dir, undisturbed)
 
 
 def test_another_reward_model_after_a_resume_is_refused_unless_it_is_meant(
