@@ -324,6 +324,22 @@ class PPOHyperparameters:
         )
 
 
+@dataclass(frozen=True)
+class PenaltySettings:
+    """What is taken off a response's reward before the update. All are off by default."""
+
+    missing_eos: float = 0.0
+    """Off a response that ran out of tokens before the end of text. Drawn lengths make that common."""
+    per_token: float = 0.0
+    """Off for each response token beyond the free ones."""
+    free_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("missing_eos", "per_token", "free_tokens"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), f"{name}={value} must be 0 (off) or more")
+
+
 def to_dict(config: object) -> dict[str, object]:
     """A config as plain JSON values, nested as its dataclasses are."""
 
@@ -352,6 +368,7 @@ class PPOConfig:
     reward: RewardSettings = field(default_factory=RewardSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     steps: int | None = None
     """PPO steps; not given means one pass over the prompts."""

@@ -3,24 +3,28 @@
 import contextlib
 import json
 import math
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer import checkpoint as checkpoints
-from trainer.config import ConfigError, PPOConfig, to_dict
+from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import Prompts, load_prompts
 from trainer.distributed import Processes, joined
-from trainer.metrics import FILE_NAME, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
+from trainer.metrics import FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
 from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
+from trainer.ppo.rewards import penalise_length, penalise_missing_eos
 from trainer.progress import StepProgress
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
 from trainer.rollout import Collected, Draws, collect
 from trainer.runtime import StopRequested, StopSignal, exclusive
+from trainer.samples import Rollout
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
@@ -158,7 +162,7 @@ class _Loop:
         collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
         try:
-            result = self.stepper.update(collected.rollout)
+            result = self.stepper.update(penalised(collected.rollout, config.penalties, self.tokenizer.eos_token_id))
         except NonFiniteUpdate as error:
             if self.processes.is_main:
                 path = save_non_finite_batch(error, collected, config.output_dir)
@@ -169,6 +173,7 @@ class _Loop:
         metrics = {
             REWARD_MEAN: scores.mean().item(),
             REWARD_STD: scores.std().item() if len(scores) > 1 else 0.0,
+            **component_statistics(collected.components),
             **result.statistics,
             "time/rollout_s": collected_at - began,
             "time/reward_wait_s": collected.waited_s,
@@ -211,6 +216,31 @@ class _Loop:
                 keep=self.config.keep_checkpoints,
             )
         )
+
+
+def penalised(rollout: Rollout, penalties: PenaltySettings, eos_token_id: int) -> Rollout:
+    """The rollout with what its responses lose for their length and for not ending."""
+    samples = rollout.samples
+    ended = ((samples.response_ids == eos_token_id) & samples.mask).any(1)
+    scores = penalise_missing_eos(rollout.scores, ended, penalties.missing_eos)
+    scores = penalise_length(
+        scores,
+        samples.response_lengths,
+        free_tokens=penalties.free_tokens,
+        penalty_per_token=penalties.per_token,
+    )
+    return replace(rollout, scores=scores)
+
+
+def component_statistics(components: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean and standard deviation of each reward, where there are several; of one the metrics say it already."""
+    if len(components) == 1:
+        return {}
+    result = {}
+    for name, scores in components.items():
+        result[REWARD_COMPONENT.format(name=name, statistic="mean")] = statistics.fmean(scores)
+        result[REWARD_COMPONENT.format(name=name, statistic="std")] = statistics.stdev(scores) if scores[1:] else 0.0
+    return result
 
 
 def sample_table(collected: Collected, rows: int = 8) -> list[tuple[str, str, float]]:

@@ -12,10 +12,19 @@ import transformers
 
 from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import ConfigError, DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
+from trainer.config import (
+    ConfigError,
+    DataSettings,
+    PenaltySettings,
+    PPOConfig,
+    PPOHyperparameters,
+    RewardComponent,
+    RewardSettings,
+)
 from trainer.metrics import read_metrics
 from trainer.reward_client import RewardRejected, RewardUnavailable
 from trainer.runtime import exclusive
+from trainer.samples import Rollout, Samples
 from trainer.stages import ppo
 from trainer.update import NonFiniteUpdate
 
@@ -141,6 +150,43 @@ def test_resuming_with_another_batch_size_says_which_fields_differ(config: PPOCo
 def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(config: PPOConfig) -> None:
     with exclusive(config.output_dir), pytest.raises(ConfigError, match="in use by another run"):
         ppo.run(config)
+
+
+def test_penalties_come_off_the_scores_and_not_off_the_rewards_that_are_reported(config: PPOConfig) -> None:
+    config = dataclasses.replace(config, steps=1)
+    plain = read_metrics(ppo.run(config).output_dir / "metrics.jsonl")[0]
+    other = dataclasses.replace(config, output_dir=config.output_dir.with_name("penalised"))
+    other = dataclasses.replace(other, penalties=PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=1))
+    penalised = read_metrics(ppo.run(other).output_dir / "metrics.jsonl")[0]
+    assert penalised["env/reward_mean"] == plain["env/reward_mean"] == pytest.approx(plain["ppo/mean_scores"])
+    # No response of the first step ends with the end of text: the tiny model gives it 1 in 300.
+    expected = plain["env/reward_mean"] - 2.0 - 0.5 * (plain["tokens/responses_len_mean"] - 1)
+    assert penalised["ppo/mean_scores"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_response_that_ends_is_spared_the_penalty_for_not_ending() -> None:
+    samples = Samples.from_lists([[5], [6]], [[7, 0], [8, 9, 10]], pad_token_id=0)
+    zeros = torch.zeros(2, 3)
+    rollout = Rollout(
+        samples=samples, logprobs=zeros, values=zeros, ref_logprobs=zeros, scores=torch.tensor([1.0, 1.0])
+    )
+    settings = PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=2)
+    assert ppo.penalised(rollout, settings, eos_token_id=0).scores.tolist() == [1.0, -1.5]
+
+
+def test_of_several_rewards_each_is_in_the_metrics_by_its_name(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    length = RewardComponent("length", weight=-0.1, function="tests.trainer.stages.test_ppo:characters")
+    reward = dataclasses.replace(config.reward, name="stub", weight=2.0, also=(length,))
+    record = read_metrics(ppo.run(dataclasses.replace(config, reward=reward, steps=1)).output_dir / "metrics.jsonl")[0]
+    expected = 2.0 * record["rewards/stub/mean"] - 0.1 * record["rewards/length/mean"]
+    assert record["env/reward_mean"] == pytest.approx(expected, rel=1e-5)
+    assert record["rewards/length/std"] > 0
+
+
+def characters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
 
 
 def test_no_reward_url_says_how_to_get_one(config: PPOConfig) -> None:
