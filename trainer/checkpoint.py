@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_samples_every",
+    "trackers",
     "collective_timeout_s",
     "device",
     "reward.",

@@ -381,6 +381,8 @@ class PPOConfig:
     """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
     merge: bool = False
     """Also write OUTPUT_DIR/merged: the adapters folded into the model, for plain transformers."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as accelerate names them."""
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
     collective_timeout_s: float = 600.0
@@ -530,6 +532,8 @@ class EvaluateConfig:
     reward: RewardSettings = field(default_factory=RewardSettings)
     n_prompts: int = 256
     """Held-out prompts to answer."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:

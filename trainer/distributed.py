@@ -108,13 +108,18 @@ class Processes:
                 dist.broadcast(parameter.data, src=0)
 
 
+def device_named(name: str | None) -> torch.device:
+    """The device of this name; without one, the GPU if there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 @contextmanager
 def joined(device: str | None, *, timeout_s: float) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that `accelerate launch` or `torchrun` started, and this one's device; else this one alone.
 
     `device` None is the GPU if there is one. Nothing waits longer than `timeout_s` for another process.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = device_named(device)
     if max(int(os.environ.get(name, "1")) for name in WORLD_SIZES) == 1:
         yield Processes(), chosen
         return

@@ -16,7 +16,7 @@ from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import Prompts, load_prompts
 from trainer.distributed import Processes, joined
-from trainer.metrics import FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
+from trainer.metrics import FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, MetricsLog, open_tracker, read_metrics
 from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
 from trainer.ppo.rewards import penalise_length, penalise_missing_eos
@@ -90,7 +90,12 @@ def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
     directory = config.output_dir
     (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
     _forget_steps_after(directory / FILE_NAME, done)
-    with MetricsLog(directory, resume_from=done) as log, loop.progress.showing():
+    others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
+    tensorboard = "tensorboard" in config.trackers
+    with (
+        MetricsLog(directory, resume_from=done, tensorboard=tensorboard, trackers=others) as log,
+        loop.progress.showing(),
+    ):
         metrics = loop.train(steps, log)
     loop.policy.save(directory)
     loop.tokenizer.save_pretrained(directory)
