@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test check format lint types clean
+.PHONY: help install demo test compose-test check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ demo: install  ## Train a small language model to write positive reviews, and op
 
 test: install  ## Run the whole test suite.
 	$(BIN)/pytest -q
+
+compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a replica, stop and resume the trainer.
+	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s
 
 check: install format-check lint types test  ## Everything that must be green before a commit.
 

@@ -15,15 +15,8 @@ def modules(package: str, path: list[str]) -> list[str]:
     return [package, *(module.name for module in pkgutil.walk_packages(path, package + "."))]
 
 
-def imported_by(module: str) -> set[str]:
-    """Every module that importing this one brings in."""
-    code = f"import sys, {module}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
-
-
-def import_all(names: list[str]) -> set[str]:
+def imported_by(*names: str) -> set[str]:
+    """Every module that importing these brings in; not `__main__`, which would run."""
     runnable = [name for name in names if not name.endswith("__main__")]
     code = f"import sys, importlib\nfor name in {runnable!r}: importlib.import_module(name)\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
@@ -37,11 +30,11 @@ def below(package: str, names: set[str]) -> list[str]:
 
 def test_the_reward_service_never_imports_the_trainer() -> None:
     reward = [name for name in modules("services", list(services.__path__)) if name.startswith("services.reward")]
-    assert below("trainer", import_all(reward)) == []
+    assert below("trainer", imported_by(*reward)) == []
 
 
 def test_the_trainer_imports_nothing_of_services_but_the_wire() -> None:
-    imported = import_all(modules("trainer", list(trainer.__path__)))
+    imported = imported_by(*modules("trainer", list(trainer.__path__)))
     assert set(below("services", imported)) <= {"services", "services.wire"}
 
 

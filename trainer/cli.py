@@ -2,8 +2,10 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -75,6 +77,8 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the console script."""
+    # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(run(sys.argv[1:]))
 
 
@@ -90,6 +94,7 @@ def run(args: Sequence[str]) -> int:
     try:
         config = parse(name, flags)
         stage = importlib.import_module(COMMANDS[name].module)
+        _quiet_libraries()
         stage.run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
@@ -116,6 +121,15 @@ def parse(name: str, flags: Sequence[str]) -> Any:
         description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\nExample: {command.example}",
     )
     return parsed.settings
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to the stage's own progress and results."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # peft asks transformers by the name that it had before.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def exit_code(error: Exception) -> int:

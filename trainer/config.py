@@ -557,10 +557,16 @@ class DemoConfig:
     """PPO steps; not given means the preset's."""
     n_prompts: int = 256
     """Held-out prompts of the evaluation."""
+    reward_url: tuple[str, ...] = ()
+    """Reward services that run already; with one, the demo starts none, and the policy may be a hub id."""
     ready_timeout_s: float = 120.0
     """How long the reward service may take to start."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "ready_timeout_s", "from_scratch_steps")
+        _require(
+            self.stages == "ppo" or not self.reward_url,
+            "stages=all trains a reward model to serve; it can't be used with reward_url",
+        )
         _require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")

@@ -1,12 +1,13 @@
 """`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
 
+import asyncio
 import contextlib
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,9 +86,12 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 
-    from services.reward.app import ServiceLimits, create_app
+    from services.reward.app import create_app
     from services.reward.batching import Engine
+    from services.reward.cache import ScoreCache
+    from services.reward.problems import ProblemError
     from services.reward.scorer import load_scorer
+    from services.reward.service import ServiceLimits
 
     try:
         scorer = load_scorer(settings)
@@ -100,23 +104,40 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
         default_label=settings.label,
         join=settings.join,
         api_keys=keys,
+        cache=ScoreCache(settings.cache_items) if settings.cache_items else None,
+        reload=lambda: load_scorer(settings),
     )
     url = _url(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
         if settings.ready_file is not None:
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
-        print(json.dumps({"event": "ready", "url": url, "pid": os.getpid(), "revision": scorer.revision}), flush=True)
+        _log("ready", url=url, pid=os.getpid(), revision=scorer.revision)
 
     def drain() -> None:
         engine.draining = True
 
-    _uvicorn_server(app, settings.grace_s, announce, drain).run(sockets=[listener])
+    async def reload() -> None:
+        try:
+            reloaded = await app.state.service.load_again()
+            _log("reloaded", revision=reloaded.revision)
+        except ProblemError as problem:
+            _log("reload-failed", detail=problem.detail)
+
+    _uvicorn_server(app, settings.grace_s, announce, drain, reload).run(sockets=[listener])
     engine.close()
 
 
+def _log(event: str, **details: object) -> None:
+    print(json.dumps({"event": event, **details}), flush=True)
+
+
 def _uvicorn_server(
-    app: object, grace_s: float, announce: Callable[[], None], drain: Callable[[], None]
+    app: object,
+    grace_s: float,
+    announce: Callable[[], None],
+    drain: Callable[[], None],
+    reload: Callable[[], Coroutine[None, None, None]],
 ) -> "uvicorn.Server":
     import uvicorn
 
@@ -125,7 +146,15 @@ def _uvicorn_server(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
+            loop = asyncio.get_running_loop()
+            self.reloads: set[asyncio.Task[None]] = set()
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
             announce()
+
+        def _reload(self) -> None:
+            task = asyncio.ensure_future(reload())
+            self.reloads.add(task)
+            task.add_done_callback(self.reloads.discard)
 
         @contextlib.contextmanager
         def capture_signals(self) -> Generator[None, None, None]:

@@ -74,7 +74,8 @@ class Scored:
 
     logits: list[Logits]
     truncated: list[int]
-    tokens: int
+    lengths: list[int]
+    """Tokens of each text, as the model saw it."""
     scorer: Scorer
     tokenize_s: float
     queue_s: float
@@ -301,6 +302,13 @@ class Engine:
         dead = [thread.name for thread in self._threads if not thread.is_alive()]
         return f"thread {', '.join(dead)} is not running" if dead else None
 
+    def require_open(self) -> None:
+        """Raise `ProblemError` when nothing can be admitted."""
+        if self.failure is not None:
+            raise ProblemError("not-ready", self.failure, retry_after_s=RETRY_AFTER_DRAIN_S)
+        if self.draining:
+            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
+
     def replace(self, scorer: Scorer) -> None:
         """Let `scorer` judge everything admitted from now on; what was admitted before keeps its model."""
         old = self.scorer
@@ -320,10 +328,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         with self._lock:
-            if self.failure is not None:
-                raise ProblemError("not-ready", self.failure, retry_after_s=RETRY_AFTER_DRAIN_S)
-            if self.draining:
-                raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
+            self.require_open()
             scorer = self.scorer
             tokens = sum(_estimated_tokens(text, scorer.max_tokens) for text in texts)
             if self._queued_tokens and self._queued_tokens + tokens > self.max_queue_tokens:
@@ -503,7 +508,7 @@ class Engine:
         scored = Scored(
             logits=[item.logits for item in job.items if item.logits is not None],
             truncated=[item.index for item in job.items if item.encoded.truncated],
-            tokens=sum(item.length for item in job.items),
+            lengths=[item.length for item in job.items],
             scorer=job.scorer,
             tokenize_s=job.tokenize_s,
             queue_s=first_batch_at - job.tokenized_at,

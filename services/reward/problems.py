@@ -9,6 +9,7 @@ STATUS = {
     "unauthorized": 401,
     "not-found": 404,
     "method-not-allowed": 405,
+    "reload-failed": 409,
     "body-too-large": 413,
     "unsupported-media-type": 415,
     "invalid-request": 422,

@@ -55,6 +55,8 @@ class Settings(BaseSettings):
     """Characters one prompt or response may hold."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
     """Bytes one request body may hold."""
+    cache_items: Annotated[int, Field(ge=0)] = 0
+    """Scores kept for texts that come again; 0 keeps none."""
     api_key_file: Path | None = None
     """File with the accepted bearer keys, one a line. REWARD_API_KEY in the environment holds a single one."""
     host: str = "127.0.0.1"

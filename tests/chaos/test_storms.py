@@ -111,18 +111,19 @@ def test_both_killed_for_longer_than_the_patience_is_unavailable_and_never_a_num
         assert client.score(["a"], ["b"]) == [stub_reward("a", "b")]
 
 
+@pytest.mark.timeout(900)  # it imports torch twice, and the machine may be busy
 def test_the_real_service_killed_under_load_and_restarted_gives_the_same_rewards(tmp_path: Path) -> None:
     prompts = [f"the movie number {i}" for i in range(256)]
     responses = [" was wonderful" if i % 3 else " was terrible and boring" for i in range(256)]
     service = RewardService(tiny_classifier_dir(tmp_path / "model"))
     try:
-        with RewardClient(RewardSettings(url=(service.url,), patience_s=200.0, chunk_size=4)) as client:
+        with RewardClient(RewardSettings(url=(service.url,), patience_s=600.0, chunk_size=4)) as client:
             client.connect()
             undisturbed = client.score(prompts, responses)
             waiting = client.submit(prompts, responses)
             service.kill()
             assert not waiting.done()
             service.begin()
-            assert waiting.result(timeout=250) == pytest.approx(undisturbed, abs=1e-4)
+            assert waiting.result(timeout=700) == pytest.approx(undisturbed, abs=1e-4)
     finally:
         service.kill()

@@ -110,6 +110,14 @@ def test_repeated_requests_go_out_one_at_a_time_while_the_endpoint_fails(stub_re
     assert stub_reward_server.state["requests"] <= first_tries + patience_s / delay_s + 1
 
 
+def test_an_endpoint_is_set_aside_for_a_growing_time_however_long_it_has_been_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    assert [source.pause_after(failures) for failures in (1, 2, 3)] == [0.2, 0.4, 0.8]
+    assert source.pause_after(1_000_000) == 30.0
+
+
 def test_a_slow_chunk_is_hedged_and_the_faster_answer_counts(start_stub: Start) -> None:
     stuck, healthy = start_stub(), start_stub()
     stuck.script([{"do": "hang", "when": "prompt", "times": 1}])

@@ -2,6 +2,8 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trainer import presets
@@ -19,21 +21,18 @@ def run(config: DemoConfig) -> None:
     policy, reward_model = training.policy, config.reward_model
     if config.stages == "all":
         policy, reward_model = _train_models(config)
-    for what, directory in (("policy", policy), ("reward model", reward_model)):
-        if not (Path(directory) / "config.json").is_file():
-            raise ConfigError(
-                f"the {what} {directory!r} is not a model directory; run the demo from the repository's root"
-            )
+    if not config.reward_url:
+        _require_models(policy=policy, reward_model=reward_model)
 
-    print("Starting the reward service in a process of its own ...", flush=True)
-    with reward_service(reward_model, config.output_dir, ready_timeout_s=config.ready_timeout_s) as url:
-        print(f"It answers at {url}.", flush=True)
+    with _reward_urls(config, reward_model) as urls:
         training = dataclasses.replace(
             training,
             policy=policy,
             output_dir=config.output_dir / "ppo",
             steps=config.steps or training.steps,
-            reward=dataclasses.replace(training.reward, url=(url,)),
+            # A stopped demo goes on. One from scratch has new models, for which old checkpoints are no use.
+            resume="auto" if config.stages == "ppo" else None,
+            reward=dataclasses.replace(training.reward, url=urls),
             seed=config.seed,
         )
         ppo.run(training)
@@ -52,6 +51,27 @@ def run(config: DemoConfig) -> None:
             )
         )
     print(f"Trained in {trained - began:.0f} s, judged in {time.monotonic() - trained:.0f} s.")
+
+
+def _require_models(**directories: str) -> None:
+    for what, directory in directories.items():
+        if not (Path(directory) / "config.json").is_file():
+            raise ConfigError(
+                f"the {what.replace('_', ' ')} {directory!r} is not a model directory; "
+                "run the demo from the repository's root"
+            )
+
+
+@contextmanager
+def _reward_urls(config: DemoConfig, reward_model: str) -> Iterator[tuple[str, ...]]:
+    """The services that were named, else one that lives as long as the block."""
+    if config.reward_url:
+        yield config.reward_url
+        return
+    print("Starting the reward service in a process of its own ...", flush=True)
+    with reward_service(reward_model, config.output_dir, ready_timeout_s=config.ready_timeout_s) as url:
+        print(f"It answers at {url}.", flush=True)
+        yield (url,)
 
 
 def _train_models(config: DemoConfig) -> tuple[str, str]:

@@ -42,7 +42,7 @@ class PPOResult:
 
 def run(config: PPOConfig) -> PPOResult:
     """Train from the start or from a checkpoint, and write everything to `config.output_dir`."""
-    if not config.reward.url:
+    if not config.reward.components:
         raise ConfigError(
             "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
         )

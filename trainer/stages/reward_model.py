@@ -124,7 +124,12 @@ def _pairwise(config: RewardModelConfig) -> dict[str, Judgement]:
         args=RewardConfig(
             max_length=config.max_length, **training_arguments(config.output_dir, config.optimizer, config.seed)
         ),
-        train_dataset=Dataset.from_list(train),
+        train_dataset=Dataset.from_dict(
+            {
+                f"{side}_ids": _token_ids(tokenizer, [pair["prompt"] + pair[side] for pair in train], config.max_length)
+                for side in ("chosen", "rejected")
+            }
+        ),
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
@@ -177,6 +182,12 @@ class CroppingCollator:
         words = text.split(" ")
         last = max(len(words) - self.config.crop_min_tokens, 0)
         return " ".join(words[self.random.randint(0, last) :])
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    # Tokenised here, as the service will do it: TRL would end every text with an end-of-text token of its own.
+    ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    return ids
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:

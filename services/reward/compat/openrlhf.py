@@ -1,0 +1,61 @@
+"""OpenRLHF's remote reward model, `/get_reward`. `query` is prompt and response already joined.
+
+That client ignores `Retry-After` and gives up after five quick tries, so a full queue makes it wait here, at the door,
+instead of being refused.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from services.reward.batching import Scored, Text
+from services.reward.compat.common import Foreign, parsed, read_json
+from services.reward.problems import ProblemError
+from services.reward.service import Service
+
+DOOR_WAIT_S = 150.0
+"""Less than the 180 s that the client waits in all."""
+
+
+class RewardQuery(Foreign):
+    query: list[str]
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["OpenRLHF"])
+
+    @routes.post("/get_reward")
+    async def get_reward(request: Request) -> Response:
+        try:
+            wanted = parsed(RewardQuery, await read_json(service, request))
+            # With several URLs this client sends some of them nothing, and wants nothing back.
+            rewards = await _rewards(service, wanted.query, request) if wanted.query else []
+        except ProblemError as problem:
+            return JSONResponse({"error": problem.detail}, problem.status, headers=problem.headers())
+        extra: dict[str, Any] = {}
+        return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": extra})
+
+    return routes
+
+
+async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
+    texts: list[Text] = [(query, None) for query in queries]
+    service.check(texts)
+    index = service.label_index(service.engine.scorer, None)
+    scored = await _score_patiently(service, texts, request)
+    return [row[index] for row in scored.logits]
+
+
+async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
+    give_up_at = time.monotonic() + DOOR_WAIT_S
+    while True:
+        try:
+            return await service.score(texts, request)
+        except ProblemError as problem:
+            wait_s = problem.retry_after_s or 1
+            if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
+                raise
+        await asyncio.sleep(wait_s)

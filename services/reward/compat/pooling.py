@@ -1,0 +1,64 @@
+"""vLLM's `/pooling` for a classifier: a vector of logits or probabilities for each text, as numbers or base64."""
+
+import base64
+import struct
+import time
+import uuid
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from services.reward.compat.classify import as_texts, openai_error, usage
+from services.reward.compat.common import Foreign, activated, parsed, read_json
+from services.reward.problems import ProblemError
+from services.reward.service import Service
+
+
+class PoolingRequest(Foreign):
+    input: str | list[str]
+    task: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    use_activation: bool | None = None
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["vLLM, SGLang, infinity"])
+
+    @routes.post("/pooling")
+    async def pooling(request: Request) -> Response:
+        try:
+            wanted = parsed(PoolingRequest, await read_json(service, request))
+            return JSONResponse(await _answer(service, wanted, request))
+        except ProblemError as problem:
+            return openai_error(problem)
+
+    return routes
+
+
+async def _answer(service: Service, wanted: PoolingRequest, request: Request) -> dict[str, Any]:
+    if wanted.task not in {None, "classify"}:
+        raise ProblemError("invalid-request", f"Unsupported task: {wanted.task!r}; a classifier has classify")
+    texts = as_texts(wanted.input)
+    service.check(texts)
+    scored = await service.score(texts, request)
+    vectors = [list(row) if wanted.use_activation is False else activated(row) for row in scored.logits]
+    return {
+        "id": f"pool-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": scored.scorer.id,
+        "data": [
+            {
+                "index": index,
+                "object": "pooling",
+                "data": vector if wanted.encoding_format == "float" else _packed(vector),
+            }
+            for index, vector in enumerate(vectors)
+        ],
+        "usage": usage(scored),
+    }
+
+
+def _packed(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

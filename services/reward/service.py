@@ -1,0 +1,208 @@
+"""What every handler needs, whatever protocol it speaks: the engine's scores, the limits, the labels, the model's face.
+
+Wrong here would be a score computed for nobody, or two protocols that disagree about what a request may hold.
+"""
+
+import asyncio
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from services import wire
+from services.reward.batching import Engine, Scored, Scorer, Text
+from services.reward.cache import CachedScore, ScoreCache
+from services.reward.model_files import ModelError
+from services.reward.problems import ProblemError
+
+TIMEOUT_HEADER = "x-request-timeout"
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What one request may hold. Each is also told by `GET /v1/model`."""
+
+    max_items: int = wire.MAX_ITEMS_PER_REQUEST
+    max_text_chars: int = wire.MAX_TEXT_CHARS
+    max_body_bytes: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Service:
+    """What handlers share; foreign protocols are built on it too."""
+
+    engine: Engine
+    limits: ServiceLimits
+    default_label: str | None
+    join: wire.Join
+    cache: ScoreCache | None = None
+    reload: Callable[[], Scorer] | None = None
+    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def text(self, prompt: str, response: str) -> Text:
+        """Prompt and response as the model wants them."""
+        return (prompt, response) if self.join == "pair" else (prompt + response, None)
+
+    async def read_body(self, request: Request) -> bytes:
+        """The body, refused as soon as it is known to be too large."""
+        limit = self.limits.max_body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    async def score(self, texts: Sequence[Text], request: Request) -> Scored:
+        """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        if self.cache is None:
+            return await self._run(texts, request)
+        known = self.cache.lookup(self.engine.scorer, texts)
+        missing = [text for text, score in zip(texts, known, strict=True) if score is None]
+        self.engine.metrics.cached_items.inc(len(texts) - len(missing))
+        if not missing:
+            self.engine.require_open()
+            return _merged(known, Scored([], [], [], self.engine.scorer, 0.0, 0.0, 0.0))
+        scored = await self._run(missing, request)
+        self.cache.keep(missing, scored)
+        return _merged(known, scored)
+
+    async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
+        timeout_s = _timeout(request)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = self.engine.submit(texts, deadline=deadline)
+        gone = asyncio.ensure_future(request.receive())
+        either: set[asyncio.Future[Any]] = {job.future, gone}
+        try:
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if job.future.done():
+                return job.future.result()
+            if gone.done():
+                raise ClientGoneError
+            raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
+        finally:
+            gone.cancel()
+            self.engine.abandon(job)
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Hold texts that came by a foreign protocol to the same limits."""
+        if not texts:
+            raise ProblemError("empty-items", "the request holds no text")
+        if len(texts) > self.limits.max_items:
+            raise too_many(len(texts), self.limits)
+        for index, (first, second) in enumerate(texts):
+            if max(len(first), len(second or "")) > self.limits.max_text_chars:
+                raise too_long(index, self.limits)
+            try:
+                f"{first}{second or ''}".encode()
+            except UnicodeEncodeError:
+                raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
+
+    async def load_again(self) -> Scorer:
+        """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
+        if self.reload is None:
+            raise ProblemError("not-found", "this service was started without a way to reload")
+        async with self.reloading:
+            try:
+                scorer = await asyncio.to_thread(self.reload)
+                self.engine.replace(scorer)
+            except (ModelError, ValueError) as error:
+                raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
+            return scorer
+
+    def info(self) -> wire.ModelInfo:
+        scorer = self.engine.scorer
+        return wire.ModelInfo(
+            id=scorer.id,
+            revision=scorer.revision,
+            labels=list(scorer.labels),
+            default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
+            join=self.join,
+            dtype=scorer.dtype,
+            limits=wire.Limits(
+                max_items=self.limits.max_items,
+                max_text_chars=self.limits.max_text_chars,
+                max_body_bytes=self.limits.max_body_bytes,
+                max_tokens=scorer.max_tokens,
+            ),
+        )
+
+    def label_index(self, scorer: Scorer, label: str | None) -> int:
+        """Which logit is the reward. Only a model of one logit needs no name for it."""
+        wanted = label if label is not None else self.default_label
+        if wanted is None:
+            if len(scorer.labels) == 1:
+                return 0
+            raise ProblemError(
+                "label-required",
+                f"the model has {len(scorer.labels)} labels and the service no default; name one of them in `label`",
+                labels=list(scorer.labels),
+            )
+        if wanted not in scorer.labels:
+            raise ProblemError(
+                "unknown-label",
+                f"the model has no label {wanted!r}; it has {', '.join(scorer.labels)}",
+                labels=list(scorer.labels),
+            )
+        return scorer.labels.index(wanted)
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was there."""
+
+
+def too_many(count: int, limits: ServiceLimits) -> ProblemError:
+    """The problem of a request with more items than it may hold."""
+    return ProblemError("too-many-items", f"the request holds {count} items; at most {limits.max_items} are taken")
+
+
+def too_long(index: int, limits: ServiceLimits) -> ProblemError:
+    """The problem of an item with a longer text than it may have."""
+    return ProblemError(
+        "text-too-long", f"items[{index}] has a text of more than {limits.max_text_chars} characters", item=index
+    )
+
+
+def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
+    """`scored` with the cached scores put back where they belong."""
+    truncated = set(scored.truncated)
+    fresh = (
+        CachedScore(row, index in truncated, length)
+        for index, (row, length) in enumerate(zip(scored.logits, scored.lengths, strict=True))
+    )
+    scores = [score or next(fresh) for score in known]
+    return dataclasses.replace(
+        scored,
+        logits=[score.logits for score in scores],
+        truncated=[index for index, score in enumerate(scores) if score.truncated],
+        lengths=[score.length for score in scores],
+    )
+
+
+def _timeout(request: Request) -> float | None:
+    """Seconds until the client stops waiting, from its `X-Request-Timeout` header."""
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise ProblemError("invalid-request", f"{TIMEOUT_HEADER}: {value!r} is no positive number of seconds")
+    return timeout_s
+
+
+def server_timing(scored: Scored) -> str:
+    """Where the time went, as a `Server-Timing` header, in milliseconds."""
+    phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)

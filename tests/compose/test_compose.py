@@ -1,0 +1,194 @@
+"""The stack as it is deployed, on a real engine: `make compose-test`. Builds images, so it runs only when asked."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RUN_NAME = "compose-test"
+RUN = ROOT / "runs" / RUN_NAME
+PRESET = ROOT / "runs" / f"{RUN_NAME}.yaml"
+STEPS = 12
+WAIT_S = 600.0
+
+
+def answers(*command: str) -> bool:
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+def reason_to_skip() -> str | None:
+    if os.environ.get("PLAUDIT_COMPOSE_TEST") != "1":
+        return "run it with `make compose-test`"
+    if not answers("docker", "info"):
+        return "no Docker engine answers"
+    if not answers("docker", "compose", "version") and shutil.which("docker-compose") is None:
+        return "neither `docker compose` nor docker-compose is installed"
+    return None
+
+
+SKIP = reason_to_skip()
+pytestmark = [pytest.mark.skipif(SKIP is not None, reason=str(SKIP)), pytest.mark.timeout(3600)]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(
+        ["docker", *arguments], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ).stdout.strip()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+class Stack:
+    """The Compose project under test, with ports and a name of its own."""
+
+    def __init__(self) -> None:
+        self.tensorboard = free_port()
+        self.balancer = free_port()
+        self._environment = os.environ | {
+            "COMPOSE_PROJECT_NAME": "plaudit-test",
+            "UID": str(os.getuid()),
+            "GID": str(os.getgid()),
+            "RUN_NAME": RUN_NAME,
+            "PRESET": f"runs/{PRESET.name}",
+            "N_PROMPTS": "64",
+            "TENSORBOARD_PORT": str(self.tensorboard),
+            "BALANCER_PORT": str(self.balancer),
+        }
+        if not answers("docker", "buildx", "version"):
+            self._environment |= {"DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
+        self._command = ["docker", "compose"] if answers("docker", "compose", "version") else ["docker-compose"]
+
+    def compose(self, *arguments: str, **environment: str) -> str:
+        done = subprocess.run(
+            [*self._command, *arguments],
+            cwd=ROOT,
+            env=self._environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout.strip()
+
+    def containers(self, service: str) -> list[str]:
+        return self.compose("ps", "-q", service).split()
+
+    def trainer_exit_code(self) -> int:
+        (trainer,) = (
+            self.containers("trainer")
+            or docker("ps", "-aq", "-f", "label=com.docker.compose.project=plaudit-test", "-f", "name=trainer").split()
+        )
+        return int(subprocess.run(["docker", "wait", trainer], capture_output=True, text=True, timeout=WAIT_S).stdout)
+
+
+def steps() -> list[int]:
+    """The steps in metrics.jsonl, in the order in which they were written."""
+    path = RUN / "ppo" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    shutil.rmtree(RUN, ignore_errors=True)
+    settings = yaml.safe_load((ROOT / "presets" / "demo.yaml").read_text())
+    PRESET.write_text(yaml.safe_dump(settings | {"steps": STEPS}))
+    stack = Stack()
+    try:
+        stack.compose("build")
+        yield stack
+    finally:
+        print(stack.compose("logs", "--no-color", "--tail=40"))
+        stack.compose("down", "--volumes", "--remove-orphans")
+        PRESET.unlink()
+
+
+def test_a_killed_replica_and_a_stopped_trainer_cost_nothing(stack: Stack) -> None:
+    began = time.monotonic()
+    stack.compose("up", "-d", "--scale", "reward=2")
+    until(lambda: len(steps()) >= 1, "the first step")
+    print(f"up to the end of the first step: {time.monotonic() - began:.1f} s")
+
+    first, second = stack.containers("reward")
+    until(lambda: docker("inspect", "-f", "{{.State.Health.Status}}", second) == "healthy", "the second replica")
+    docker("kill", first)
+    seen = len(steps())
+    until(lambda: len(steps()) >= seen + 2, "two steps after a replica was killed")
+
+    docker("stop", "-t", "120", *stack.containers("trainer"))
+    assert stack.trainer_exit_code() == 128 + 15
+    stopped_after = len(steps())
+    assert stopped_after < STEPS
+    assert (RUN / "ppo" / "checkpoints" / f"step-{stopped_after:06d}" / "manifest.json").is_file()
+
+    stack.compose("up", "-d", "--no-recreate", "--scale", "reward=2", "trainer")
+    assert stack.trainer_exit_code() == 0
+    assert steps() == list(range(STEPS))
+
+    log = stack.compose("logs", "--no-color", "trainer")
+    assert f"resuming after step {stopped_after}" in log
+    assert "before" in log
+    assert "after" in log
+    print(log[-3000:])
+
+
+def test_the_results_are_on_the_host_and_belong_to_the_caller(stack: Stack) -> None:
+    evaluation = json.loads((RUN / "evaluation.json").read_text())
+    assert evaluation
+    for name in ("report.html", "samples.csv", "ppo/adapter_model.safetensors", "ppo/value_head.safetensors"):
+        assert (RUN / name).stat().st_uid == os.getuid(), name
+
+
+def test_tensorboard_shows_the_run(stack: Stack) -> None:
+    def shown() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{stack.tensorboard}/data/runs", timeout=10) as answer:
+            return any(run.startswith(RUN_NAME) for run in json.load(answer))
+
+    until(shown, "TensorBoard to read the run")
+
+
+def test_the_balancer_answers_for_the_service_on_a_port_of_the_host(stack: Stack) -> None:
+    body = json.dumps({"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"})
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{stack.balancer}/v1/rewards", body.encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert len(json.load(answer)["rewards"]) == 1
+
+
+def test_a_remote_endpoint_needs_the_trainer_alone(stack: Stack) -> None:
+    stack.compose("down")
+    stack.compose("up", "--no-start", "trainer", REWARD_URL="https://rewards.example")
+    (trainer,) = docker("ps", "-aq", "-f", "label=com.docker.compose.project=plaudit-test").split()
+    assert "--reward-url=https://rewards.example" in docker("inspect", "-f", "{{.Config.Cmd}}", trainer)
+
+
+@pytest.mark.parametrize("half", ["reward", "trainer"])
+def test_each_image_holds_its_own_half_and_no_root(stack: Stack, half: str) -> None:
+    code = (
+        "import importlib.util as u, os; names = 'services.wire services.reward trainer trl fastapi'; "
+        "print(os.getuid(), *[name for name in names.split() if u.find_spec(name)])"
+    )
+    seen = docker("run", "--rm", "--read-only", "--entrypoint", "python", f"plaudit-{half}:cpu", "-c", code)
+    expected = {"reward": "services.wire services.reward fastapi", "trainer": "services.wire trainer trl"}
+    assert seen == f"1000 {expected[half]}"

@@ -1,0 +1,97 @@
+"""What can be said about the deployment's files without a Docker engine."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.reward.metrics import Metrics
+from trainer.metrics import MetricsLog
+
+ROOT = Path(__file__).parents[2]
+COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}")
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def exporter() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("exporter", ROOT / "deploy" / "observability" / "exporter.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    with MetricsLog(tmp_path / "demo" / "ppo", tensorboard=False) as log:
+        log.write(0, {"env/reward_mean": 0.5, "objective/kl": 0.0})
+        log.write(1, {"env/reward_mean": 0.75, "objective/kl": float("nan")})
+    return tmp_path
+
+
+def test_every_variable_is_in_the_example_with_its_default() -> None:
+    example = dict(re.findall(r"^#(\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    for variable, default in VARIABLE.findall((ROOT / COMPOSE_FILES[0]).read_text()):
+        assert example[variable] == default, variable
+    text = (ROOT / ".env.example").read_text()
+    for variable, default in VARIABLE.findall((ROOT / COMPOSE_FILES[1]).read_text()):
+        assert example[variable] == default or f"With docker-compose.gpu.yml: {default or 'empty'}" in text, variable
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_both_spellings_of_compose_know_every_key(name: str) -> None:
+    document = load(name)
+    assert not {"name", "include", "version"} & document.keys()
+    for service in document["services"].values():
+        assert not {"develop", "configs", "models"} & service.keys()
+        assert not isinstance(service.get("depends_on"), dict)
+
+
+def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:
+    ours = ("reward", "balancer", "trainer", "tensorboard", "exporter")
+    for name, service in load(COMPOSE_FILES[0])["services"].items():
+        if name in ours:
+            assert service["read_only"], name
+            assert service["user"] == "${UID:-1000}:${GID:-1000}", name
+            assert service["cap_drop"] == ["ALL"], name
+
+
+def test_the_exporter_gives_each_runs_newest_step(exporter: ModuleType, runs: Path) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(exporter.exposition(runs))}
+    (sample,) = families["plaudit_trainer_env_reward_mean"].samples
+    assert (sample.labels, sample.value) == ({"run": "demo/ppo"}, 0.75)
+    assert "plaudit_trainer_objective_kl" not in families
+
+
+def test_the_exporter_skips_a_line_that_is_still_being_written(exporter: ModuleType, runs: Path) -> None:
+    with (runs / "demo" / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "env/rew')
+    assert 'plaudit_trainer_step{run="demo/ppo"} 1\n' in exporter.exposition(runs)
+
+
+def test_the_dashboard_asks_for_metrics_that_the_reward_service_has() -> None:
+    dashboard = json.loads((ROOT / "deploy/observability/grafana/dashboards/plaudit.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"plaudit_reward_\w+", query)}
+    metrics = Metrics()
+    metrics.refused_requests.labels("queue-full")
+    metrics.phase.labels("queue")
+    exposed = {
+        sample.name
+        for family in text_string_to_metric_families(metrics.exposition().decode())
+        for sample in family.samples
+    }
+    assert asked
+    assert asked <= exposed
