@@ -31,6 +31,9 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_samples_every",
+    "trackers",
+    "collective_timeout_s",
+    "device",
     "reward.",
 )
 """Settings, or the beginnings of their names, that a resumed run may give anew without becoming another run."""

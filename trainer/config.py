@@ -324,6 +324,22 @@ class PPOHyperparameters:
         )
 
 
+@dataclass(frozen=True)
+class PenaltySettings:
+    """What is taken off a response's reward before the update. All are off by default."""
+
+    missing_eos: float = 0.0
+    """Off a response that ran out of tokens before the end of text. Drawn lengths make that common."""
+    per_token: float = 0.0
+    """Off for each response token beyond the free ones."""
+    free_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("missing_eos", "per_token", "free_tokens"):
+            value = getattr(self, name)
+            _require(value >= 0 and math.isfinite(value), f"{name}={value} must be 0 (off) or more")
+
+
 def to_dict(config: object) -> dict[str, object]:
     """A config as plain JSON values, nested as its dataclasses are."""
 
@@ -352,6 +368,7 @@ class PPOConfig:
     reward: RewardSettings = field(default_factory=RewardSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     steps: int | None = None
     """PPO steps; not given means one pass over the prompts."""
@@ -364,10 +381,16 @@ class PPOConfig:
     """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
     merge: bool = False
     """Also write OUTPUT_DIR/merged: the adapters folded into the model, for plain transformers."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as accelerate names them."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    collective_timeout_s: float = 600.0
+    """With several processes: how long one waits for another, beyond what waiting for rewards may take."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "checkpoint_every", "keep_checkpoints")
+        _positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
         _require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")
 
 
@@ -509,6 +532,8 @@ class EvaluateConfig:
     reward: RewardSettings = field(default_factory=RewardSettings)
     n_prompts: int = 256
     """Held-out prompts to answer."""
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -41,6 +41,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def rows(self, start: int, stop: int) -> "Prompts":
+        """Some consecutive prompts."""
+        return Prompts(self.token_ids[start:stop], self.texts[start:stop])
+
 
 @dataclass(frozen=True)
 class RankedAnswers:

@@ -20,6 +20,8 @@ TENSORBOARD_DIR = "tensorboard"
 REWARD_MEAN = "env/reward_mean"
 """Mean score of the step's responses, as the reward service gave it."""
 REWARD_STD = "env/reward_std"
+REWARD_COMPONENT = "rewards/{name}/{statistic}"
+"""Mean and std of one reward of several, before its weight, as the other trainers of the ecosystem name them."""
 KL = "objective/kl"
 """Mean over responses of the summed KL to the reference, in nats."""
 KL_COEF = "objective/kl_coef"
@@ -29,16 +31,24 @@ class MetricsLog:
     """Appends steps to `directory/metrics.jsonl`, each flushed when written, and to `directory/tensorboard`.
 
     A run that goes on from a checkpoint passes the first step it will write as `resume_from`: TensorBoard then hides
-    what an earlier process wrote beyond it, as `read_metrics` does.
+    what an earlier process wrote beyond it, as `read_metrics` does. `trackers` are further ones (`open_tracker`).
     """
 
-    def __init__(self, directory: Path, *, resume_from: int | None = None, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resume_from: int | None = None,
+        tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / FILE_NAME
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
+        self._trackers = trackers
         self._tensorboard: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -54,19 +64,27 @@ class MetricsLog:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
     def write_samples(self, step: int, samples: Sequence[tuple[str, str, float]]) -> None:
-        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page."""
+        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page and for trackers."""
+        for tracker in self._trackers:
+            if hasattr(tracker, "log_table"):
+                rows = [list(sample) for sample in samples]
+                tracker.log_table("samples", columns=["prompt", "response", "reward"], data=rows, step=step)
         if self._tensorboard is None:
             return
-        rows = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
-        table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *rows])
+        lines = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
+        table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *lines])
         self._tensorboard.add_text("samples", table, step)
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -75,6 +93,27 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_tracker(name: str, directory: Path, config: Mapping[str, Any]) -> Any:
+    """A started tracker of accelerate's, which knows the run's settings. Files it keeps go to `directory`.
+
+    Raises:
+        ConfigError: there is none of this name, or its package is not installed.
+    """
+    from accelerate import tracking
+
+    if name not in tracking.LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(f"trackers={name!r}: there are {', '.join(sorted(tracking.LOGGER_TYPE_TO_CLASS))}")
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    options = {"logging_dir": str(directory)} if kind.requires_logging_directory else {}
+    try:
+        tracker = kind("plaudit", **options)
+        tracker.start()
+    except ImportError as error:
+        raise ConfigError(f"trackers={name!r} needs its package: pip install {error.name or name}") from error
+    tracker.store_init_configuration(dict(config))
+    return tracker
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -5,8 +5,9 @@ response that holds tokens of its query, or a sample that depends on which other
 therefore carries its own random numbers, drawn before anything is generated.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 from trainer.config import GenerationSettings
 from trainer.data import Prompts
 from trainer.ppo import distributions
+from trainer.reward_client import Scores
 from trainer.samples import Evaluation, Rollout, Samples
 from trainer.update import PPOStepper
 
@@ -24,7 +26,7 @@ from trainer.update import PPOStepper
 class Rewarder(Protocol):
     """Whoever judges completions; `RewardClient` over HTTP."""
 
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[list[float]]": ...
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]": ...
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,29 @@ class Collected:
     rollout: Rollout
     prompts: list[str]
     responses: list[str]
+    components: dict[str, list[float]]
+    """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
     waited_s: float
     """Time spent waiting for rewards after everything else was done."""
 
+    @classmethod
+    def concatenate(cls, parts: Sequence["Collected"]) -> "Collected":
+        """All rows in order; the longest of the waits, since they were at the same time."""
+        scores = torch.cat([part.rollout.scores for part in parts])
+        return cls(
+            rollout=Evaluation.concatenate([part.rollout for part in parts]).with_scores(scores),
+            prompts=[text for part in parts for text in part.prompts],
+            responses=[text for part in parts for text in part.responses],
+            components=_joined([part.components for part in parts]),
+            waited_s=max(part.waited_s for part in parts),
+        )
 
-def wait_for(future: "Future[list[float]]") -> list[float]:
+    def to(self, device: torch.device | str) -> "Collected":
+        """The same on another device."""
+        return dataclasses.replace(self, rollout=self.rollout.to(device))
+
+
+def wait_for(future: "Future[Scores]") -> Scores:
     """The plain wait; a stage passes one that also watches for signals."""
     return future.result()
 
@@ -73,7 +93,7 @@ def collect(
     settings: GenerationSettings,
     rewarder: Rewarder,
     *,
-    wait: Callable[["Future[list[float]]"], list[float]] = wait_for,
+    wait: Callable[["Future[Scores]"], Scores] = wait_for,
 ) -> Collected:
     """One step's rollout. A chunk's rewards are under way while it is evaluated and the next chunk is generated."""
     evaluations, pending, responses = [], [], []
@@ -81,14 +101,15 @@ def collect(
         queries = prompts.token_ids[start:stop]
         samples = generate(stepper.policy.language_model, queries, draws.rows(start, stop), settings, tokenizer)
         texts = decode_responses(tokenizer, samples)
-        pending.append(rewarder.submit(prompts.texts[start:stop], texts))
+        pending.append(rewarder.submit_components(prompts.texts[start:stop], texts))
         responses += texts
         evaluations.append(stepper.evaluate(samples))
     began_waiting = time.perf_counter()
-    scores = torch.tensor([score for future in pending for score in wait(future)])
+    judged = [wait(future) for future in pending]
     waited_s = time.perf_counter() - began_waiting
+    scores = torch.tensor([score for chunk in judged for score in chunk.totals])
     rollout = Evaluation.concatenate(evaluations).with_scores(scores.to(stepper.policy.device))
-    return Collected(rollout, prompts.texts, responses, waited_s)
+    return Collected(rollout, prompts.texts, responses, _joined([chunk.components for chunk in judged]), waited_s)
 
 
 @torch.no_grad()
@@ -157,6 +178,10 @@ def decode_responses(tokenizer: Any, samples: Samples) -> list[str]:
     ids = [row[keep].tolist() for row, keep in zip(samples.response_ids, samples.mask, strict=True)]
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts
+
+
+def _joined(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:

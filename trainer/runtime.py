@@ -22,8 +22,11 @@ class StopRequested(Exception):
     """SIGTERM or Ctrl-C arrived. The CLI exits with 128 + the signal's number, as shells do."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        super().__init__(signal_number)
         self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.exit_code - 128).name}"
 
 
 class StopSignal:

@@ -8,6 +8,7 @@ query ++ response and every response starts at the same column.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -134,6 +135,10 @@ class Evaluation:
                 # A padded position may choose any token: with none, its log-probabilities would be NaN under the mask.
                 fields[name] = _stack(present, dim=1, left=False, fill=name == "support")
         return cls(samples=samples, **fields)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return dataclasses.replace(self, **{k: v.to(device) for k, v in vars(self).items() if v is not None})
 
     def with_scores(self, scores: Tensor) -> "Rollout":
         """The rollout, once `scores` [B] are there."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import ConfigError, LearningRateSchedule, PPOHyperparameters
+from trainer.distributed import Processes
 from trainer.models import Policy, ResponseOutputs
 from trainer.ppo import kl, losses, rewards
 from trainer.ppo.advantages import gae
@@ -69,7 +70,8 @@ class PPOStepper:
     """The optimizer, KL coefficient and running moments of a run, and the step that moves them.
 
     `reference` is a frozen model, or None to hold the policy to the reference it brings (its own weights with the
-    adapters off, or a frozen copy). `total_steps` is needed by learning-rate schedules that end.
+    adapters off, or a frozen copy). `total_steps` is needed by learning-rate schedules that end. With several
+    `processes`, each calls `update` with the same rollout of the whole batch.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PPOStepper:
         sampling: Sampling | None = None,
         total_steps: int | None = None,
         seed: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         if config.lr_schedule != "constant" and total_steps is None:
             raise ConfigError(f"lr_schedule={config.lr_schedule} needs to know the number of steps")
@@ -88,6 +91,9 @@ class PPOStepper:
             policy.use_reference(reference.model if isinstance(reference, Policy) else reference)
         self.policy = policy
         self.config = config
+        self.processes = processes or Processes()
+        if config.mini_batch_size < self.processes.count:
+            raise ConfigError(f"mini_batch_size={config.mini_batch_size} is less than {self.processes.count} processes")
         self.sampling = sampling or Sampling()
         self.total_steps = total_steps
         self.optimizer = make_optimizer(policy, config)
@@ -260,6 +266,7 @@ class PPOStepper:
             (loss / config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         if all(statistics["ppo/skipped"] for statistics in history):
             return history
+        self.processes.sum_gradients(self._parameters())
         norm = nn.utils.clip_grad_norm_(self._parameters(), config.max_grad_norm or math.inf)
         if not bool(norm.isfinite()):
             raise self._non_finite(f"gradient norm is {norm.item()}", rollout, rows, epoch)
@@ -274,18 +281,12 @@ class PPOStepper:
     ) -> tuple[Tensor | None, dict[str, float]]:
         """The loss of some rows, or None where their mean ratio says that the policy has left its rollout behind."""
         config = self.config
-        samples = rollout.samples.select(rows)
-        mask = samples.mask
-        width = mask.shape[1]
-        rows = rows.to(mask.device)
+        new = self._outputs(rollout, rows)
+        width = new.logprobs.shape[1]
+        rows = rows.to(rollout.samples.mask.device)
+        mask = rollout.samples.mask[rows, :width]
         old_logprobs, old_values = rollout.logprobs[rows, :width], rollout.values[rows, :width]
         advantages, returns = advantages[rows, :width], returns[rows, :width]
-        new: ResponseOutputs = self.policy(
-            samples,
-            temperature=self.sampling.temperature,
-            support=None if rollout.support is None else rollout.support[rows, :width],
-            entropy_gradient=config.entropy_coef != 0,
-        )
         log_ratios = new.logprobs - old_logprobs
         ratios = log_ratios.exp()
         policy_loss = masked_mean(losses.policy_losses(ratios, advantages, cliprange=config.cliprange), mask)
@@ -332,6 +333,22 @@ class PPOStepper:
         values = torch.stack(list(statistics.values())).tolist()
         plain = dict(zip(statistics, values, strict=True)) | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}
         return None if skipped else loss, plain
+
+    def _outputs(self, rollout: Rollout, rows: Tensor) -> ResponseOutputs:
+        """The policy's outputs for some rows, as wide as their longest response; each process computes its share."""
+        share = self.processes.share(len(rows))
+        own = rows[share.start : share.stop]
+        samples = rollout.samples.select(own)
+        support = rollout.support
+        new: ResponseOutputs = self.policy(
+            samples,
+            temperature=self.sampling.temperature,
+            support=None if support is None else support[own.to(support.device), : samples.mask.shape[1]],
+            entropy_gradient=self.config.entropy_coef != 0,
+        )
+        width = int(rollout.samples.response_lengths[rows.to(rollout.samples.mask.device)].max())
+        outputs = torch.stack([new.logprobs, new.values, new.entropy])
+        return ResponseOutputs(*self.processes.complete(outputs, share, (len(rows), width)))
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

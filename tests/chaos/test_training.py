@@ -75,7 +75,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 def before_each_request(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[int], None]) -> None:
     """Calls `disturb` with 0, 1, ... just before the trainer asks for a step's rewards."""
     asked = 0
-    submit = ppo.RewardClient.submit
+    submit = ppo.RewardClient.submit_components
 
     def disturbed(self: Rewarder, *arguments: list[str]) -> object:
         nonlocal asked
@@ -83,7 +83,7 @@ def before_each_request(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[int]
         disturb(asked - 1)
         return submit(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ppo.RewardClient, "submit", disturbed)
+    monkeypatch.setattr(ppo.RewardClient, "submit_components", disturbed)
 
 
 def test_a_server_killed_and_restarted_in_mid_run_changes_no_weight(

@@ -2,11 +2,15 @@
 
 import json
 import math
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from trainer.config import ConfigError
-from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, read_metrics
+from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
 
 
 def test_each_step_can_be_read_while_the_run_goes_on(tmp_path):
@@ -72,3 +76,62 @@ def test_sampled_responses_cannot_break_their_table_in_tensorboard(tmp_path):
         "| One | a &#124; b c &lt;i&gt; | 0.500 |",
         "| Two | d | -1.000 |",
     ]
+
+
+class Notebook(GeneralTracker):  # type: ignore[misc]
+    """A tracker that writes everything into a list."""
+
+    name = "notebook"
+    requires_logging_directory = False
+    pages: ClassVar[list[Any]] = []
+
+    def __init__(self, run_name: str) -> None:
+        self.pages.append(run_name)
+
+    def start(self) -> None:
+        self.pages.append("started")
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.pages
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.pages.append(values)
+
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        self.pages.append((step, values))
+
+    def log_table(self, table_name: str, *, columns: list[str], data: list[list[Any]], step: int) -> None:
+        self.pages.append((step, table_name, columns, data))
+
+    def finish(self) -> None:
+        self.pages.append("finished")
+
+
+def test_a_tracker_of_accelerates_sees_settings_metrics_and_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    monkeypatch.setattr(Notebook, "pages", [])
+    tracker = open_tracker("notebook", tmp_path, {"seed": 1})
+    with MetricsLog(tmp_path, tensorboard=False, trackers=[tracker]) as log:
+        log.write(0, {"objective/kl": 0.5})
+        log.write_samples(0, [("a", "b", 1.5)])
+    assert Notebook.pages == [
+        "plaudit",
+        "started",
+        {"seed": 1},
+        (0, {"objective/kl": 0.5}),
+        (0, "samples", ["prompt", "response", "reward"], [["a", "b", 1.5]]),
+        "finished",
+    ]
+
+
+def test_a_tracker_that_does_not_exist_or_is_not_installed_is_a_setting_to_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=r"trackers='notebok': there are aim, .*wandb"):
+        open_tracker("notebok", tmp_path, {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="trackers='wandb' needs its package: pip install wandb"):
+        open_tracker("wandb", tmp_path, {})

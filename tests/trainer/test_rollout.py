@@ -10,6 +10,7 @@ from tests.support.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 from trainer.config import GenerationSettings, LoraSettings, PPOHyperparameters
 from trainer.data import Prompts
 from trainer.models import Policy, add_lora
+from trainer.reward_client import Scores
 from trainer.rollout import Draws, collect, decode_responses, generate, sample_tokens
 from trainer.samples import Samples
 from trainer.update import PPOStepper, Sampling
@@ -109,10 +110,11 @@ class LengthRewarder:
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], list[str]]] = []
 
-    def submit(self, prompts: Any, responses: Any) -> "Future[list[float]]":
+    def submit_components(self, prompts: Any, responses: Any) -> "Future[Scores]":
         self.asked.append((list(prompts), list(responses)))
-        future: Future[list[float]] = Future()
-        future.set_result([float(len(response)) for response in responses])
+        lengths = [float(len(response)) for response in responses]
+        future: Future[Scores] = Future()
+        future.set_result(Scores(lengths, {"length": lengths}))
         return future
 
 
@@ -128,6 +130,7 @@ def test_scores_belong_to_their_own_responses_across_chunks() -> None:
     assert [len(asked[0]) for asked in rewarder.asked] == [2, 2, 1]
     assert collected.responses == [text for _, responses in rewarder.asked for text in responses]
     assert collected.rollout.scores.tolist() == [float(len(text)) for text in collected.responses]
+    assert collected.components == {"length": collected.rollout.scores.tolist()}
     assert decode_responses(TOKENIZER, collected.rollout.samples) == collected.responses
 
 
@@ -139,8 +142,8 @@ def test_the_kl_is_zero_before_the_first_update() -> None:
 
 def test_a_reward_that_fails_fails_the_step() -> None:
     class Failing:
-        def submit(self, prompts: Any, responses: Any) -> "Future[list[float]]":
-            future: Future[list[float]] = Future()
+        def submit_components(self, prompts: Any, responses: Any) -> "Future[Scores]":
+            future: Future[Scores] = Future()
             future.set_exception(ConnectionError("gone"))
             return future
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.config import ConfigError, EvaluateConfig, GenerationSettings, to_dict
 from trainer.data import Prompts, load_prompts
+from trainer.distributed import device_named
 from trainer.evaluation import Answers, Evaluation, compare
 from trainer.metrics import FILE_NAME, read_metrics
 from trainer.models import Policy, load_causal_lm, load_tokenizer
@@ -67,10 +68,11 @@ def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
     )
     if before is None:
         raise ConfigError(f"after={config.after!r} doesn't say what it was trained from: pass --policy")
+    device = device_named(config.device)
     if adapters:
-        policy = Policy(peft.PeftModel.from_pretrained(load_causal_lm(before), config.after))
+        policy = Policy(peft.PeftModel.from_pretrained(load_causal_lm(before, device=device), config.after))
     else:
-        policy = Policy(load_causal_lm(after), reference=load_causal_lm(before))
+        policy = Policy(load_causal_lm(after, device=device), reference=load_causal_lm(before, device=device))
     return policy.eval(), load_tokenizer(before)
 
 

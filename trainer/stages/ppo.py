@@ -1,24 +1,31 @@
 """Stage 3: PPO. A policy, prompts and reward endpoints in; adapters, value head, metrics and a model card out."""
 
+import contextlib
 import json
+import math
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer import checkpoint as checkpoints
-from trainer.config import ConfigError, PPOConfig, to_dict
+from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import Prompts, load_prompts
-from trainer.metrics import FILE_NAME, REWARD_MEAN, REWARD_STD, MetricsLog, read_metrics
+from trainer.distributed import Processes, joined
+from trainer.metrics import FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, MetricsLog, open_tracker, read_metrics
 from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
+from trainer.ppo.rewards import penalise_length, penalise_missing_eos
 from trainer.progress import StepProgress
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
 from trainer.rollout import Collected, Draws, collect
 from trainer.runtime import StopRequested, StopSignal, exclusive
-from trainer.update import PPOStepper, Sampling
+from trainer.samples import Rollout
+from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "run.json"
@@ -40,11 +47,17 @@ def run(config: PPOConfig) -> PPOResult:
             "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
         )
     torch.manual_seed(config.seed)
-    with exclusive(config.output_dir), StopSignal().listening() as stop:
-        resumed = _checkpoint_to_resume(config)
+    timeout_s = config.reward.patience_s + config.reward.request_timeout_s + config.collective_timeout_s
+    with (
+        joined(config.device, timeout_s=timeout_s) as (processes, device),
+        contextlib.ExitStack() as held,
+        StopSignal().listening() as stop,
+    ):
+        processes.on_main(lambda: held.enter_context(exclusive(config.output_dir)))
+        resumed = processes.on_main(lambda: _checkpoint_to_resume(config))
         tokenizer = load_tokenizer(config.policy)
-        policy = load_policy(config.policy, config.lora, config.model)
-        print(policy.trainable_parameters_line())
+        policy = load_policy(config.policy, config.lora, config.model, device=device)
+        processes.copy_from_main(parameter for parameter in policy.parameters() if parameter.requires_grad)
         prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
         schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
         steps = config.steps if config.steps is not None else schedule.steps_per_epoch
@@ -55,26 +68,43 @@ def run(config: PPOConfig) -> PPOResult:
             sampling=Sampling(config.generation.temperature, config.generation.top_k, config.generation.top_p),
             total_steps=steps,
             seed=config.seed,
+            processes=processes,
         )
         if resumed is not None:
             checkpoints.restore(resumed, policy, stepper)
         progress = StepProgress(steps, stepper.steps_done)
         with RewardClient(config.reward, on_wait=progress.waiting) as client:
-            client.connect()
-            _check_revision(config, resumed, client.revision)
-            (config.output_dir / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            _forget_steps_after(config.output_dir / FILE_NAME, stepper.steps_done)
-            loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop)
-            with MetricsLog(config.output_dir, resume_from=stepper.steps_done) as log, progress.showing():
-                metrics = loop.train(steps, log, progress)
-            policy.save(config.output_dir)
-            tokenizer.save_pretrained(config.output_dir)
-            write_model_card(config, config.output_dir, read_metrics(config.output_dir / FILE_NAME), client.revision)
-        if config.merge:
-            policy.merge(config.output_dir / "merged")
-            tokenizer.save_pretrained(config.output_dir / "merged")
-    print(f"trained {stepper.steps_done} steps; adapters, value head and metrics are in {config.output_dir}")
+            processes.together(lambda: _connect(client, config, resumed))
+            loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop, processes, progress)
+            if processes.is_main:
+                print(policy.trainable_parameters_line())
+                metrics = _train_and_write(loop, steps)
+            else:
+                metrics = loop.train(steps, None)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
+
+
+def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
+    """The main process's part: training, and everything that goes into the output directory."""
+    config, done = loop.config, loop.stepper.steps_done
+    directory = config.output_dir
+    (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    _forget_steps_after(directory / FILE_NAME, done)
+    others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
+    tensorboard = "tensorboard" in config.trackers
+    with (
+        MetricsLog(directory, resume_from=done, tensorboard=tensorboard, trackers=others) as log,
+        loop.progress.showing(),
+    ):
+        metrics = loop.train(steps, log)
+    loop.policy.save(directory)
+    loop.tokenizer.save_pretrained(directory)
+    write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
+    if config.merge:
+        loop.policy.merge(directory / "merged")
+        loop.tokenizer.save_pretrained(directory / "merged")
+    print(f"trained {steps} steps; adapters, value head and metrics are in {directory}")
+    return metrics
 
 
 class PromptSchedule:
@@ -111,66 +141,146 @@ class _Loop:
     schedule: PromptSchedule
     client: RewardClient
     stop: StopSignal
+    processes: Processes
+    progress: StepProgress
 
-    def train(self, steps: int, log: MetricsLog, progress: StepProgress) -> dict[str, float]:
+    def train(self, steps: int, log: MetricsLog | None) -> dict[str, float]:
         """Steps until `steps` are done. Whatever ends the run early leaves a checkpoint of the last whole step."""
         metrics: dict[str, float] = {}
         try:
             while self.stepper.steps_done < steps:
                 metrics = self._step(log)
-                progress.step(metrics)
                 if self.stepper.steps_done % self.config.checkpoint_every == 0 or self.stepper.steps_done == steps:
                     self._save_checkpoint()
-                self.stop.check()
+                self.processes.together(self.stop.check)
         except (RewardUnavailable, RewardRejected, StopRequested) as error:
             saved = self._save_checkpoint()
-            if isinstance(error, RewardRejected):
+            if isinstance(error, RewardRejected) and self.processes.is_main:
                 error.save(self.config.output_dir)
             error.add_note(f"checkpoint {saved.directory} written; go on with the same command and --resume auto")
             raise
         return metrics
 
-    def _step(self, log: MetricsLog) -> dict[str, float]:
+    def _step(self, log: MetricsLog | None) -> dict[str, float]:
         config, step, began = self.config, self.stepper.steps_done, time.perf_counter()
-        prompts = self.schedule.batch(step)
-        draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
-        collected = collect(
-            self.stepper, self.tokenizer, prompts, draws, config.generation, self.client, wait=self.stop.wait
-        )
+        parts = self.processes.together(self._collect_share)
+        collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
-        result = self.stepper.update(collected.rollout)
+        try:
+            result = self.stepper.update(penalised(collected.rollout, config.penalties, self.tokenizer.eos_token_id))
+        except NonFiniteUpdate as error:
+            if self.processes.is_main:
+                path = save_non_finite_batch(error, collected, config.output_dir)
+                error.add_note(f"its samples are in {path}; the checkpoints are from before this step")
+            raise
         ended = time.perf_counter()
         scores = collected.rollout.scores
         metrics = {
             REWARD_MEAN: scores.mean().item(),
             REWARD_STD: scores.std().item() if len(scores) > 1 else 0.0,
+            **component_statistics(collected.components),
             **result.statistics,
             "time/rollout_s": collected_at - began,
             "time/reward_wait_s": collected.waited_s,
             "time/update_s": ended - collected_at,
             "time/step_s": ended - began,
-            "time/samples_per_second": len(prompts) / (ended - began),
+            "time/samples_per_second": len(scores) / (ended - began),
         }
-        log.write(step, metrics)
-        if config.log_samples_every and step % config.log_samples_every == 0:
-            log.write_samples(step, sample_table(collected))
+        if log is not None:
+            log.write(step, metrics)
+            if config.log_samples_every and step % config.log_samples_every == 0:
+                log.write_samples(step, sample_table(collected))
+            self.progress.step(metrics)
         return metrics
 
-    def _save_checkpoint(self) -> checkpoints.Checkpoint:
-        return checkpoints.save_checkpoint(
-            self.config.output_dir / CHECKPOINTS,
-            self.policy,
+    def _collect_share(self) -> Collected:
+        """This process's rows of the step's batch. Which prompts and draws they get is the batch's business alone."""
+        config, step = self.config, self.stepper.steps_done
+        prompts = self.schedule.batch(step)
+        draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
+        rows = self.processes.share(len(prompts))
+        collected = collect(
             self.stepper,
-            config=to_dict(self.config),
-            reward_revision=self.client.revision,
-            keep=self.config.keep_checkpoints,
+            self.tokenizer,
+            prompts.rows(rows.start, rows.stop),
+            draws.rows(rows.start, rows.stop),
+            config.generation,
+            self.client,
+            wait=self.stop.wait,
         )
+        return collected if self.processes.count == 1 else collected.to("cpu")
+
+    def _save_checkpoint(self) -> checkpoints.Checkpoint:
+        return self.processes.on_main(
+            lambda: checkpoints.save_checkpoint(
+                self.config.output_dir / CHECKPOINTS,
+                self.policy,
+                self.stepper,
+                config=to_dict(self.config),
+                reward_revision=self.client.revision,
+                keep=self.config.keep_checkpoints,
+            )
+        )
+
+
+def penalised(rollout: Rollout, penalties: PenaltySettings, eos_token_id: int) -> Rollout:
+    """The rollout with what its responses lose for their length and for not ending."""
+    samples = rollout.samples
+    ended = ((samples.response_ids == eos_token_id) & samples.mask).any(1)
+    scores = penalise_missing_eos(rollout.scores, ended, penalties.missing_eos)
+    scores = penalise_length(
+        scores,
+        samples.response_lengths,
+        free_tokens=penalties.free_tokens,
+        penalty_per_token=penalties.per_token,
+    )
+    return replace(rollout, scores=scores)
+
+
+def component_statistics(components: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean and standard deviation of each reward, where there are several; of one the metrics say it already."""
+    if len(components) == 1:
+        return {}
+    result = {}
+    for name, scores in components.items():
+        result[REWARD_COMPONENT.format(name=name, statistic="mean")] = statistics.fmean(scores)
+        result[REWARD_COMPONENT.format(name=name, statistic="std")] = statistics.stdev(scores) if scores[1:] else 0.0
+    return result
 
 
 def sample_table(collected: Collected, rows: int = 8) -> list[tuple[str, str, float]]:
     """Some of a step's prompts, responses and scores."""
     scores = collected.rollout.scores[:rows].tolist()
     return list(zip(collected.prompts[:rows], collected.responses[:rows], scores, strict=True))
+
+
+def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, directory: Path) -> Path:
+    """Writes the samples of the mini-batch that gave no finite loss or gradient, for a person to look into."""
+
+    def numbers(row: torch.Tensor) -> list[float | str]:
+        return [value if math.isfinite(value) else str(value) for value in row.tolist()]
+
+    rollout = collected.rollout
+    records = []
+    for row in error.rows.tolist():
+        real = rollout.samples.mask[row]
+        records.append(
+            {
+                "row": row,
+                "prompt": collected.prompts[row],
+                "response": collected.responses[row],
+                "score": rollout.scores[row].item(),
+                "query_tokens": rollout.samples.query_ids[row, rollout.samples.query_mask[row]].tolist(),
+                "response_tokens": rollout.samples.response_ids[row, real].tolist(),
+                "logprobs": numbers(rollout.logprobs[row, real]),
+                "ref_logprobs": numbers(rollout.ref_logprobs[row, real]),
+                "values": numbers(rollout.values[row, real]),
+            }
+        )
+    path = directory / f"non-finite-step-{error.step}.json"
+    report = {"message": str(error), "step": error.step, "epoch": error.epoch, "samples": records}
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
 def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
@@ -195,7 +305,9 @@ def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
     return chosen
 
 
-def _check_revision(config: PPOConfig, resumed: checkpoints.Checkpoint | None, revision: str) -> None:
+def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None) -> None:
+    client.connect()
+    revision = client.revision
     if resumed is None or config.reward.allow_revision_change or resumed.reward_revision in (None, revision):
         return
     raise RewardRejected(

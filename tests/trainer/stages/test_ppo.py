@@ -2,27 +2,31 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
+from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import ConfigError, DataSettings, PPOConfig, PPOHyperparameters, RewardSettings, to_dict
+from trainer.config import (
+    ConfigError,
+    DataSettings,
+    PenaltySettings,
+    PPOConfig,
+    PPOHyperparameters,
+    RewardComponent,
+    RewardSettings,
+)
 from trainer.metrics import read_metrics
 from trainer.reward_client import RewardRejected, RewardUnavailable
 from trainer.runtime import exclusive
+from trainer.samples import Rollout, Samples
 from trainer.stages import ppo
-
-TIMES = "time/"
+from trainer.update import NonFiniteUpdate
 
 
 @pytest.fixture
@@ -36,25 +40,6 @@ def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer
         steps=4,
         checkpoint_every=1,
     )
-
-
-def numbers(directory: Path) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith(TIMES)}
-        for record in read_metrics(directory / "metrics.jsonl")
-    ]
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert numbers(one) == numbers(other)
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
 
 
 @pytest.fixture
@@ -119,6 +104,25 @@ def test_a_reward_that_is_not_finite_stops_the_run_with_the_exchange_on_disk(
     assert (config.output_dir / "checkpoints" / "step-000001" / "manifest.json").exists()
 
 
+def test_a_loss_that_is_not_finite_leaves_its_samples_on_disk_and_the_checkpoint_before_it(
+    config: PPOConfig, undisturbed: Path, stub_reward_server: StubRewardServer
+) -> None:
+    # A finite reward, whose square in the value loss is not.
+    stub_reward_server.script([{"do": "score"}, {"do": "literal", "text": "1e30"}])
+    with pytest.raises(NonFiniteUpdate, match=r"loss is inf in step 1, epoch \d, samples") as error:
+        ppo.run(config)
+    assert "non-finite-step-1.json" in " ".join(error.value.__notes__)
+    report = json.loads((config.output_dir / "non-finite-step-1.json").read_text())
+    assert [sample["row"] for sample in report["samples"]] == error.value.rows.tolist()
+    assert any(sample["score"] > 1e29 for sample in report["samples"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.policy)
+    for sample in report["samples"]:
+        assert tokenizer.decode(sample["response_tokens"], skip_special_tokens=True) == sample["response"]
+        assert len(sample["logprobs"]) == len(sample["values"]) == len(sample["response_tokens"])
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    assert_same_run(config.output_dir, undisturbed)
+
+
 def test_another_reward_model_after_a_resume_is_refused_unless_it_is_meant(
     config: PPOConfig, stub_reward_server: StubRewardServer
 ) -> None:
@@ -148,6 +152,43 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(con
         ppo.run(config)
 
 
+def test_penalties_come_off_the_scores_and_not_off_the_rewards_that_are_reported(config: PPOConfig) -> None:
+    config = dataclasses.replace(config, steps=1)
+    plain = read_metrics(ppo.run(config).output_dir / "metrics.jsonl")[0]
+    other = dataclasses.replace(config, output_dir=config.output_dir.with_name("penalised"))
+    other = dataclasses.replace(other, penalties=PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=1))
+    penalised = read_metrics(ppo.run(other).output_dir / "metrics.jsonl")[0]
+    assert penalised["env/reward_mean"] == plain["env/reward_mean"] == pytest.approx(plain["ppo/mean_scores"])
+    # No response of the first step ends with the end of text: the tiny model gives it 1 in 300.
+    expected = plain["env/reward_mean"] - 2.0 - 0.5 * (plain["tokens/responses_len_mean"] - 1)
+    assert penalised["ppo/mean_scores"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_response_that_ends_is_spared_the_penalty_for_not_ending() -> None:
+    samples = Samples.from_lists([[5], [6]], [[7, 0], [8, 9, 10]], pad_token_id=0)
+    zeros = torch.zeros(2, 3)
+    rollout = Rollout(
+        samples=samples, logprobs=zeros, values=zeros, ref_logprobs=zeros, scores=torch.tensor([1.0, 1.0])
+    )
+    settings = PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=2)
+    assert ppo.penalised(rollout, settings, eos_token_id=0).scores.tolist() == [1.0, -1.5]
+
+
+def test_of_several_rewards_each_is_in_the_metrics_by_its_name(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    length = RewardComponent("length", weight=-0.1, function="tests.trainer.stages.test_ppo:characters")
+    reward = dataclasses.replace(config.reward, name="stub", weight=2.0, also=(length,))
+    record = read_metrics(ppo.run(dataclasses.replace(config, reward=reward, steps=1)).output_dir / "metrics.jsonl")[0]
+    expected = 2.0 * record["rewards/stub/mean"] - 0.1 * record["rewards/length/mean"]
+    assert record["env/reward_mean"] == pytest.approx(expected, rel=1e-5)
+    assert record["rewards/length/std"] > 0
+
+
+def characters(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
 def test_no_reward_url_says_how_to_get_one(config: PPOConfig) -> None:
     with pytest.raises(ConfigError, match="plaudit-reward"):
         ppo.run(dataclasses.replace(config, reward=RewardSettings()))
@@ -158,48 +199,13 @@ def test_a_policy_directory_that_does_not_exist_is_named(config: PPOConfig) -> N
         ppo.run(dataclasses.replace(config, policy="/nowhere/model"))
 
 
-class TrainerProcess:
-    """`plaudit ppo` as a process."""
-
-    def __init__(self, config: PPOConfig, *flags: str) -> None:
-        preset = config.output_dir.with_suffix(".yaml")
-        preset.write_text(json.dumps(to_dict(config)))  # JSON is YAML
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.cli", "ppo", "--config", str(preset), *flags],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def wait_for_step(self, step: int) -> None:
-        """Returns when the process says that step `step` is done."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if line.startswith(f"PPO step {step}/"):
-                return
-        raise AssertionError(f"the process ended with {self.process.wait()} before step {step}")
-
-    def end(self) -> tuple[int, str]:
-        _, stderr = self.process.communicate(timeout=120)
-        return self.process.returncode, stderr
-
-
-def single_threaded(run: Any, *arguments: Any) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return run(*arguments)
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, kill: signal.Signals) -> None:
     config = dataclasses.replace(config, steps=6)
     undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
     first = TrainerProcess(config)
     first.wait_for_step(1)
-    first.process.send_signal(kill)
+    first.signal(kill)
     code, stderr = first.end()
     if kill == signal.SIGKILL:
         assert code == -signal.SIGKILL

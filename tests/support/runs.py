@@ -1,0 +1,130 @@
+"""What a run wrote, and `plaudit ppo` as processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from trainer import cli
+from trainer.config import PPOConfig, to_dict
+from trainer.metrics import read_metrics
+
+TIMES = "time/"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["trainer.cli", "trainer.stages.ppo", "accelerate", "torch.utils.tensorboard"])
+
+
+def numbers(directory: Path) -> list[dict[str, float]]:
+    """The run's metrics, but for how long things took."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith(TIMES)}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Everything that the run trained."""
+    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert numbers(one) == numbers(other)
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def largest_difference(one: Path, other: Path) -> tuple[float, float]:
+    """Between two runs' metrics (relative where they are larger than 1) and weights."""
+    ours, theirs = numbers(one), numbers(other)
+    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
+    metrics = max(
+        abs(value - theirs[i][name]) / max(1.0, abs(value))
+        for i, record in enumerate(ours)
+        for name, value in record.items()
+    )
+    expected, got = weights(one), weights(other)
+    assert expected.keys() == got.keys()
+    return metrics, max((expected[name] - got[name]).abs().max().item() for name in expected)
+
+
+class TrainerProcess:
+    """`plaudit ppo` as a process, forked from one that has imported it: it starts at once, and is as real."""
+
+    def __init__(self, config: PPOConfig, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self._stderr, stderr = FORKS.Pipe(duplex=False)
+        args = ["ppo", "--config", str(preset_of(config)), *flags]
+        self.process = FORKS.Process(target=_run, args=(args, environment or {}, stderr), daemon=True)
+        self.process.start()
+        stderr.close()
+        self._lines = os.fdopen(os.dup(self._stderr.fileno()), encoding="utf-8")
+
+    def wait_for_step(self, step: int) -> None:
+        """Returns when the process says that step `step` is done."""
+        for line in self._lines:
+            if line.startswith(f"PPO step {step}/"):
+                return
+        raise AssertionError(f"the process ended with {self.end()} before step {step}")
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, timeout_s: float = 240) -> tuple[int, str]:
+        """Waits for its end; exit code and the rest of stderr."""
+        self.process.join(timeout_s)
+        late = self.process.exitcode is None
+        self.process.kill()
+        self.process.join()
+        with self._lines, self._stderr:
+            stderr = self._lines.read()
+        assert not late, f"still running after {timeout_s} s: {stderr}"
+        assert self.process.exitcode is not None
+        return self.process.exitcode, stderr
+
+
+def preset_of(config: PPOConfig) -> Path:
+    """The config as a preset file beside the run's directory."""
+    preset = config.output_dir.with_suffix(".yaml")
+    preset.parent.mkdir(parents=True, exist_ok=True)
+    preset.write_text(json.dumps(to_dict(config)))  # JSON is YAML
+    return preset
+
+
+def start_ranks(config: PPOConfig, count: int, *flags: str) -> list[TrainerProcess]:
+    """The processes of one run, as a launcher starts them but without one that would end the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [
+        TrainerProcess(config, *flags, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+
+
+def single_threaded(run: Any, *arguments: Any) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args: list[str], environment: dict[str, str], stderr: Connection) -> None:
+    os.dup2(stderr.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout = sys.stderr
+    os.environ |= {"OMP_NUM_THREADS": "1", **environment}
+    torch.set_num_threads(1)
+    sys.exit(cli.run(args))

@@ -1,0 +1,180 @@
+"""Several real processes make one run: the numbers of one process, and one end for all of them."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.runs import largest_difference, numbers, preset_of, single_threaded, start_ranks
+from tests.support.stub_reward_server import StubRewardServer
+from trainer.config import (
+    ConfigError,
+    DataSettings,
+    GenerationSettings,
+    LoraSettings,
+    PPOConfig,
+    PPOHyperparameters,
+    RewardSettings,
+)
+from trainer.data import load_prompts
+from trainer.distributed import Processes, joined
+from trainer.models import load_policy, load_tokenizer
+from trainer.runtime import StopRequested
+from trainer.stages import ppo
+from trainer.stages.ppo import PromptSchedule
+from trainer.update import PPOStepper
+
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "-m"),
+)
+
+
+@pytest.fixture
+def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
+    return PPOConfig(
+        policy=str(policy_dir),
+        output_dir=tmp_path / "run",
+        dataset=DataSettings(str(reviews)),
+        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
+        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
+        steps=3,
+        checkpoint_every=1,
+        device="cpu",
+        collective_timeout_s=60.0,
+    )
+
+
+def prompts_of_step(config: PPOConfig, step: int) -> list[str]:
+    prompts = load_prompts(config.dataset, config.prompts, load_tokenizer(config.policy), "train", seed=config.seed)
+    return PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed).batch(step).texts
+
+
+# Defect 9: each process whitened its own advantages, and statistics were those of the first one.
+EVERYTHING = PPOHyperparameters(
+    batch_size=9,
+    mini_batch_size=3,
+    gradient_accumulation_steps=3,
+    learning_rate=1e-3,
+    ppo_epochs=2,
+    kl_penalty="full",
+    entropy_coef=0.01,
+    use_score_scaling=True,
+    use_score_norm=True,
+    whiten_rewards=True,
+    max_grad_norm=0.5,
+)
+
+
+def train_with_ranks(config: PPOConfig) -> None:
+    for code, stderr in [rank.end() for rank in start_ranks(config, 2)]:
+        assert code == 0, stderr
+
+
+def train_with_accelerate(config: PPOConfig) -> None:
+    command = [sys.executable, *ACCELERATE, "trainer.cli", "ppo", "--config", str(preset_of(config))]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+
+
+@pytest.mark.parametrize("train", [train_with_ranks, train_with_accelerate])
+def test_two_processes_train_as_one_does(
+    config: PPOConfig, stub_reward_server: StubRewardServer, tmp_path: Path, train: Callable[[PPOConfig], None]
+) -> None:
+    if train is train_with_ranks:  # everything on, and mini-batches that two can't share evenly
+        config = dataclasses.replace(config, ppo=EVERYTHING, generation=GenerationSettings(top_k=50, temperature=0.8))
+    alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
+    single_threaded(ppo.run, alone)
+    seen = stub_reward_server.state["scored"]
+    stub_reward_server.reset()
+    train(config)
+    assert stub_reward_server.state["scored"] == seen, "each response was scored once, by one process"
+    of_metrics, of_weights = largest_difference(config.output_dir, alone.output_dir)
+    print(f"largest difference between 1 and 2 processes: metrics {of_metrics:.1e}, weights {of_weights:.1e}")
+    assert of_metrics < 1e-5
+    assert of_weights < 1e-5
+
+
+def test_a_process_without_rewards_ends_all_with_its_message_and_exit_code(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    first, second = prompts_of_step(config, 0), prompts_of_step(config, 1)
+    only_the_other_ranks = next(text for text in second[4:] if text not in first + second[:4])
+    unavailable = {"do": "status", "status": 503, "times": 1000, "when": json.dumps(only_the_other_ranks)}
+    stub_reward_server.script([unavailable])
+    ends = [rank.end() for rank in start_ranks(config, 2)]
+    for code, stderr in ends:
+        assert code == 75, stderr
+        assert "in process 1 of 2" in stderr
+        assert "step-000001 written" in stderr
+    stub_reward_server.script([])
+    assert [rank.end()[0] for rank in start_ranks(config, 2, "--resume", "auto")] == [0, 0]
+    assert len(numbers(config.output_dir)) == 3
+
+
+def test_a_signal_to_one_process_stops_all_after_a_checkpoint(config: PPOConfig) -> None:
+    config = dataclasses.replace(config, steps=1000, checkpoint_every=1000)
+    ranks = start_ranks(config, 2)
+    ranks[0].wait_for_step(1)
+    ranks[1].signal(signal.SIGTERM)
+    for code, stderr in [rank.end() for rank in ranks]:
+        assert code == 143, stderr
+        assert "--resume auto" in stderr
+    assert list((config.output_dir / "checkpoints").glob("step-*/manifest.json"))
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
+    config: PPOConfig, tmp_path: Path, fate: signal.Signals
+) -> None:
+    config = dataclasses.replace(config, steps=1000, collective_timeout_s=15.0)
+    ranks = start_ranks(config, 2)
+    ranks[0].wait_for_step(1)
+    ranks[1].signal(fate)
+    code, stderr = ranks[0].end(timeout_s=60)
+    ranks[1].process.kill()
+    ranks[1].end()
+    assert code == 1
+    assert "another process of this run has ended or does not answer" in stderr
+    saved = sorted((config.output_dir / "checkpoints").glob("step-*/manifest.json"))
+    assert saved, "the steps before are there to go on from"
+
+
+def test_shares_are_consecutive_and_cover_every_row_once() -> None:
+    for rows, count in [(8, 2), (9, 2), (3, 3), (128, 5)]:
+        shares = [Processes(rank, count).share(rows) for rank in range(count)]
+        assert [row for share in shares for row in share] == list(range(rows))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_an_error_is_raised_as_it_is() -> None:
+    def fail() -> None:
+        raise StopRequested(signal.SIGTERM)
+
+    with pytest.raises(StopRequested) as caught:
+        Processes().together(fail)
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_mini_batch_smaller_than_the_processes_is_refused(policy_dir: Path) -> None:
+    policy = load_policy(policy_dir, LoraSettings())
+    with pytest.raises(ConfigError, match="mini_batch_size=2 is less than 3 processes"):
+        PPOStepper(policy, None, PPOHyperparameters(batch_size=2, mini_batch_size=2), processes=Processes(0, 3))
+
+
+def test_engines_that_split_the_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="asks for FSDP"), joined("cpu", timeout_s=1.0):
+        pass
+
+
+def test_the_device_is_the_one_that_was_asked_for(config: PPOConfig) -> None:
+    with joined("meta", timeout_s=1.0) as (processes, device):
+        assert (processes, device) == (Processes(), torch.device("meta"))
