@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from typing import TypeVar
 
 import stamina
-import stamina.instrumentation
 
 from services.wire import ModelInfo, RewardItem, RewardResponse
 from trainer.config import RewardComponent, RewardSettings
