@@ -125,9 +125,12 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 def _quiet_libraries() -> None:
     """Leave the terminal to the stage's own progress and results."""
+    import stamina.instrumentation
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # Its log line on every retry: the stage says what it waits for, and for how long.
+    stamina.instrumentation.set_on_retry_hooks([])
     # peft asks transformers by the name that it had before.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from trainer.config import ConfigError, DataSettings, PromptSettings
 
 Split = Literal["train", "held_out"]
@@ -44,6 +46,29 @@ class Prompts:
     def rows(self, start: int, stop: int) -> "Prompts":
         """Some consecutive prompts."""
         return Prompts(self.token_ids[start:stop], self.texts[start:stop])
+
+
+class PromptSchedule:
+    """Which prompts each step takes: a new permutation every epoch, from seed and epoch alone."""
+
+    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
+        self.steps_per_epoch = len(prompts) // batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(f"{len(prompts)} prompts are fewer than one batch of ppo.batch_size={batch_size}")
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._seed = seed
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def batch(self, step: int) -> Prompts:
+        """The prompts of step `step`, counted from 0."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(len(self._prompts), generator=generator)
+        start = position * self._batch_size
+        chosen = self._order[1][start : start + self._batch_size].tolist()
+        return Prompts([self._prompts.token_ids[i] for i in chosen], [self._prompts.texts[i] for i in chosen])
 
 
 @dataclass(frozen=True)

@@ -139,3 +139,13 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _cell(text: str) -> str:
     """Text in a Markdown table: on one line, and no character of it ends the cell or starts a tag."""
     return html.escape(" ".join(text.split())).replace("|", "&#124;")
+
+
+def forget_steps_after(path: Path, steps_done: int) -> None:
+    """Drop metrics of steps that the checkpoint doesn't include: they are about to happen again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]
+    beside = path.with_suffix(".writing")
+    beside.write_text("".join(f"{line}\n" for line in kept))
+    beside.replace(path)

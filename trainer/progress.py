@@ -53,8 +53,8 @@ class StepProgress:
             print(f"PPO step {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
-        """Say what the run waits for."""
+        """Say what the run waits for; nothing when the wait is over."""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"waiting: {what}")
-        else:
-            print(f"waiting: {what}", file=sys.stderr, flush=True)
+            self._bar.update(self._task, description=what)
+        elif what:
+            print(what, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,21 @@ import torch
 
 from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
-from trainer.data import Prompts, load_prompts
+from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
-from trainer.metrics import FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, MetricsLog, open_tracker, read_metrics
+from trainer.metrics import (
+    FILE_NAME,
+    REWARD_COMPONENT,
+    REWARD_MEAN,
+    REWARD_STD,
+    MetricsLog,
+    forget_steps_after,
+    open_tracker,
+    read_metrics,
+)
 from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
+from trainer.post_mortem import save_non_finite_batch
 from trainer.ppo.rewards import penalise_length, penalise_missing_eos
 from trainer.progress import StepProgress
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
@@ -91,7 +100,7 @@ def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
     config, done = loop.config, loop.stepper.steps_done
     directory = config.output_dir
     (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    _forget_steps_after(directory / FILE_NAME, done)
+    forget_steps_after(directory / FILE_NAME, done)
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
     with (
@@ -107,29 +116,6 @@ def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
         loop.tokenizer.save_pretrained(directory / "merged")
     print(f"trained {steps} steps; adapters, value head and metrics are in {directory}")
     return metrics
-
-
-class PromptSchedule:
-    """Which prompts each step takes: a new permutation every epoch, from seed and epoch alone."""
-
-    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
-        self.steps_per_epoch = len(prompts) // batch_size
-        if self.steps_per_epoch == 0:
-            raise ConfigError(f"{len(prompts)} prompts are fewer than one batch of ppo.batch_size={batch_size}")
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._seed = seed
-        self._order: tuple[int, torch.Tensor] | None = None
-
-    def batch(self, step: int) -> Prompts:
-        """The prompts of step `step`, counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self._prompts), generator=generator)
-        start = position * self._batch_size
-        chosen = self._order[1][start : start + self._batch_size].tolist()
-        return Prompts([self._prompts.token_ids[i] for i in chosen], [self._prompts.texts[i] for i in chosen])
 
 
 @dataclass(frozen=True)
@@ -256,35 +242,6 @@ def sample_table(collected: Collected, rows: int = 8) -> list[tuple[str, str, fl
     return list(zip(collected.prompts[:rows], collected.responses[:rows], scores, strict=True))
 
 
-def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, directory: Path) -> Path:
-    """Writes the samples of the mini-batch that gave no finite loss or gradient, for a person to look into."""
-
-    def numbers(row: torch.Tensor) -> list[float | str]:
-        return [value if math.isfinite(value) else str(value) for value in row.tolist()]
-
-    rollout = collected.rollout
-    records = []
-    for row in error.rows.tolist():
-        real = rollout.samples.mask[row]
-        records.append(
-            {
-                "row": row,
-                "prompt": collected.prompts[row],
-                "response": collected.responses[row],
-                "score": rollout.scores[row].item(),
-                "query_tokens": rollout.samples.query_ids[row, rollout.samples.query_mask[row]].tolist(),
-                "response_tokens": rollout.samples.response_ids[row, real].tolist(),
-                "logprobs": numbers(rollout.logprobs[row, real]),
-                "ref_logprobs": numbers(rollout.ref_logprobs[row, real]),
-                "values": numbers(rollout.values[row, real]),
-            }
-        )
-    path = directory / f"non-finite-step-{error.step}.json"
-    report = {"message": str(error), "step": error.step, "epoch": error.epoch, "samples": records}
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
 def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
     root = config.output_dir / CHECKPOINTS
     existing = checkpoints.list_checkpoints(root)
@@ -316,13 +273,3 @@ def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Check
         f"the reward model has changed since the checkpoint: {resumed.reward_revision} then, {revision} now; serve the "
         "same model, or pass --reward.allow-revision-change if the change is meant"
     )
-
-
-def _forget_steps_after(path: Path, steps_done: int) -> None:
-    """Drop metrics of steps that the checkpoint doesn't include: they are about to happen again."""
-    if not path.exists():
-        return
-    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(f"{line}\n" for line in kept))
-    beside.replace(path)

@@ -23,12 +23,11 @@ from trainer.config import (
     PPOHyperparameters,
     RewardSettings,
 )
-from trainer.data import load_prompts
+from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
 from trainer.models import load_policy, load_tokenizer
 from trainer.runtime import StopRequested
 from trainer.stages import ppo
-from trainer.stages.ppo import PromptSchedule
 from trainer.update import PPOStepper
 
 ACCELERATE = (
