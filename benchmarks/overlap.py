@@ -27,7 +27,7 @@ from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import DataSettings, GenerationSettings, PPOHyperparameters, PromptSettings, RewardSettings
 from trainer.data import Prompts, load_prompts
 from trainer.models import load_policy, load_tokenizer
-from trainer.reward_client import RewardClient
+from trainer.reward_client import RewardClient, Scores
 from trainer.reward_process import reward_service
 from trainer.rollout import Draws, Rewarder, collect
 from trainer.update import PPOStepper, Sampling
@@ -43,9 +43,9 @@ class Waiting:
         self.waited_s = 0.0
         self._rewarder = rewarder
 
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[list[float]]":
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
         began = time.perf_counter()
-        future = self._rewarder.submit(prompts, responses)
+        future = self._rewarder.submit_components(prompts, responses)
         future.exception()
         self.waited_s += time.perf_counter() - began
         return future
@@ -60,11 +60,12 @@ class InProcess:
         self._index = self._model.config.label2id[label]
 
     @torch.no_grad()
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[list[float]]":
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         batch = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
-        future: Future[list[float]] = Future()
-        future.set_result(self._model(**batch).logits[:, self._index].tolist())
+        rewards = self._model(**batch).logits[:, self._index].tolist()
+        future: Future[Scores] = Future()
+        future.set_result(Scores(rewards, {"reward": rewards}))
         return future
 
 

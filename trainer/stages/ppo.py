@@ -83,7 +83,9 @@ def run(config: PPOConfig) -> PPOResult:
             checkpoints.restore(resumed, policy, stepper)
         progress = StepProgress(steps, stepper.steps_done)
         with RewardClient(config.reward, on_wait=progress.waiting) as client:
-            processes.together(lambda: _connect(client, config, resumed))
+            revisions = processes.together(lambda: _connect(client, config, resumed))
+            if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
+                raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
             loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
                 print(policy.trainable_parameters_line())
@@ -262,11 +264,11 @@ def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
     return chosen
 
 
-def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None) -> None:
+def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None) -> str:
     client.connect()
     revision = client.revision
     if resumed is None or config.reward.allow_revision_change or resumed.reward_revision in (None, revision):
-        return
+        return revision
     raise RewardRejected(
         f"the reward model has changed since the checkpoint: {resumed.reward_revision} then, {revision} now; serve the "
         "same model, or pass --reward.allow-revision-change if the change is meant"
