@@ -1,5 +1,7 @@
 """Muon on the matrices between hidden states, AdamW on the rest, one schedule over both."""
 
+import copy
+
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -48,7 +50,8 @@ def test_a_restored_optimizer_takes_the_same_step_under_the_same_schedule() -> N
     optimizers = [build_optimizer(model, settings) for model in models]
     step(models[0], optimizers[0])
     models[1].load_state_dict(models[0].state_dict())
-    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    # A copy, as a file would be one: torch keeps the tensors that it is given.
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     for model, optimizer in zip(models, optimizers, strict=True):
         for group in optimizer.param_groups:
             group["lr"] *= 0.5
