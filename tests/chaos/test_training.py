@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.support.runs import assert_same, weights
 from tests.support.stub_reward_server import StubRewardServer
 from tests.support.tiny_models import tiny_gpt2_dir
 from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
@@ -60,16 +60,6 @@ def undisturbed(base: PPOConfig) -> dict[str, torch.Tensor]:
         return weights(ppo.run(against(base, base.output_dir, server)).output_dir)
     finally:
         server.kill()
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
-
-
-def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
 
 
 def before_each_request(monkeypatch: pytest.MonkeyPatch, disturb: Callable[[int], None]) -> None:

@@ -35,12 +35,16 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
 
 
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """The same weights, to the bit."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     assert numbers(one) == numbers(other)
-    expected, got = weights(one), weights(other)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert_same(weights(other), weights(one))
 
 
 def largest_difference(one: Path, other: Path) -> tuple[float, float]:
