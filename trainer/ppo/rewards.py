@@ -3,7 +3,6 @@
 Wrong here would be a score that lands on a padding token, or one that was made up.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +41,6 @@ def scale_scores(scores: Tensor, moments: RunningMoments) -> Tensor:
 def normalise_scores(scores: Tensor, moments: RunningMoments) -> Tensor:
     """Scores less their running mean, over their running standard deviation."""
     return scale_scores(scores - moments.mean, moments)
-
-
-def weighted_sum(components: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Several rewards as one score: sum of weight * component. Every component needs its weight, and the reverse."""
-    if components.keys() != weights.keys():
-        raise ValueError(f"rewards {sorted(components)} and weights {sorted(weights)} must have the same names")
-    return torch.stack([weights[name] * scores for name, scores in components.items()]).sum(0)
 
 
 def penalise_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

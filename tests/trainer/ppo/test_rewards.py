@@ -54,14 +54,6 @@ def test_running_moments_are_those_of_all_scores_however_they_were_batched(batch
         assert moments.std == pytest.approx(statistics.stdev(everything), abs=1e-6)
 
 
-def test_several_rewards_add_up_by_weight_and_a_forgotten_weight_is_an_error() -> None:
-    components = {"sentiment": torch.tensor([1.0, 2.0]), "brevity": torch.tensor([10.0, -10.0])}
-    total = rewards.weighted_sum(components, {"brevity": 0.1, "sentiment": 2.0})
-    assert torch.allclose(total, torch.tensor([3.0, 3.0]))
-    with pytest.raises(ValueError, match="same names"):
-        rewards.weighted_sum(components, {"sentiment": 2.0})
-
-
 def test_a_response_that_did_not_end_pays_and_one_that_did_does_not() -> None:
     scores = rewards.penalise_missing_eos(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.5)
     assert scores.tolist() == [1.0, 0.5]
