@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import bitsandbytes
 import peft
 import torch
 import transformers
@@ -349,7 +350,22 @@ def load_causal_lm(
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
-    return model if quantization is not None else model.to(device)
+    if quantization is None:
+        return model.to(device)
+    _compute_in_one_way(model)
+    return model
+
+
+def _compute_in_one_way(quantised: Any) -> None:
+    """Keeps quantised layers in training mode for good.
+
+    On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio
+    that is not 1.
+    """
+    for module in quantised.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
+            module.training = True
+            module.train = lambda mode=True, module=module: module
 
 
 def merge_adapters(adapters: Path, directory: Path) -> None:

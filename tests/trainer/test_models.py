@@ -249,6 +249,8 @@ def test_a_quantised_base_trains_and_merges_into_full_precision(quantization: An
     assert 0 < difference < 0.5
     assert policy.trainable_parameters_line() == exact.trainable_parameters_line()
 
+    assert torch.equal(policy.eval()(samples()).logprobs, policy.train()(samples()).logprobs), "a ratio starts at 1"
+
     before = policy(samples()).logprobs.sum().item()
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
