@@ -18,8 +18,8 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: install  ## Train a small language model to write positive reviews, and open runs/demo/report.html after it.
 	$(BIN)/plaudit demo --output-dir runs/demo
 
-test: install  ## Run the whole test suite.
-	$(BIN)/pytest -q
+test: install  ## Run the whole test suite, one worker for each core.
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a replica, stop and resume the trainer.
 	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s

@@ -5,6 +5,8 @@ import pytest
 
 from tests.support.stub_reward_server import StubRewardServer
 
+# Tests run side by side (pytest -n): a thread each, for themselves and for the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -77,7 +77,8 @@ def run(*command: str) -> None:
 
 @pytest.fixture
 def machines() -> Iterator[list[Machine]]:
-    both = [Machine(1), Machine(2)]
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    both = [Machine(2 * worker + 1), Machine(2 * worker + 2)]
     yield both
     for machine in both:
         machine.end()
