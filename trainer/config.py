@@ -134,7 +134,16 @@ class GenerationSettings:
 
 
 EndpointKind = Literal[
-    "auto", "plaudit", "tei", "openrlhf", "vllm-classify", "vllm-pooling", "sglang", "hf-inference", "kserve"
+    "auto",
+    "plaudit",
+    "tei",
+    "openrlhf",
+    "vllm-classify",
+    "vllm-pooling",
+    "sglang",
+    "infinity",
+    "hf-inference",
+    "kserve",
 ]
 
 
@@ -157,7 +166,7 @@ class RewardComponent:
     label_index: int | None = None
     """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
     model: str | None = None
-    """The model's name in requests, where one server has several (vllm, kserve)."""
+    """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
     accept_probabilities: bool = False
     """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
     header: tuple[str, ...] = ()
