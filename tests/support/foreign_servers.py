@@ -184,6 +184,19 @@ def kserve(method: str, path: str, body: Any) -> tuple[int, Any]:
     return 200, {"model_name": "judge", "model_version": "3", "id": "x", "outputs": [output]}
 
 
+SPOKEN: dict[str, tuple[Server, dict[str, Any]]] = {
+    "tei": (tei, {}),
+    "openrlhf": (openrlhf, {"label": None}),
+    "vllm-classify": (vllm, {"label_index": 1}),
+    "vllm-pooling": (vllm, {"label_index": 1}),
+    "sglang": (sglang, {"label": None}),
+    "infinity": (infinity, {}),
+    "hf-inference": (hf_inference, {}),
+    "kserve": (kserve, {"label_index": 1, "model": "judge"}),
+}
+"""Each kind of endpoint, a stand-in that speaks it, and the settings it needs."""
+
+
 @contextmanager
 def serving(server: Server) -> Iterator[str]:
     """The URL at which `server` answers meanwhile."""

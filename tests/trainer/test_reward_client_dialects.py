@@ -13,17 +13,6 @@ PROMPTS = [f"prompt {i}" for i in range(20)]
 RESPONSES = [f" response {i}" for i in range(20)]
 POSITIVE = [foreign.logits(p + r)[1] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
-SPOKEN: list[tuple[str, foreign.Server, dict[str, Any]]] = [
-    ("tei", foreign.tei, {}),
-    ("openrlhf", foreign.openrlhf, {"label": None}),
-    ("vllm-classify", foreign.vllm, {"label_index": 1}),
-    ("vllm-pooling", foreign.vllm, {"label_index": 1}),
-    ("sglang", foreign.sglang, {"label": None}),
-    ("infinity", foreign.infinity, {}),
-    ("hf-inference", foreign.hf_inference, {}),
-    ("kserve", foreign.kserve, {"label_index": 1, "model": "judge"}),
-]
-
 
 def settings(url: str, **changes: Any) -> RewardSettings:
     return RewardSettings(url=(url,), patience_s=30.0, **changes)
@@ -34,10 +23,9 @@ def connect_and_score(client: RewardClient) -> list[float]:
     return client.score(PROMPTS, RESPONSES)
 
 
-@pytest.mark.parametrize(("kind", "server", "changes"), SPOKEN, ids=[kind for kind, _, _ in SPOKEN])
-def test_the_raw_logit_of_the_label_comes_back_in_order(
-    kind: str, server: foreign.Server, changes: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("kind", foreign.SPOKEN)
+def test_the_raw_logit_of_the_label_comes_back_in_order(kind: str) -> None:
+    server, changes = foreign.SPOKEN[kind]
     with foreign.serving(server) as url, RewardClient(settings(url, kind=kind, **changes)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == POSITIVE
