@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.support.reward_service import RewardService
 from tests.support.tiny_models import tiny_classifier_dir
-from trainer.config import RewardSettings
+from trainer.config import EndpointKind, RewardSettings
 from trainer.reward_client import RewardClient, RewardRejected
 
 PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(100)]
@@ -26,7 +26,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(model_dir: Path) -> Iterator[RewardService]:
-    running = RewardService(model_dir, "--max-items", "16", "--max-text-chars", "500", api_key=KEY)
+    limits = ["--max-items", "16", "--max-text-chars", "500"]
+    running = RewardService(model_dir, *limits, "--label", "POSITIVE", "--deterministic", api_key=KEY)
     yield running
     running.kill()
 
@@ -53,6 +54,33 @@ def test_the_client_gets_the_logits_that_transformers_computes(service: RewardSe
             info = client.connect()
             assert client.score(PROMPTS, RESPONSES) == pytest.approx([row[index] for row in expected], abs=1e-4)
             assert client.revision == info.revision
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "changes"),
+    [
+        ("tei", "", {}),
+        ("openrlhf", "", {"label": None}),
+        ("vllm-classify", "", {"label_index": 1}),
+        ("vllm-pooling", "", {"label_index": 1}),
+        ("sglang", "", {"label_index": 1}),
+        ("infinity", "", {}),
+        ("infinity", "/infinity", {}),
+        ("hf-inference", "", {}),
+        ("kserve", "", {"model": "reward", "label_index": 1}),
+    ],
+)
+def test_in_every_protocol_that_client_and_service_both_speak_the_rewards_are_the_same(
+    service: RewardService, kind: EndpointKind, path: str, changes: dict[str, Any]
+) -> None:
+    with RewardClient(settings(service)) as client:
+        client.connect()
+        expected = client.score(PROMPTS, RESPONSES)
+    assert len(set(expected)) > 30
+    foreign = RewardSettings(url=(service.url + path,), kind=kind, chunk_size=16, patience_s=60.0, **changes)
+    with RewardClient(foreign) as client:
+        client.connect()
+        assert client.score(PROMPTS, RESPONSES) == expected
 
 
 def test_chunks_keep_to_the_services_limit(service: RewardService) -> None:

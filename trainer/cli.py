@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -39,6 +40,8 @@ class Command:
     module: str
     summary: str
     example: str
+    resume: tuple[str, ...] | None = None
+    """What to add to a command that stopped, so that it goes on; None where it can only start again."""
 
 
 COMMANDS = {
@@ -59,6 +62,7 @@ COMMANDS = {
         "trainer.stages.ppo",
         "stage 3: train a policy by PPO on rewards fetched over HTTP",
         "plaudit ppo --config presets/gpt2-imdb.yaml --reward.url http://127.0.0.1:8000",
+        resume=("--resume", "auto"),
     ),
     "evaluate": Command(
         EvaluateConfig,
@@ -71,6 +75,7 @@ COMMANDS = {
         "trainer.stages.demo",
         "stage 3 and the judging with the embedded models, reward service included",
         "plaudit demo --output-dir runs/demo",
+        resume=(),
     ),
 }
 
@@ -99,7 +104,11 @@ def run(args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        return _fail(name, _one_line(error), exit_code(error))
+        code = exit_code(error)
+        _fail(name, _one_line(error), code)
+        if code == EXIT_UNAVAILABLE or code > 128:
+            _say_how_to_go_on(name, flags)
+        return code
     return 0
 
 
@@ -210,6 +219,27 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {message} (PLAUDIT_TRACEBACK=1 shows where)"
+
+
+def resume_command(name: str, flags: Sequence[str]) -> str | None:
+    """The command that goes on where `plaudit NAME FLAGS` stopped, ready to be pasted into a shell."""
+    more = COMMANDS[name].resume
+    if more is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Of several processes the launcher's command is the one to repeat, and nobody here knows it.
+        return None
+    program = ["python", "-m", "trainer.cli"] if Path(sys.argv[0]).name == "cli.py" else ["plaudit"]
+    kept = [
+        flag
+        for flag, before in zip(flags, ["", *flags], strict=False)
+        if not more or not (flag == "--resume" or before == "--resume" or flag.startswith("--resume="))
+    ]
+    return shlex.join([*program, name, *kept, *more])
+
+
+def _say_how_to_go_on(name: str, flags: Sequence[str]) -> None:
+    command = resume_command(name, flags)
+    if command is not None:
+        print(f"plaudit {name}: this goes on where it stopped:\n\n{command}\n", file=sys.stderr)
 
 
 def _fail(name: str, message: str, code: int) -> int:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 import tyro
 
@@ -134,7 +135,16 @@ class GenerationSettings:
 
 
 EndpointKind = Literal[
-    "auto", "plaudit", "tei", "openrlhf", "vllm-classify", "vllm-pooling", "sglang", "hf-inference", "kserve"
+    "auto",
+    "plaudit",
+    "tei",
+    "openrlhf",
+    "vllm-classify",
+    "vllm-pooling",
+    "sglang",
+    "infinity",
+    "hf-inference",
+    "kserve",
 ]
 
 
@@ -157,7 +167,7 @@ class RewardComponent:
     label_index: int | None = None
     """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
     model: str | None = None
-    """The model's name in requests, where one server has several (vllm, kserve)."""
+    """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
     accept_probabilities: bool = False
     """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
     header: tuple[str, ...] = ()
@@ -171,14 +181,12 @@ class RewardComponent:
 
     def __post_init__(self) -> None:
         for url in self.url:
-            _require(
-                url.startswith(("http://", "https://")),
-                f"reward.url={url!r} must start with http:// or https://, for example http://127.0.0.1:8000",
-            )
+            _check_url(url)
         for line in self.header:
             name, colon, _ = line.partition(":")
             _require(
-                bool(colon and name.strip()), f"reward.header={line!r} must be a name and a value, as in X-Tenant: blue"
+                bool(colon and name.strip()) and line.isascii() and line.isprintable(),
+                f"reward.header={line!r} must be a name and a value in plain ASCII, as in X-Tenant: blue",
             )
         if self.function is not None:
             module, _, name = self.function.partition(":")
@@ -344,10 +352,36 @@ class PenaltySettings:
             _require(value >= 0 and math.isfinite(value), f"{name}={value} must be 0 (off) or more")
 
 
+def without_credentials(url: str) -> str:
+    """The URL without a name and password in it, for messages and files."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _check_url(url: str) -> None:
+    shown = without_credentials(url) if "://" in url else url
+    _require(
+        url.startswith(("http://", "https://")),
+        f"reward.url={shown!r} must start with http:// or https://, for example http://127.0.0.1:8000",
+    )
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    _require(usable, f"reward.url={shown!r} must name a host, and a port from 1 to 65535 if it names one")
+    _require(
+        not (parts.query or parts.fragment), f"reward.url={shown!r} must end with its path: no ?query, no #fragment"
+    )
+
+
 def to_dict(config: object) -> dict[str, object]:
-    """A config as plain JSON values, nested as its dataclasses are."""
+    """A config as plain JSON values, nested as its dataclasses are; without passwords in URLs and headers' values."""
 
     def plain(value: object) -> object:
+        if isinstance(value, RewardComponent):
+            headers = tuple(f"{line.partition(':')[0]}: (not saved)" for line in value.header)
+            value = dataclasses.replace(value, url=tuple(map(without_credentials, value.url)), header=headers)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, tuple | list):

@@ -20,6 +20,7 @@ class StepProgress:
         self._total = total
         self._done = done
         self._line_at = 0.0
+        self._waiting_line_at = float("-inf")
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
@@ -53,8 +54,14 @@ class StepProgress:
             print(f"PPO step {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
-        """Say what the run waits for; nothing when the wait is over."""
-        if self._bar is not None:
+        """Say what the run waits for, "" when the wait is over. Told so at every try, it writes a line less often."""
+        if self._bar is not None and self._bar.live.is_started:
             self._bar.update(self._task, description=what)
-        elif what:
+            return
+        now = time.monotonic()
+        if what and now - self._waiting_line_at >= LINE_EVERY_S:
+            self._waiting_line_at = now
             print(what, file=sys.stderr, flush=True)
+        elif not what:
+            self._waiting_line_at = float("-inf")
+            print("the reward is there", file=sys.stderr, flush=True)

@@ -103,6 +103,43 @@ def vllm_repeating_an_index(method: str, path: str, body: Any) -> tuple[int, Any
     return status, answer
 
 
+def infinity(method: str, path: str, body: Any, *, honours_raw_scores: bool = True) -> tuple[int, Any]:
+    """As a version that honours `raw_scores` would answer."""
+    if path == "/models":
+        model = {"id": "infinity/model", "stats": {"queue_fraction": 0.0}, "object": "model", "owned_by": "infinity"}
+        return 200, {"object": "list", "data": [model | {"backend": "torch", "capabilities": ["classify"]}]}
+    if (method, path) != ("POST", "/classify"):
+        return NOT_FOUND
+    raw = body.get("raw_scores") and honours_raw_scores
+    data = [ranked(logits(text) if raw else softmax(logits(text))) for text in body["input"]]
+    usage = {"prompt_tokens": 3, "total_tokens": 3}
+    return 200, {"object": "classify", "data": data, "model": "infinity/model", "usage": usage, "id": "x", "created": 0}
+
+
+def infinity_0_0_78(method: str, path: str, body: Any) -> tuple[int, Any]:
+    """As the released version answers: `raw_scores` is ignored."""
+    return infinity(method, path, body, honours_raw_scores=False)
+
+
+def with_sigmoids(method: str, path: str, body: Any) -> tuple[int, Any]:
+    """A model of several labels that don't exclude each other, behind an infinity that ignores `raw_scores`."""
+    status, answer = infinity(method, path, body)
+    if method == "POST":
+        for scores in answer["data"]:
+            for entry in scores:
+                entry["score"] = 1 / (1 + math.exp(-entry["score"]))
+    return status, answer
+
+
+def below(prefix: str, server: Server) -> Server:
+    """The server behind a gateway that hands it what is below `prefix`."""
+
+    def answer(method: str, path: str, body: Any) -> tuple[int, Any]:
+        return server(method, path.removeprefix(prefix), body) if path.startswith(prefix) else NOT_FOUND
+
+    return answer
+
+
 def sglang(method: str, path: str, body: Any) -> tuple[int, Any]:
     if path == "/health":
         return 200, None
@@ -145,6 +182,19 @@ def kserve(method: str, path: str, body: Any) -> tuple[int, Any]:
     flat = [logit for text in tensor["data"] for logit in logits(text)]
     output = {"name": "logits", "shape": [len(tensor["data"]), 2], "datatype": "FP32", "data": flat}
     return 200, {"model_name": "judge", "model_version": "3", "id": "x", "outputs": [output]}
+
+
+SPOKEN: dict[str, tuple[Server, dict[str, Any]]] = {
+    "tei": (tei, {}),
+    "openrlhf": (openrlhf, {"label": None}),
+    "vllm-classify": (vllm, {"label_index": 1}),
+    "vllm-pooling": (vllm, {"label_index": 1}),
+    "sglang": (sglang, {"label": None}),
+    "infinity": (infinity, {}),
+    "hf-inference": (hf_inference, {}),
+    "kserve": (kserve, {"label_index": 1, "model": "judge"}),
+}
+"""Each kind of endpoint, a stand-in that speaks it, and the settings it needs."""
 
 
 @contextmanager

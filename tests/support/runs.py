@@ -74,10 +74,14 @@ class TrainerProcess:
 
     def wait_for_step(self, step: int) -> None:
         """Returns when the process says that step `step` is done."""
+        self.wait_for_line(f"PPO step {step}/")
+
+    def wait_for_line(self, beginning: str) -> None:
+        """Returns when the process prints a line that begins like that."""
         for line in self._lines:
-            if line.startswith(f"PPO step {step}/"):
+            if line.startswith(beginning):
                 return
-        raise AssertionError(f"the process ended with {self.end()} before step {step}")
+        raise AssertionError(f"the process ended with {self.end()} before it said {beginning!r}")
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal."""

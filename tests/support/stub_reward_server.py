@@ -7,7 +7,7 @@ Script: a list of acts, one for each coming scoring request, each `{"do": NAME, 
 well. An act with `when` is kept for requests that contain this text. `score` (delay_s), `status` (status, headers,
 body), `hang` (before a byte, or `after` N bytes of the body), `drip` (delay_s a byte), `reset`, `wrong_count`,
 `reversed`, `literal` (text in place of the first reward), `revision`, `label`, `html`, `redirect` (location),
-`truncated_gzip`, `cut` (a body shorter than its Content-Length).
+`truncated_gzip`, `cut` (a body shorter than its Content-Length), `flood` (a body that never ends).
 
 The texts by which a client checks the order of the rewards are always answered well and not counted among the requests,
 except by acts with `probes`.
@@ -120,6 +120,11 @@ async def act_out(state: State, act: dict[str, Any], request: dict[str, Any], wr
     if do == "html":
         await respond(writer, 200, b"<html><h1>Sign in</h1></html>", {"Content-Type": "text/html"})
         return
+    if do == "flood":
+        await respond(writer, act.get("status", 200), b"[", length=2**40)
+        while True:
+            writer.write(b" " * 2**16)
+            await writer.drain()
     if do == "redirect":
         await respond(writer, 307, b"", {"Location": act["location"]})
         return
@@ -216,6 +221,7 @@ class StubRewardServer:
         """`tls`: the files of a certificate and its key, to speak https. `wrapper`: a command to run it under."""
         self.port = 0
         self._host = host
+        self._address = f"[{host}]" if ":" in host else host
         self._wrapper = wrapper
         self._tls = tls
         self._process: subprocess.Popen[str] | None = None
@@ -223,7 +229,7 @@ class StubRewardServer:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://{self._host}:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self._address}:{self.port}"
 
     def start(self) -> None:
         """Start, on the same port as before if there was one; returns when it listens."""
@@ -264,7 +270,7 @@ class StubRewardServer:
 
     def _control(self, method: str, values: dict[str, Any] | None) -> dict[str, Any]:
         data = None if values is None else json.dumps(values).encode()
-        request = urllib.request.Request(f"http://{self._host}:{self._control_port}/", data=data, method=method)
+        request = urllib.request.Request(f"http://{self._address}:{self._control_port}/", data=data, method=method)
         with urllib.request.urlopen(request, timeout=10) as response:
             return json.loads(response.read())
 

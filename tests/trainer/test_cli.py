@@ -1,6 +1,7 @@
 """The command line, run as users run it: what it prints, what it refuses, and with which exit code."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -163,8 +164,40 @@ def test_what_ends_a_stage_is_one_line_and_a_code_that_a_supervisor_understands(
 
     monkeypatch.setitem(sys.modules, "trainer.stages.ppo", SimpleNamespace(run=fail))
     assert cli.run(["ppo"]) == code
-    (printed,) = capsys.readouterr().err.splitlines()
+    printed, *more = capsys.readouterr().err.splitlines()
     assert printed.startswith(line)
+    goes_on = code == cli.EXIT_UNAVAILABLE or isinstance(error, StopRequested)
+    assert [words for words in more if words] == [
+        "plaudit ppo: this goes on where it stopped:",
+        "plaudit ppo --resume auto",
+    ] * goes_on
+
+
+@pytest.mark.parametrize(
+    ("flags", "command"),
+    [
+        (
+            ["ppo", "--config", "my presets/a.yaml", "--reward.url", "http://a:1", "http://b:2", "--steps=9"],
+            "plaudit ppo --config 'my presets/a.yaml' --reward.url http://a:1 http://b:2 --steps=9 --resume auto",
+        ),
+        (["ppo", "--resume", "runs/x/step-000001", "--steps", "9"], "plaudit ppo --steps 9 --resume auto"),
+        (["ppo", "--steps", "9", "--resume=auto"], "plaudit ppo --steps 9 --resume auto"),
+        (["demo", "--output-dir", "runs/demo"], "plaudit demo --output-dir runs/demo"),
+        (["evaluate", "--after", "runs/x"], None),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_that_was_given(flags, command):
+    name, *rest = flags
+    assert cli.resume_command(name, rest) == command
+    if command is not None:
+        _, name, *rest = shlex.split(command)
+        config = cli.parse(name, [flag for flag in rest if flag not in ("--config", "my presets/a.yaml")])
+        assert getattr(config, "resume", "auto") == "auto"
+
+
+def test_of_several_processes_none_knows_the_command_that_started_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.resume_command("ppo", []) is None
 
 
 def test_a_traceback_is_shown_on_request():

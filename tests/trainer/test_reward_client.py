@@ -21,6 +21,18 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "WAIT_JITTER_S", 0.01)
 
 
+NO_SUCH_LABEL = json.dumps(
+    {
+        "type": "urn:plaudit:problem:unknown-label",
+        "title": "Unknown label",
+        "status": 422,
+        "detail": "no label 'POSITIVE'",
+        "labels": ["GOOD", "BAD"],
+    }
+)
+"""What the service answers after another model has taken its place."""
+
+
 def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
     values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 8, "check_order": False} | changes
     return RewardSettings(url=tuple(server.url for server in servers), **values)  # type: ignore[arg-type]
@@ -111,6 +123,7 @@ def test_a_server_that_hangs_at_any_point_is_asked_again_after_the_timeout(
         ({"do": "label", "label": "NEGATIVE"}, "'POSITIVE' was asked for and 'NEGATIVE' came back"),
         ({"do": "revision", "revision": "sha256:other"}, "sha256:other.*sha256:stub"),
         ({"do": "html"}, "text/html.*Sign in"),
+        ({"do": "status", "status": 422, "body": NO_SUCH_LABEL}, r"no label 'POSITIVE' \(labels: GOOD, BAD\)"),
         ({"do": "redirect", "location": "https://elsewhere/v1/rewards"}, "redirects to https://elsewhere/v1/rewards"),
     ],
     ids=say,

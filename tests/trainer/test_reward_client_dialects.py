@@ -1,4 +1,4 @@
-"""One reward, eight protocols: whichever is spoken, the same raw logit comes back for the same text."""
+"""One reward, nine protocols: whichever is spoken, the same raw logit comes back for the same text."""
 
 import itertools
 from typing import Any
@@ -13,16 +13,6 @@ PROMPTS = [f"prompt {i}" for i in range(20)]
 RESPONSES = [f" response {i}" for i in range(20)]
 POSITIVE = [foreign.logits(p + r)[1] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
-SPOKEN: list[tuple[str, foreign.Server, dict[str, Any]]] = [
-    ("tei", foreign.tei, {}),
-    ("openrlhf", foreign.openrlhf, {"label": None}),
-    ("vllm-classify", foreign.vllm, {"label_index": 1}),
-    ("vllm-pooling", foreign.vllm, {"label_index": 1}),
-    ("sglang", foreign.sglang, {"label": None}),
-    ("hf-inference", foreign.hf_inference, {}),
-    ("kserve", foreign.kserve, {"label_index": 1, "model": "judge"}),
-]
-
 
 def settings(url: str, **changes: Any) -> RewardSettings:
     return RewardSettings(url=(url,), patience_s=30.0, **changes)
@@ -33,10 +23,9 @@ def connect_and_score(client: RewardClient) -> list[float]:
     return client.score(PROMPTS, RESPONSES)
 
 
-@pytest.mark.parametrize(("kind", "server", "changes"), SPOKEN, ids=[kind for kind, _, _ in SPOKEN])
-def test_the_raw_logit_of_the_label_comes_back_in_order(
-    kind: str, server: foreign.Server, changes: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("kind", foreign.SPOKEN)
+def test_the_raw_logit_of_the_label_comes_back_in_order(kind: str) -> None:
+    server, changes = foreign.SPOKEN[kind]
     with foreign.serving(server) as url, RewardClient(settings(url, kind=kind, **changes)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == POSITIVE
@@ -48,9 +37,10 @@ def test_the_raw_logit_of_the_label_comes_back_in_order(
         (foreign.tei, {}, "tei/model"),
         (foreign.vllm, {"label_index": 1}, "vllm/model"),
         (foreign.sglang, {"label": None}, "sglang/model"),
+        (foreign.infinity, {}, "infinity/model"),
         (foreign.kserve, {"label_index": 1, "model": "judge"}, "judge"),
     ],
-    ids=["tei", "vllm", "sglang", "kserve"],
+    ids=["tei", "vllm", "sglang", "infinity", "kserve"],
 )
 def test_a_server_that_describes_itself_is_recognised(
     server: foreign.Server, changes: dict[str, Any], model: str
@@ -58,6 +48,31 @@ def test_a_server_that_describes_itself_is_recognised(
     with foreign.serving(server) as url, RewardClient(settings(url, **changes)) as client:
         assert client.connect().id == model
         assert client.score(PROMPTS, RESPONSES) == POSITIVE
+
+
+@pytest.mark.parametrize(
+    ("server", "changes", "model"),
+    [(foreign.vllm, {"label_index": 1}, "vllm/model"), (foreign.infinity, {}, "infinity/model")],
+    ids=["vllm", "infinity"],
+)
+def test_a_server_below_a_prefix_is_recognised_there(
+    server: foreign.Server, changes: dict[str, Any], model: str
+) -> None:
+    with (
+        foreign.serving(foreign.below("/v1", server)) as url,
+        RewardClient(settings(f"{url}/v1/", **changes)) as client,
+    ):
+        assert client.connect().id == model
+        assert client.score(PROMPTS, RESPONSES) == POSITIVE
+
+
+def test_infinity_below_v1_is_not_taken_for_vllm() -> None:
+    with (
+        foreign.serving(foreign.below("/v1", foreign.infinity)) as url,
+        RewardClient(settings(url, label_index=1)) as client,
+        pytest.raises(RewardRejected, match="not recognised"),
+    ):
+        client.connect()
 
 
 def test_a_server_that_is_not_recognised_is_refused_with_the_kinds_there_are() -> None:
@@ -98,6 +113,10 @@ def test_tei_keeps_to_the_servers_batch_limit_and_has_its_revision() -> None:
         ("vllm-classify", foreign.old_vllm, {"label_index": 1}, "probabilities came back"),
         ("vllm-pooling", foreign.old_vllm, {"label_index": 1}, "probabilities came back"),
         ("vllm-classify", foreign.vllm, {"label_index": 1, "model": "other"}, "no such model"),
+        ("infinity", foreign.infinity_0_0_78, {}, "probabilities came back"),
+        ("infinity", foreign.with_sigmoids, {}, "every score lies between 0 and 1"),
+        ("infinity", foreign.infinity, {"model": "other"}, r"--reward\.model: infinity/model"),
+        ("infinity", foreign.infinity, {"label": "GOOD"}, "'GOOD' is not among"),
         ("hf-inference", foreign.hf_best_label_only, {}, "not a list of lists"),
         ("hf-inference", foreign.hf_inference, {"label": "GOOD"}, "'GOOD' is not among"),
         ("kserve", foreign.kserve, {"label_index": 1}, r"--reward\.model"),

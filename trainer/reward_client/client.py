@@ -57,7 +57,10 @@ class RewardClient:
             if component.function is not None:
                 return FunctionSource(component, settings)
             http = self._clients[component.name]
-            endpoints = [Endpoint(url, component, http, settings.request_timeout_s) for url in component.url]
+            endpoints = [
+                Endpoint(url, component, http, settings.request_timeout_s, settings.max_in_flight)
+                for url in component.url
+            ]
             return Source(component, settings, endpoints, on_wait)
 
         self._sources = [open_source(component) for component in self._components]
@@ -81,7 +84,15 @@ class RewardClient:
 
         Raises `RewardUnavailable` when patience runs out, `RewardRejected` when waiting won't help.
         """
-        return self._start(_all([source.connect() for source in self._sources])).result()[0]
+        return self.connecting().result()
+
+    def connecting(self) -> Future[ModelInfo]:
+        """`connect` without waiting; bounded by the patience, and `cancel` gives it up."""
+
+        async def first() -> ModelInfo:
+            return (await _all([source.connect() for source in self._sources]))[0]
+
+        return self._start(first())
 
     def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> Future[list[float]]:
         """Ask for rewards without waiting: the future gives one for each response, in order, or raises `RewardError`.
@@ -196,6 +207,10 @@ def _headers(component: RewardComponent) -> dict[str, str]:
         except OSError as error:
             raise ConfigError(f"reward.api_key_file={component.api_key_file} can't be read: {error}") from error
     if key:
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"the key in {component.api_key_file or API_KEY_VARIABLE} must be one line of plain ASCII"
+            )
         headers["Authorization"] = f"Bearer {key}"
     for line in component.header:
         name, _, value = line.partition(":")

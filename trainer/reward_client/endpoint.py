@@ -5,12 +5,13 @@ import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import unquote, urlsplit
 
 import httpx
 from pydantic import ValidationError
 
 from services.wire import ModelInfo, Problem, RewardItem, RewardResponse
-from trainer.config import RewardComponent
+from trainer.config import RewardComponent, without_credentials
 from trainer.reward_client.dialects import DIALECTS, recognise
 from trainer.reward_client.dialects.base import BrokenBody, Dialect, UnusableAnswer
 from trainer.reward_client.errors import Exchange, RewardRejected
@@ -19,6 +20,8 @@ RETRIED_STATUSES = frozenset({408, 425, 429})
 """The refusals that pass with time. So does every 5xx but 501 and 505."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
+MAX_ANSWER_BYTES = 16 * 2**20
+"""More than any answer to `wire.MAX_ITEMS_PER_REQUEST` texts needs; what is longer is not kept in memory."""
 
 
 class Trouble(Exception):
@@ -37,8 +40,18 @@ class Trouble(Exception):
 class Endpoint:
     """A reward server at one URL, and how it has been doing."""
 
-    def __init__(self, url: str, component: RewardComponent, http: httpx.AsyncClient, request_timeout_s: float) -> None:
-        self.url = url.rstrip("/")
+    def __init__(
+        self,
+        url: str,
+        component: RewardComponent,
+        http: httpx.AsyncClient,
+        request_timeout_s: float,
+        max_in_flight: int,
+    ) -> None:
+        self.url = without_credentials(url).rstrip("/")
+        """As messages and files may show it."""
+        self.places = asyncio.Semaphore(max_in_flight)
+        """One for each request that may be under way."""
         self.info: ModelInfo | None = None
         self.outstanding = 0
         self.failures = 0
@@ -48,6 +61,7 @@ class Endpoint:
         self._component = component
         self._dialect: Dialect | None = None if component.kind == "auto" else DIALECTS[component.kind](component)
         self._http = http
+        self._auth = _basic_auth(url)
         self._request_timeout_s = request_timeout_s
 
     async def describe(self) -> ModelInfo:
@@ -93,13 +107,17 @@ class Endpoint:
 
     async def _exchange(self, exchange: Exchange, timeout_s: float) -> bytes:
         try:
-            async with asyncio.timeout(timeout_s):
-                response = await self._http.request(
+            async with (
+                asyncio.timeout(timeout_s),
+                self._http.stream(
                     exchange.method,
                     exchange.url,
                     content=exchange.request.encode() or None,
                     headers={"Content-Type": "application/json"} if exchange.request else None,
-                )
+                    auth=self._auth,
+                ) as response,
+            ):
+                body, whole = await _read(response)
         except TimeoutError as error:
             raise Trouble(f"{self.url}: no whole answer within {timeout_s:g} s", exchange=exchange) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
@@ -110,60 +128,86 @@ class Endpoint:
                     exchange,
                 ) from error
             raise Trouble(f"{self.url}: {_in_words(error)}", exchange=exchange) from error
-        return self._accept(response, exchange)
-
-    def _accept(self, response: httpx.Response, exchange: Exchange) -> bytes:
         status = response.status_code
-        answered = _answered(exchange, status, dict(response.headers), response.content)
+        answered = _answered(exchange, status, dict(response.headers), body)
+        if status == 200 and not whole:
+            raise RewardRejected(
+                f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes, beginning {_quote(body)}", answered
+            )
+        return self._accept(response, body, answered)
+
+    def _accept(self, response: httpx.Response, body: bytes, exchange: Exchange) -> bytes:
+        status = response.status_code
         if status == 200:
             kind = response.headers.get("content-type", "")
             if exchange.method == "POST" and "json" not in kind:
                 raise RewardRejected(
                     f"{self.url} answered {kind or 'something untyped'} instead of JSON: a proxy, a login page or "
-                    f"another server is in the way: {_quote(response)}",
-                    answered,
+                    f"another server is in the way: {_quote(body)}",
+                    exchange,
                 )
-            return response.content
+            return body
         passing = self._dialect.retried_statuses if self._dialect else frozenset()
         if status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505)):
             raise Trouble(
-                f"{self.url}: {status} {response.reason_phrase}: {_quote(response)}",
+                f"{self.url}: {status} {response.reason_phrase}: {_quote(body)}",
                 retry_after_s=_retry_after_s(response),
                 server_error=status == 500 or status in passing,
-                exchange=answered,
+                exchange=exchange,
             )
         if response.is_redirect:
             raise RewardRejected(
                 f"{exchange.url} redirects to {response.headers.get('location')}: give that address with --reward.url",
-                answered,
+                exchange,
             )
         if status in (401, 403):
             raise RewardRejected(
                 f"{exchange.url} refuses the credentials ({status} {response.reason_phrase}): put the key into "
-                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(response)}",
-                answered,
+                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(body)}",
+                exchange,
             )
         raise RewardRejected(
-            f"{exchange.url} refuses the request: {status} {response.reason_phrase}: {_quote(response)}", answered
+            f"{exchange.url} refuses the request: {status} {response.reason_phrase}: {_quote(body)}", exchange
         )
+
+
+async def _read(response: httpx.Response) -> tuple[bytes, bool]:
+    """The body, and whether that is all of it: one without an end would fill the memory."""
+    body = bytearray()
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            return bytes(body[:MAX_ANSWER_BYTES]), False
+    return bytes(body), True
+
+
+def _basic_auth(url: str) -> httpx.BasicAuth | None:
+    """The name and password that stand in the URL; a bearer token is not sent then."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    return httpx.BasicAuth(unquote(parts.username), unquote(parts.password or ""))
 
 
 def _answered(exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
     return Exchange(exchange.method, exchange.url, exchange.request, status, headers, body.decode(errors="replace"))
 
 
-def _quote(response: httpx.Response) -> str:
+def _quote(body: bytes) -> str:
     """What a person needs of an error's body: a problem document's detail, or the beginning of the text."""
     try:
-        problem = Problem.model_validate_json(response.content)
+        problem = Problem.model_validate_json(body)
     except ValidationError:
-        return " ".join(response.text.split())[:QUOTED_CHARS]
+        return " ".join(body[: 4 * QUOTED_CHARS].decode(errors="replace").split())[:QUOTED_CHARS]
     labels = f" (labels: {', '.join(problem.labels)})" if problem.labels else ""
     return problem.detail + labels
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """`Retry-After` in seconds, from either of its two forms (RFC 9110, 10.2.3)."""
+    """`Retry-After` in seconds, from either of its two forms (RFC 9110, 10.2.3).
+
+    A date counts from the answer's own `Date`, so that neither side's clock has to be right.
+    """
     value = response.headers.get("retry-after")
     if value is None:
         return None
@@ -172,7 +216,8 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     except ValueError:
         pass
     try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+        now = parsedate_to_datetime(response.headers["date"]) if "date" in response.headers else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
     except (ValueError, TypeError):
         return None
 

@@ -128,7 +128,8 @@ class Source:
         if endpoint.info is None:
             await self._describe(endpoint)
         with self._watching(endpoint):
-            answer, exchange = await endpoint.score(items)
+            async with endpoint.places:
+                answer, exchange = await endpoint.score(items)
         self._check_revision(endpoint.url, answer.revision, exchange)
         self._answered_at = asyncio.get_running_loop().time()
         return answer
@@ -146,7 +147,8 @@ class Source:
             yield
         except Trouble as trouble:
             endpoint.failures += 1
-            pause_s = max(pause_after(endpoint.failures), trouble.retry_after_s or 0.0)
+            asked_s = min(trouble.retry_after_s or 0.0, self._settings.patience_s)
+            pause_s = max(pause_after(endpoint.failures), asked_s)
             endpoint.aside_until = asyncio.get_running_loop().time() + pause_s
             raise
         else:

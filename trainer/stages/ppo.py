@@ -84,7 +84,7 @@ def run(config: PPOConfig) -> PPOResult:
             checkpoints.restore(resumed, policy, stepper)
         progress = StepProgress(steps, stepper.steps_done)
         with RewardClient(config.reward, on_wait=progress.waiting) as client:
-            revisions = processes.together(lambda: _connect(client, config, resumed))
+            revisions = processes.together(lambda: _connect(client, config, resumed, stop))
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
             loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop, processes, progress)
@@ -146,7 +146,7 @@ class _Loop:
             saved = self._save_checkpoint()
             if isinstance(error, RewardRejected) and self.processes.is_main:
                 error.save(self.config.output_dir)
-            error.add_note(f"checkpoint {saved.directory} written; go on with the same command and --resume auto")
+            error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
             raise
         return metrics
 
@@ -270,8 +270,8 @@ def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
     return chosen
 
 
-def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None) -> str:
-    client.connect()
+def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None, stop: StopSignal) -> str:
+    stop.wait(client.connecting())
     revision = client.revision
     if resumed is None or config.reward.allow_revision_change or resumed.reward_revision in (None, revision):
         return revision

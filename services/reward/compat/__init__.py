@@ -5,7 +5,7 @@ What each one covers, and what not, is in docs/wire.md. None of them is needed b
 
 from fastapi import APIRouter
 
-from services.reward.compat import classify, kserve, openrlhf, pooling, tei
+from services.reward.compat import classify, kserve, listing, openrlhf, pooling, tei
 from services.reward.service import Service
 
 HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/ready"})
@@ -14,4 +14,4 @@ HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/rea
 
 def routers(service: Service) -> list[APIRouter]:
     """One router for each protocol."""
-    return [module.router(service) for module in (tei, classify, pooling, openrlhf, kserve)]
+    return [module.router(service) for module in (tei, classify, pooling, listing, openrlhf, kserve)]

@@ -224,6 +224,20 @@ def test_exit_code_75_when_the_patience_runs_out(config: PPOConfig, stub_reward_
     assert "--resume auto" in stderr
 
 
+def test_a_run_that_waits_for_its_service_at_the_start_can_be_stopped(
+    config: PPOConfig, stub_reward_server: StubRewardServer
+) -> None:
+    stub_reward_server.set(ready=False)
+    waiting = TrainerProcess(
+        dataclasses.replace(config, reward=dataclasses.replace(config.reward, patience_s=500.0, request_timeout_s=50.0))
+    )
+    waiting.wait_for_line("waiting for a reward")
+    waiting.signal(signal.SIGINT)
+    code, stderr = waiting.end()
+    assert code == 130
+    assert "plaudit ppo: stopped by SIGINT" in stderr
+
+
 def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
     stub_reward_server.script([{"do": "wrong_count"}])
     code, _ = TrainerProcess(config).end()

@@ -1,8 +1,12 @@
 """The protocols of reward endpoints: one small file each, all translated to and from `services.wire`."""
 
+from collections.abc import Callable
+from typing import Any
+
 from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import BrokenBody, Dialect, Get, UnusableAnswer, from_json
 from trainer.reward_client.dialects.hf_inference import HFInference
+from trainer.reward_client.dialects.infinity import Infinity
 from trainer.reward_client.dialects.kserve import KServe
 from trainer.reward_client.dialects.openrlhf import OpenRLHF
 from trainer.reward_client.dialects.plaudit import Plaudit
@@ -13,17 +17,18 @@ from trainer.reward_client.errors import RewardRejected
 
 DIALECTS: dict[str, type[Dialect]] = {
     dialect.name: dialect
-    for dialect in (Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, HFInference, KServe)
+    for dialect in (Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe)
 }
 
-_TELLTALES = {
-    "/v1/model": ("plaudit", "limits"),
-    "/info": ("tei", "max_client_batch_size"),
-    "/get_model_info": ("sglang", "model_path"),
-    "/v1/models": ("vllm-classify", "data"),
-    "/v2": ("kserve", "extensions"),
+_TELLTALES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "/v1/model": ("plaudit", lambda about: "limits" in about),
+    "/info": ("tei", lambda about: "max_client_batch_size" in about),
+    "/get_model_info": ("sglang", lambda about: "model_path" in about),
+    "/models": ("infinity", lambda about: _owner(about) == "infinity"),
+    "/v1/models": ("vllm-classify", lambda about: _owner(about) not in (None, "infinity")),
+    "/v2": ("kserve", lambda about: "extensions" in about),
 }
-"""Route, and a field that only this protocol's answer to it has. Plaudit's own comes first: its service speaks many."""
+"""Route, and what only this protocol's answer to it has. Plaudit's own comes first: its service speaks many."""
 
 
 async def recognise(component: RewardComponent, get: Get) -> Dialect:
@@ -31,7 +36,7 @@ async def recognise(component: RewardComponent, get: Get) -> Dialect:
 
     Raises what `get` raises while the server isn't up, and `UnusableAnswer` when no protocol is recognised.
     """
-    for path, (name, field) in _TELLTALES.items():
+    for path, (name, is_its) in _TELLTALES.items():
         try:
             about = from_json(await get(path))
         except BrokenBody:
@@ -41,9 +46,17 @@ async def recognise(component: RewardComponent, get: Get) -> Dialect:
             if status in (None, 401, 403) or status in range(300, 400):
                 raise
             continue
-        if isinstance(about, dict) and field in about:
+        if isinstance(about, dict) and is_its(about):
             return DIALECTS[name](component)
     kinds = ", ".join(kind for kind in DIALECTS)
     raise UnusableAnswer(
         f"its protocol is not recognised. Is it a reward service? Say what it speaks, --reward.kind: {kinds}"
     )
+
+
+def _owner(models: dict[str, Any]) -> str | None:
+    """Whose the first model of an OpenAI-like list is: infinity and vLLM both have one, and a `/classify` each."""
+    try:
+        return str(models["data"][0]["owned_by"])
+    except (KeyError, TypeError, IndexError):
+        return None

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from services.wire import MAX_TEXT_CHARS, Limits, ModelInfo, RewardItem, RewardResponse
 from trainer.config import RewardComponent
 
+SIGMOIDS_SHOW_IN = 4
 Get = Callable[[str], Awaitable[bytes]]
 """Fetches a path below the endpoint's URL; raises unless the answer is a success."""
 
@@ -120,12 +121,31 @@ def logit_by_index(row: Any, component: RewardComponent) -> object:
     return row[index or 0]
 
 
-def refuse_probabilities(rows: Sequence[Sequence[object]], component: RewardComponent) -> None:
-    """Raises `UnusableAnswer` if every row of two or more sums to one with nothing below zero: no logits do."""
-    numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
-    if component.accept_probabilities or not numbers:
-        return
-    if all(len(row) > 1 and min(row) >= 0 and abs(sum(row) - 1) < 1e-3 for row in numbers):
-        raise UnusableAnswer(
-            "probabilities came back, though raw logits were asked for; --reward.accept-probabilities takes them"
-        )
+class ProbabilityCheck:
+    """Raises `UnusableAnswer` for probabilities where raw logits are wanted.
+
+    A row of two or more that sums to one with nothing below zero is no row of logits. Sigmoids can only be told by all
+    of them lying between 0 and 1. That is looked at once, over the first answer of `SIGMOIDS_SHOW_IN` texts or more, so
+    that a run is refused at its start and never later on; and not at all where the protocol has no way to ask for
+    logits (`asked=False`), since there a model's own scores may be like that.
+    """
+
+    def __init__(self, component: RewardComponent, *, asked: bool = True) -> None:
+        self._accepts = component.accept_probabilities
+        self._look_for_sigmoids = asked
+
+    def __call__(self, rows: Sequence[Sequence[object]]) -> None:
+        numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
+        if self._accepts or not numbers:
+            return
+        if all(len(row) > 1 and min(row) >= 0 and abs(sum(row) - 1) < 1e-3 for row in numbers):
+            raise UnusableAnswer(
+                "probabilities came back, and raw logits are wanted; --reward.accept-probabilities takes them"
+            )
+        if self._look_for_sigmoids and len(numbers) >= SIGMOIDS_SHOW_IN:
+            self._look_for_sigmoids = False
+            if all(0 <= number <= 1 for row in numbers for number in row):
+                raise UnusableAnswer(
+                    "every score lies between 0 and 1, as probabilities do, though raw logits were asked for; if the "
+                    "model's scores are like that, --reward.accept-probabilities takes them"
+                )

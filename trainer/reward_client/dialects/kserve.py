@@ -11,12 +11,12 @@ from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import (
     Call,
     Get,
+    ProbabilityCheck,
     UnusableAnswer,
     from_json,
     joined,
     logit_by_index,
     model_info,
-    refuse_probabilities,
     response,
     to_json,
 )
@@ -28,6 +28,7 @@ class KServe:
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
+        self._check = ProbabilityCheck(component, asked=False)
         self._input: dict[str, Any] = {}
         self._output = ""
 
@@ -65,5 +66,5 @@ class KServe:
         except (KeyError, TypeError, IndexError, StopIteration, ZeroDivisionError) as error:
             raise UnusableAnswer(f"no tensor {self._output!r} came back: {answer!r:.200}") from error
         rewards = [logit_by_index(row, self._component) for row in rows]
-        refuse_probabilities(rows, self._component)
+        self._check(rows)
         return response(rewards, self._component.label, info)

@@ -7,12 +7,12 @@ from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import (
     Call,
     Get,
+    ProbabilityCheck,
     UnusableAnswer,
     from_json,
     joined,
     logit_by_index,
     model_info,
-    refuse_probabilities,
     response,
     to_json,
 )
@@ -24,6 +24,7 @@ class SGLang:
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
+        self._check = ProbabilityCheck(component, asked=False)
 
     async def describe(self, get: Get) -> ModelInfo:
         await get("/health")
@@ -43,5 +44,5 @@ class SGLang:
             raise UnusableAnswer(f"a list of objects was expected, not {answers!r:.80}")
         rows = [answer.get("embedding") for answer in answers]
         rewards = [logit_by_index(row, self._component) for row in rows]
-        refuse_probabilities([row or [] for row in rows], self._component)
+        self._check([row or [] for row in rows])
         return response(rewards, self._component.label, info)

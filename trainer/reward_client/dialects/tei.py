@@ -7,12 +7,12 @@ from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import (
     Call,
     Get,
+    ProbabilityCheck,
     UnusableAnswer,
     from_json,
     joined,
     logit_by_name,
     model_info,
-    refuse_probabilities,
     response,
     to_json,
 )
@@ -25,6 +25,7 @@ class TEI:
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
+        self._check = ProbabilityCheck(component)
 
     async def describe(self, get: Get) -> ModelInfo:
         await get("/health")
@@ -50,5 +51,5 @@ class TEI:
             raise UnusableAnswer(f"a list was expected, not {answers!r:.80}")
         label = self._component.label
         rewards = [logit_by_name(scores, label) for scores in answers]
-        refuse_probabilities([[entry["score"] for entry in scores] for scores in answers], self._component)
+        self._check([[entry["score"] for entry in scores] for scores in answers])
         return response(rewards, label, info)

@@ -12,13 +12,13 @@ from trainer.config import RewardComponent
 from trainer.reward_client.dialects.base import (
     Call,
     Get,
+    ProbabilityCheck,
     UnusableAnswer,
     from_json,
     in_index_order,
     joined,
     logit_by_index,
     model_info,
-    refuse_probabilities,
     response,
     to_json,
 )
@@ -29,6 +29,7 @@ class _VLLM:
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
+        self._check = ProbabilityCheck(component)
         self._model = component.model
 
     async def describe(self, get: Get) -> ModelInfo:
@@ -61,7 +62,7 @@ class VLLMClassify(_VLLM):
         for entry, row, reward in zip(entries, rows, rewards, strict=True):
             if row and len(row) > 1 and reward == max(row):
                 self._check_label(entry.get("label"))
-        refuse_probabilities([row or [] for row in rows], self._component)
+        self._check([row or [] for row in rows])
         return response(rewards, self._component.label, info)
 
     def _check_label(self, winner: object) -> None:
@@ -86,5 +87,5 @@ class VLLMPooling(_VLLM):
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
         rows = [entry.get("data") for entry in self._entries(body)]
         rewards = [logit_by_index(row, self._component) for row in rows]
-        refuse_probabilities([row or [] for row in rows], self._component)
+        self._check([row or [] for row in rows])
         return response(rewards, self._component.label, info)

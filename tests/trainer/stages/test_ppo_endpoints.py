@@ -1,0 +1,42 @@
+"""PPO against an endpoint of every kind: each sample is trained on the logit that its own text has, and on no other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import foreign_servers as foreign
+from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
+from trainer.metrics import REWARD_MEAN, read_metrics
+from trainer.rollout import Collected
+from trainer.stages import ppo
+
+
+@pytest.mark.parametrize("kind", foreign.SPOKEN)
+def test_every_sample_is_trained_on_the_logit_of_its_text(
+    kind: str, policy_dir: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, changes = foreign.SPOKEN[kind]
+    steps: list[Collected] = []
+    collect = ppo.collect
+
+    def kept(*arguments: Any, **named: Any) -> Collected:
+        steps.append(collect(*arguments, **named))
+        return steps[-1]
+
+    monkeypatch.setattr(ppo, "collect", kept)
+    with foreign.serving(server) as url:
+        config = PPOConfig(
+            policy=str(policy_dir),
+            output_dir=tmp_path / "run",
+            dataset=DataSettings(str(reviews)),
+            reward=RewardSettings(url=(url,), kind=kind, chunk_size=3, **changes),  # type: ignore[arg-type]
+            ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, ppo_epochs=1),
+            steps=2,
+        )
+        ppo.run(config)
+    assert len(steps) == 2
+    for step, metrics in zip(steps, read_metrics(config.output_dir / "metrics.jsonl"), strict=True):
+        expected = [foreign.logits(p + r)[1] for p, r in zip(step.prompts, step.responses, strict=True)]
+        assert step.rollout.scores.tolist() == pytest.approx(expected)
+        assert metrics[REWARD_MEAN] == pytest.approx(sum(expected) / len(expected))
