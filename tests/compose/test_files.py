@@ -1,7 +1,6 @@
 """What can be said about the deployment's files without a Docker engine."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +11,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.reward.metrics import Metrics
+from tests.support.prometheus import dashboard_queries
 from trainer.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +82,7 @@ def test_the_exporter_skips_a_line_that_is_still_being_written(exporter: ModuleT
 
 
 def test_the_dashboard_asks_for_metrics_that_the_reward_service_has() -> None:
-    dashboard = json.loads((ROOT / "deploy/observability/grafana/dashboards/plaudit.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = {name for query in queries for name in re.findall(r"plaudit_reward_\w+", query)}
+    asked = {name for query in dashboard_queries() for name in re.findall(r"plaudit_reward_\w+", query)}
     metrics = Metrics()
     metrics.refused_requests.labels("queue-full")
     metrics.phase.labels("queue")
