@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "trackers",
     "collective_timeout_s",
     "device",
+    "ppo.micro_batch_size",
     "reward.",
 )
 """Settings, or the beginnings of their names, that a resumed run may give anew without becoming another run."""

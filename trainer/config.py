@@ -256,6 +256,9 @@ class PPOHyperparameters:
     mini_batch_size: int = 128
     """Samples per optimizer step and gradient accumulation step."""
     gradient_accumulation_steps: int = 1
+    micro_batch_size: int | None = None
+    """Samples that go through the model at once; not given means as many of a mini-batch as memory takes. Changes no
+    number."""
     ppo_epochs: int = 4
     adap_kl_ctrl: bool = True
     init_kl_coef: float = 0.2
@@ -297,6 +300,7 @@ class PPOHyperparameters:
             "batch_size",
             "mini_batch_size",
             "gradient_accumulation_steps",
+            "micro_batch_size",
             "ppo_epochs",
             "target",
             "horizon",

@@ -6,7 +6,7 @@ anything is computed from them; or a process that waits for one that has failed,
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,21 +72,16 @@ class Processes:
         result: Any = self.together(lambda: work() if self.is_main else None)[0]
         return result  # type: ignore[no-any-return]
 
-    def complete(self, own: Tensor, rows: range, shape: tuple[int, int]) -> Tensor:
-        """[N, B, T] of the processes' rows of it, `own` [N, b, t] being `rows` of this one. 0 beyond t.
-
-        Gradients flow into `own` alone: a loss of the whole has them for this process's rows, and its gradient is the
-        sum over processes (`sum_gradients`).
-        """
+    def complete(self, own: Tensor, rows: range, shape: Sequence[int]) -> Tensor:
+        """[N, B, T] of all processes' rows, `own` [N, b, t] being `rows` of this one. 0 beyond t, and no gradient."""
         if self.count == 1:
             return own
-        own = nn.functional.pad(own, (0, shape[1] - own.shape[2]))
         whole = own.new_zeros(own.shape[0], *shape)
-        whole[:, rows.start : rows.stop] = own.detach()
+        whole[:, rows.start : rows.stop, : own.shape[2]] = own
         # Every row is somebody's and zero elsewhere, so the sum is exact.
         with _naming_lost_processes():
             dist.all_reduce(whole)
-        return torch.cat([whole[:, : rows.start], own, whole[:, rows.stop :]], dim=1)
+        return whole
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Adds up each parameter's gradient over the processes, in place."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import ConfigError, LoraSettings, ModelSettings, Quantization
+from trainer.packing import ModelInput, packed, padded
 from trainer.ppo import distributions
 from trainer.samples import Samples
 
@@ -77,6 +78,7 @@ class Policy(nn.Module):
         # BLOOM, MPT and others read positions off the attention mask and take none.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         disable_dropout(self)
+        self._packs = self._tells_packed_samples_apart()
         # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
         self._reference: list[Any] = []
         if reference is not None:
@@ -121,18 +123,19 @@ class Policy(nn.Module):
         `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`).
         `entropy_gradient` is for an entropy bonus; without it the entropy is only measured.
         """
-        logits, hidden = self._response_logits(self.model, samples)
+        given = self._input_of(samples)
+        logits, states = self._response_logits(self.model, given)
         if self.value_model is not None:
-            hidden = self._value_states(samples)
-        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = distributions.entropy(logits)
-        with torch.autocast(hidden.device.type, enabled=False):
-            values: Tensor = self.v_head(hidden.float()).squeeze(-1)
+            states = self._value_states(given)
+        logits = _sampling_logits(logits, samples, temperature, support)
+        logprobs, entropy = distributions.token_statistics(logits, samples.response_ids[samples.mask], entropy=True)
+        assert entropy is not None
+        with torch.autocast(states.device.type, enabled=False):
+            values: Tensor = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(
-            logprobs=distributions.token_logprobs(logits, samples.response_ids).masked_fill(~samples.mask, 0.0),
-            values=values.masked_fill(~samples.mask, 0.0),
-            entropy=entropy.masked_fill(~samples.mask, 0.0),
+            logprobs=samples.spread(logprobs),
+            values=samples.spread(values),
+            entropy=samples.spread(entropy if entropy_gradient else entropy.detach()),
         )
 
     @torch.no_grad()
@@ -141,20 +144,24 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Log-probabilities of the response tokens under the reference, [B, T] fp32, 0 on padding."""
         logits = self.reference_logits(samples, temperature=temperature, support=support)
-        return distributions.token_logprobs(logits, samples.response_ids).masked_fill(~samples.mask, 0.0)
+        logprobs, _ = distributions.token_statistics(logits, samples.response_ids[samples.mask])
+        return samples.spread(logprobs)
 
     @torch.no_grad()
     def policy_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-        """Whole sampling distributions of the policy as logits, [B, T, V] fp32. Large: ask for few rows at a time."""
-        logits, _ = self._response_logits(self.model, samples)
-        return distributions.sampling_logits(logits, temperature=temperature, support=support)
+        """Whole sampling distributions of the policy as logits, [N, V] fp32, one for each real response token.
+
+        Large: ask for few rows at a time.
+        """
+        logits, _ = self._response_logits(self.model, self._input_of(samples))
+        return _sampling_logits(logits, samples, temperature, support)
 
     @torch.no_grad()
     def reference_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-        """Whole sampling distributions of the reference as logits, [B, T, V] fp32."""
+        """Whole sampling distributions of the reference as logits, [N, V] fp32, one for each real response token."""
         with self.as_reference() as reference:
-            logits, _ = self._response_logits(reference, samples)
-        return distributions.sampling_logits(logits, temperature=temperature, support=support)
+            logits, _ = self._response_logits(reference, self._input_of(samples))
+        return _sampling_logits(logits, samples, temperature, support)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
@@ -181,40 +188,46 @@ class Policy(nn.Module):
         if top_k == 0 and top_p == 1.0:
             return None
         kept = distributions.truncation(self.policy_logits(samples, temperature=temperature), top_k=top_k, top_p=top_p)
-        return kept.scatter(-1, samples.response_ids.unsqueeze(-1), True)
+        return samples.spread(kept.scatter(-1, samples.response_ids[samples.mask].unsqueeze(-1), True), fill=True)
 
-    def _response_logits(self, model: Any, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] for the response tokens, and the hidden states [B, T, H] that the LM head saw.
-
-        The state before response token t is at column Q - 1 + t of the row, so the last token is no input. Left padding
-        shifts no position: tokens are counted from each row's first real one.
-
-        """
+    def _response_logits(self, model: Any, given: ModelInput) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] for the real response tokens, and the states [N, H] that the LM head saw."""
         seen: list[Tensor] = []
-        hook = self._head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+        def keep_response_states(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0].flatten(0, 1)[given.states])
+            return (seen[0].unsqueeze(0), *inputs[1:])
+
+        hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
         try:
-            with self._autocasting(samples):
-                logits = model(**self._inputs(samples), logits_to_keep=samples.response_ids.shape[1]).logits
+            with self._autocasting():
+                logits = model(**given.arguments, use_cache=False).logits
         finally:
             hook.remove()
-        return logits, seen[0]
+        return logits.squeeze(0), seen[0]
 
-    def _value_states(self, samples: Samples) -> Tensor:
-        with self._autocasting(samples):
-            states: Tensor = self.value_model(**self._inputs(samples)).last_hidden_state
-        return states[:, -samples.response_ids.shape[1] :]
+    def _value_states(self, given: ModelInput) -> Tensor:
+        with self._autocasting():
+            states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[given.states]
 
-    def _inputs(self, samples: Samples) -> dict[str, Any]:
-        mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
-        inputs = {
-            "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
-            "attention_mask": mask,
-            "use_cache": False,
-        }
-        return inputs | ({"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self._takes_positions else {})
+    def _input_of(self, samples: Samples) -> ModelInput:
+        return packed(samples) if self._packs else padded(samples, takes_positions=self._takes_positions)
 
-    def _autocasting(self, samples: Samples) -> torch.autocast:
-        return torch.autocast(samples.mask.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+    @torch.no_grad()
+    def _tells_packed_samples_apart(self) -> bool:
+        """By their positions, as most architectures do; each model is asked, not believed."""
+        if not self._takes_positions or self.device.type == "meta":
+            return False
+        probe = Samples.from_lists([[1, 2, 3], [4, 5]], [[6, 7], [7, 6, 5]], pad_token_id=0, device=self.device)
+        alone, _ = self._response_logits(self.model, padded(probe, takes_positions=True))
+        together, _ = self._response_logits(self.model, packed(probe))
+        exact = self.autocast is None and self.language_model.dtype == torch.float32
+        tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
+        return bool((alone - together).abs().max() < tolerance * alone.std())
+
+    def _autocasting(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
     @staticmethod
     def _head_of(model: Any) -> Any:
@@ -246,6 +259,11 @@ class Policy(nn.Module):
         with tempfile.TemporaryDirectory() as adapters:
             self.save(Path(adapters))
             merge_adapters(Path(adapters), directory)
+
+
+def _sampling_logits(logits: Tensor, samples: Samples, temperature: float, support: Tensor | None) -> Tensor:
+    kept = None if support is None else support[samples.mask]
+    return distributions.sampling_logits(logits, temperature=temperature, support=kept)
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -349,7 +367,14 @@ def load_causal_lm(
         model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
         raise _not_found(path, "model", error) from error
-    return model if quantization is not None else model.to(device)
+    if quantization is None:
+        return model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16, bitsandbytes would repack 4-bit weights for inference at the first rollout,
+            # which the passes of an update can't read, and which fails for layers narrower than a block.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def merge_adapters(adapters: Path, directory: Path) -> None:

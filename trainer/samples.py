@@ -61,6 +61,11 @@ class Samples:
             self.query_ids[rows, skip:], query_mask[:, skip:], self.response_ids[rows, :keep], mask[:, :keep]
         )
 
+    def spread(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[N, ...], one for each real response token in the order of `mask`, as [B, T, ...] with `fill` on padding."""
+        spread = values.new_full((*self.mask.shape, *values.shape[1:]), fill)
+        return spread.index_put((self.mask,), values)
+
     def chunks(self, size: int) -> Iterator["Samples"]:
         """Consecutive groups of at most `size` rows."""
         for start in range(0, len(self), size):
@@ -70,10 +75,10 @@ class Samples:
     def concatenate(cls, parts: Sequence["Samples"]) -> "Samples":
         """All rows in order, padded to the widest part."""
         return cls(
-            query_ids=_stack([part.query_ids for part in parts], dim=1, left=True, fill=0),
-            query_mask=_stack([part.query_mask for part in parts], dim=1, left=True, fill=False),
-            response_ids=_stack([part.response_ids for part in parts], dim=1, left=False, fill=0),
-            mask=_stack([part.mask for part in parts], dim=1, left=False, fill=False),
+            query_ids=stack_rows([part.query_ids for part in parts], dim=1, left=True, fill=0),
+            query_mask=stack_rows([part.query_mask for part in parts], dim=1, left=True, fill=False),
+            response_ids=stack_rows([part.response_ids for part in parts], dim=1, fill=0),
+            mask=stack_rows([part.mask for part in parts], dim=1, fill=False),
         )
 
     @property
@@ -133,7 +138,7 @@ class Evaluation:
                 raise ValueError(f"{len(present)} of {len(parts)} parts have {name}; all of them must, or none")
             if present:
                 # A padded position may choose any token: with none, its log-probabilities would be NaN under the mask.
-                fields[name] = _stack(present, dim=1, left=False, fill=name == "support")
+                fields[name] = stack_rows(present, dim=1, fill=name == "support")
         return cls(samples=samples, **fields)
 
     def to(self, device: torch.device | str) -> Self:
@@ -153,8 +158,8 @@ class Rollout(Evaluation):
     """[B], one reward a sample."""
 
 
-def _stack(tensors: Sequence[Tensor], *, dim: int, left: bool, fill: float) -> Tensor:
-    """Concatenates rows of tensors that differ in width along `dim`, padding the narrower ones with `fill`."""
+def stack_rows(tensors: Sequence[Tensor], *, dim: int, left: bool = False, fill: float = 0) -> Tensor:
+    """Rows of tensors that differ in width along `dim`, the dimension after theirs; `fill` pads the narrower ones."""
     width = max(tensor.shape[dim] for tensor in tensors)
     padded = []
     for tensor in tensors:
@@ -162,4 +167,4 @@ def _stack(tensors: Sequence[Tensor], *, dim: int, left: bool, fill: float) -> T
         missing[dim] = width - tensor.shape[dim]
         padding = tensor.new_full(missing, fill)
         padded.append(torch.cat([padding, tensor] if left else [tensor, padding], dim=dim))
-    return torch.cat(padded)
+    return torch.cat(padded, dim=dim - 1)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from trainer.config import ConfigError, LearningRateSchedule, PPOHyperparameters
 from trainer.distributed import Processes
+from trainer.memory import Fitting
 from trainer.models import Policy, ResponseOutputs
 from trainer.ppo import kl, losses, rewards
 from trainer.ppo.advantages import gae
 from trainer.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
-from trainer.samples import Evaluation, Rollout, Samples
+from trainer.samples import Evaluation, Rollout, Samples, stack_rows
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -66,6 +67,42 @@ class StepResult:
     """The order in which each epoch took the samples."""
 
 
+@dataclass(frozen=True)
+class _Minibatch:
+    """Some rows of a rollout, as wide as the longest of them needs. Everything but the samples is [b, T]."""
+
+    samples: Samples
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    support: Tensor | None
+
+    @classmethod
+    def of(cls, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> "_Minibatch":
+        whole = cls(rollout.samples, rollout.logprobs, rollout.values, advantages, returns, rollout.support)
+        return whole.rows(rows.to(rollout.samples.mask.device))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def mask(self) -> Tensor:
+        return self.samples.mask
+
+    def rows(self, rows: Tensor | Sequence[int]) -> "_Minibatch":
+        samples = self.samples.select(rows)
+        rows, width = torch.as_tensor(rows, device=self.mask.device), samples.mask.shape[1]
+        return _Minibatch(
+            samples,
+            self.logprobs[rows, :width],
+            self.values[rows, :width],
+            self.advantages[rows, :width],
+            self.returns[rows, :width],
+            None if self.support is None else self.support[rows, :width],
+        )
+
+
 class PPOStepper:
     """The optimizer, KL coefficient and running moments of a run, and the step that moves them.
 
@@ -100,6 +137,7 @@ class PPOStepper:
         self.kl_coef = config.init_kl_coef
         self.moments = rewards.RunningMoments()
         self.steps_done = 0
+        self.fitting = Fitting(config.micro_batch_size or config.mini_batch_size)
         self._shuffles = torch.Generator().manual_seed(seed)
 
     def step(
@@ -122,7 +160,9 @@ class PPOStepper:
     def evaluate(self, samples: Samples) -> Evaluation:
         """Log-probabilities and values of the policy as it is now, and the reference's log-probabilities."""
         self.policy.eval()
-        return Evaluation.concatenate([self._evaluate(chunk) for chunk in samples.chunks(self.config.mini_batch_size)])
+        return self.fitting.run(
+            lambda size: Evaluation.concatenate([self._evaluate(chunk) for chunk in samples.chunks(size)])
+        )
 
     def _evaluate(self, samples: Samples) -> Evaluation:
         temperature = self.sampling.temperature
@@ -132,10 +172,12 @@ class PPOStepper:
         own: ResponseOutputs = self.policy(samples, temperature=temperature, support=support)
         full = None
         if self.config.kl_penalty == "full":
-            full = kl.full_kl(
-                self.policy.policy_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-                self.policy.reference_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-            ).masked_fill(~samples.mask, 0.0)
+            full = samples.spread(
+                kl.full_kl(
+                    self.policy.policy_logits(samples, temperature=temperature, support=support).log_softmax(-1),
+                    self.policy.reference_logits(samples, temperature=temperature, support=support).log_softmax(-1),
+                )
+            )
         return Evaluation(
             samples=samples,
             logprobs=own.logprobs,
@@ -255,15 +297,10 @@ class PPOStepper:
     ) -> list[dict[str, float]]:
         """Accumulates the gradients of a group of mini-batches and moves the weights once, if any of them counted."""
         config = self.config
-        history = []
-        for minibatch in torch.split(rows, config.mini_batch_size):
-            loss, statistics = self._minibatch_loss(rollout, advantages, returns, minibatch)
-            history.append(statistics)
-            if loss is None:
-                continue
-            if not bool(loss.isfinite()):
-                raise self._non_finite(f"loss is {loss.item()}", rollout, minibatch, epoch)
-            (loss / config.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        history = [
+            self._accumulate(rollout, advantages, returns, minibatch, epoch=epoch)
+            for minibatch in torch.split(rows, config.mini_batch_size)
+        ]
         if all(statistics["ppo/skipped"] for statistics in history):
             return history
         self.processes.sum_gradients(self._parameters())
@@ -276,79 +313,95 @@ class PPOStepper:
         self.optimizer.zero_grad()
         return history
 
-    def _minibatch_loss(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor
-    ) -> tuple[Tensor | None, dict[str, float]]:
-        """The loss of some rows, or None where their mean ratio says that the policy has left its rollout behind."""
-        config = self.config
-        new = self._outputs(rollout, rows)
-        width = new.logprobs.shape[1]
-        rows = rows.to(rollout.samples.mask.device)
-        mask = rollout.samples.mask[rows, :width]
-        old_logprobs, old_values = rollout.logprobs[rows, :width], rollout.values[rows, :width]
-        advantages, returns = advantages[rows, :width], returns[rows, :width]
-        log_ratios = new.logprobs - old_logprobs
-        ratios = log_ratios.exp()
-        policy_loss = masked_mean(losses.policy_losses(ratios, advantages, cliprange=config.cliprange), mask)
-        value_loss = masked_mean(
-            losses.value_losses(new.values, old_values, returns, cliprange=config.cliprange_value), mask
-        )
-        entropy = masked_mean(new.entropy, mask)
-        loss = policy_loss + config.vf_coef * value_loss
-        if config.entropy_coef != 0:
-            loss = loss - config.entropy_coef * entropy
+    def _accumulate(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
+    ) -> dict[str, float]:
+        """Adds a mini-batch's gradient to the parameters', unless its mean ratio says that the policy has left."""
+        old = _Minibatch.of(rollout, advantages, returns, rows)
+        before = [parameter.grad for parameter in self._parameters()]
+        own = self.processes.share(len(rows))
+        outputs = self.fitting.run(lambda size: self._backward(old.rows(own), size, tokens=old.mask.sum()))
+        new = ResponseOutputs(*self.processes.complete(outputs, own, old.mask.shape))
+        statistics, skipped = self._statistics(old, new)
+        if not skipped and not math.isfinite(statistics["ppo/loss/total"]):
+            raise self._non_finite(f"loss is {statistics['ppo/loss/total']}", rollout, rows, epoch)
+        for parameter, earlier in zip(self._parameters(), before, strict=True):
+            if skipped or parameter.grad is None:
+                parameter.grad = earlier
+            elif earlier is not None:
+                parameter.grad += earlier
+        return statistics
 
-        mean_ratio = masked_mean(ratios.detach(), mask).item()
-        skipped = mean_ratio > config.ratio_threshold
+    def _backward(self, old: "_Minibatch", size: int, *, tokens: Tensor) -> Tensor:
+        """The gradient of this process's rows, in groups that fit into memory, and their outputs [3, b, T].
+
+        The loss is a mean over the `tokens` of the whole mini-batch, so the groups' gradients add up to its gradient.
+        """
+        self.optimizer.zero_grad()
+        groups = []
+        for start in range(0, len(old), size):
+            group = old.rows(range(start, min(start + size, len(old))))
+            new: ResponseOutputs = self.policy(
+                group.samples,
+                temperature=self.sampling.temperature,
+                support=group.support,
+                entropy_gradient=self.config.entropy_coef != 0,
+            )
+            policy_losses, value_losses = self._losses(group, new)
+            losses = policy_losses + self.config.vf_coef * value_losses - self.config.entropy_coef * new.entropy
+            loss = masked_sum(losses, group.mask) / (tokens * self.config.gradient_accumulation_steps)
+            loss.backward()  # type: ignore[no-untyped-call]
+            groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
+        return stack_rows(groups, dim=2)
+
+    def _losses(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[Tensor, Tensor]:
+        config = self.config
+        ratios = (new.logprobs - old.logprobs).exp()
+        return (
+            losses.policy_losses(ratios, old.advantages, cliprange=config.cliprange),
+            losses.value_losses(new.values, old.values, old.returns, cliprange=config.cliprange_value),
+        )
+
+    def _statistics(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
+        """What a whole mini-batch was like, and whether it has to be skipped."""
+        config, mask = self.config, old.mask
+        log_ratios = new.logprobs - old.logprobs
+        ratios = log_ratios.exp()
+        policy_losses, value_losses = self._losses(old, new)
+        policy_loss, value_loss = masked_mean(policy_losses, mask), masked_mean(value_losses, mask)
+        entropy = masked_mean(new.entropy, mask)
+        policy_clipped = losses.policy_clipped(ratios, old.advantages, cliprange=config.cliprange)
+        value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
+        measured = {
+            "ppo/loss/policy": policy_loss,
+            "ppo/loss/value": value_loss,
+            "ppo/loss/total": policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy,
+            "ppo/policy/entropy": entropy,
+            "ppo/policy/approxkl": 0.5 * masked_mean(log_ratios.square(), mask),
+            "ppo/policy/policykl": masked_mean(-log_ratios, mask),
+            "ppo/policy/clipfrac": masked_mean(policy_clipped.float(), mask),
+            "ppo/policy/advantages_mean": masked_mean(old.advantages, mask),
+            "ppo/policy/ratio": masked_mean(ratios, mask),
+            "ppo/policy/ratio_drift": (ratios - 1).masked_fill(~mask, 0.0).abs().max(),
+            "ppo/returns/mean": masked_mean(old.returns, mask),
+            "ppo/returns/var": masked_var(old.returns, mask),
+            "ppo/val/vpred": masked_mean(new.values, mask),
+            "ppo/val/error": masked_mean((new.values - old.returns).square(), mask),
+            "ppo/val/clipfrac": masked_mean(value_clipped.float(), mask),
+            "ppo/val/mean": masked_mean(old.values, mask),
+            "ppo/val/var": masked_var(old.values, mask),
+        }
+        # One copy from the device for all of them.
+        statistics = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
+        skipped = statistics["ppo/policy/ratio"] > config.ratio_threshold
         if skipped:
             warnings.warn(
-                f"mean ratio {mean_ratio:.2f} exceeds ratio_threshold={config.ratio_threshold}: mini-batch skipped",
+                f"mean ratio {statistics['ppo/policy/ratio']:.2f} exceeds ratio_threshold={config.ratio_threshold}: "
+                "mini-batch skipped",
                 stacklevel=2,
             )
-        with torch.no_grad():
-            statistics = {
-                "ppo/loss/policy": torch.zeros_like(loss) if skipped else policy_loss,
-                "ppo/loss/value": torch.zeros_like(loss) if skipped else value_loss,
-                "ppo/loss/total": torch.zeros_like(loss) if skipped else loss,
-                "ppo/policy/entropy": entropy,
-                "ppo/policy/approxkl": 0.5 * masked_mean(log_ratios.square(), mask),
-                "ppo/policy/policykl": masked_mean(-log_ratios, mask),
-                "ppo/policy/clipfrac": masked_mean(
-                    losses.policy_clipped(ratios, advantages, cliprange=config.cliprange).float(), mask
-                ),
-                "ppo/policy/advantages_mean": masked_mean(advantages, mask),
-                "ppo/policy/ratio": masked_mean(ratios, mask),
-                "ppo/policy/ratio_drift": (ratios - 1).masked_fill(~mask, 0.0).abs().max(),
-                "ppo/returns/mean": masked_mean(returns, mask),
-                "ppo/returns/var": masked_var(returns, mask),
-                "ppo/val/vpred": masked_mean(new.values, mask),
-                "ppo/val/error": masked_mean((new.values - returns).square(), mask),
-                "ppo/val/clipfrac": masked_mean(
-                    losses.value_clipped(new.values, old_values, returns, cliprange=config.cliprange_value).float(),
-                    mask,
-                ),
-                "ppo/val/mean": masked_mean(old_values, mask),
-                "ppo/val/var": masked_var(old_values, mask),
-            }
-        values = torch.stack(list(statistics.values())).tolist()
-        plain = dict(zip(statistics, values, strict=True)) | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}
-        return None if skipped else loss, plain
-
-    def _outputs(self, rollout: Rollout, rows: Tensor) -> ResponseOutputs:
-        """The policy's outputs for some rows, as wide as their longest response; each process computes its share."""
-        share = self.processes.share(len(rows))
-        own = rows[share.start : share.stop]
-        samples = rollout.samples.select(own)
-        support = rollout.support
-        new: ResponseOutputs = self.policy(
-            samples,
-            temperature=self.sampling.temperature,
-            support=None if support is None else support[own.to(support.device), : samples.mask.shape[1]],
-            entropy_gradient=self.config.entropy_coef != 0,
-        )
-        width = int(rollout.samples.response_lengths[rows.to(rollout.samples.mask.device)].max())
-        outputs = torch.stack([new.logprobs, new.values, new.entropy])
-        return ResponseOutputs(*self.processes.complete(outputs, share, (len(rows), width)))
+            statistics |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
+        return statistics | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}, skipped
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

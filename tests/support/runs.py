@@ -17,15 +17,15 @@ from trainer import cli
 from trainer.config import PPOConfig, to_dict
 from trainer.metrics import read_metrics
 
-TIMES = "time/"
+OF_THE_MACHINE = ("time/", "memory/")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["trainer.cli", "trainer.stages.ppo", "accelerate", "torch.utils.tensorboard"])
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:
-    """The run's metrics, but for how long things took."""
+    """The run's metrics, but for the time and memory that things took."""
     return [
-        {name: value for name, value in record.items() if not name.startswith(TIMES)}
+        {name: value for name, value in record.items() if not name.startswith(OF_THE_MACHINE)}
         for record in read_metrics(directory / "metrics.jsonl")
     ]
 

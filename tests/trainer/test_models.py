@@ -127,7 +127,7 @@ def test_the_language_model_head_sees_response_positions_alone() -> None:
     shapes = []
     policy.language_model.get_output_embeddings().register_forward_hook(lambda *args: shapes.append(args[2].shape))
     policy(samples())
-    assert shapes == [torch.Size([3, max(map(len, RESPONSES)), 300])]
+    assert shapes == [torch.Size([1, sum(map(len, RESPONSES)), 300])]
 
 
 def test_no_log_softmax_of_the_vocabulary_is_kept_for_the_backward_pass() -> None:
@@ -135,8 +135,8 @@ def test_no_log_softmax_of_the_vocabulary_is_kept_for_the_backward_pass() -> Non
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         policy(samples())
-    # One copy of the logits: logsumexp needs it to find the softmax again.
-    assert len({t.data_ptr() for t in kept if t.shape == (3, 5, 300)}) == 1
+    # One copy of the logits: the backward pass finds the softmax again.
+    assert [tuple(t.shape) for t in kept if t.shape[-1] == 300 and t.ndim < 4].count((8, 300)) == 1
 
 
 # Defect 4: training forwards ran in eval mode, so that gradient checkpointing never fired.
@@ -268,13 +268,13 @@ def test_truncated_sampling_gives_its_own_logprobs_and_a_kl_of_zero_at_the_start
     policy = Policy(add_lora(tiny_gpt2(), LORA)).eval()
     support = policy.support(samples(), temperature=0.7, top_k=5)
     assert support is not None
-    assert support.sum(-1).max() <= 6, "five, and the sampled token wherever it was outside"
+    assert support[samples().mask].sum(-1).max() <= 6, "five, and the sampled token wherever it was outside"
     assert support.gather(-1, samples().response_ids.unsqueeze(-1)).all()
     own = policy(samples(), temperature=0.7, support=support).logprobs
     assert torch.equal(own, policy.reference_logprobs(samples(), temperature=0.7, support=support))
     assert policy.support(samples()) is None
     logits = policy.policy_logits(samples(), temperature=0.7, support=support)
-    assert torch.allclose(logits.softmax(-1).sum(-1), torch.ones(3, 5))
+    assert torch.allclose(logits.softmax(-1).sum(-1), torch.ones(8))
 
 
 def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(sampling
     one = Samples.from_lists([QUERIES[0]], [[0]], pad_token_id=0)
     options = {"temperature": sampling.temperature}
     support = stepper.policy.support(one, top_k=sampling.top_k, top_p=sampling.top_p, **options)
-    probabilities = stepper.policy.policy_logits(one, support=support, **options).softmax(-1)[0, 0]
+    probabilities = stepper.policy.policy_logits(one, support=support, **options).softmax(-1)[0]
     # What the padding token adds to the support of `one` has probability in no row: it is not sampled below.
     if support is not None:
         probabilities[0] = 0.0

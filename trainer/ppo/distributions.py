@@ -4,6 +4,9 @@ Log-probabilities here are those of the distribution that was sampled from: logi
 tokens that top-k or top-p ruled out are -inf, before anything else looks at them.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,13 +38,62 @@ def truncation(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return support
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """log p(token) = logit of the token - logsumexp of all; [..., V] and [...] -> [...]."""
-    chosen: Tensor = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+def token_statistics(logits: Tensor, token_ids: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of a token under each distribution, and the distribution's entropy if it is asked for.
+
+    log p(token) = z_token - logsumexp(z) and H = -sum(p log p), in nats; `logits` [N, V] and `token_ids` [N] give [N]
+    and [N]. Goes through a few rows at a time, forward and backward, so that nothing but the logits and their gradient
+    is ever as large as they are.
+    """
+    logprobs, entropies = _TokenStatistics.apply(logits, token_ids, entropy)  # type: ignore[no-untyped-call]
+    return logprobs, entropies
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H = logsumexp(z) - sum(softmax(z) * z) in nats, [..., V] -> [...]."""
-    finite = logits.masked_fill(logits == -torch.inf, 0.0)
-    return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        logprobs = logits.new_empty(len(logits), dtype=torch.float32)
+        entropies = torch.empty_like(logprobs) if entropy else None
+        for rows in _few_rows(logits):
+            log_distribution = logits[rows].float().log_softmax(-1)
+            logprobs[rows] = log_distribution.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
+            if entropies is not None:
+                entropies[rows] = -_expectation(log_distribution.exp(), log_distribution)
+        ctx.save_for_backward(logits, token_ids, entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
+        # d log p_k / dz = onehot_k - p;  dH / dz = -p (log p + H)
+        logits, token_ids, entropies = ctx.saved_tensors
+        of_logprobs, of_entropies = gradients
+        result = torch.empty_like(logits)
+        for rows in _few_rows(logits):
+            log_distribution = logits[rows].float().log_softmax(-1)
+            probabilities = log_distribution.exp()
+            total = torch.zeros_like(probabilities)
+            if of_entropies is not None and entropies is not None:
+                surprise = _finite(log_distribution).add_(entropies[rows].unsqueeze(-1))
+                total = surprise.mul_(probabilities).mul_(-of_entropies[rows].unsqueeze(-1))
+            if of_logprobs is not None:
+                own = of_logprobs[rows].float().unsqueeze(-1)
+                total.addcmul_(probabilities, own, value=-1).scatter_add_(-1, token_ids[rows].unsqueeze(-1), own)
+            result[rows] = total
+        return result, None, None
+
+
+def _few_rows(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows that fit a CPU's cache, or keep a GPU busy, with their temporaries."""
+    elements = 2**18 if logits.device.type == "cpu" else 2**26
+    size = max(1, elements // logits.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _finite(log_distribution: Tensor) -> Tensor:
+    """In place: tokens that cannot be emitted have log p = -inf, and 0 * -inf is no number."""
+    return log_distribution.clamp_(min=torch.finfo(torch.float32).min)
+
+
+def _expectation(probabilities: Tensor, log_distribution: Tensor) -> Tensor:
+    result: Tensor = torch.linalg.vecdot(probabilities, _finite(log_distribution))
+    return result

@@ -15,6 +15,7 @@ from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
+from trainer.memory import measuring_peak
 from trainer.metrics import (
     FILE_NAME,
     REWARD_COMPONENT,
@@ -151,11 +152,14 @@ class _Loop:
 
     def _step(self, log: MetricsLog | None) -> dict[str, float]:
         config, step, began = self.config, self.stepper.steps_done, time.perf_counter()
-        parts = self.processes.together(self._collect_share)
-        collected = Collected.concatenate(parts).to(self.policy.device)
+        with measuring_peak(self.policy.device) as rollout_peak:
+            parts = self.processes.together(self._collect_share)
+            collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
+        rollout = penalised(collected.rollout, config.penalties, self.tokenizer.eos_token_id)
         try:
-            result = self.stepper.update(penalised(collected.rollout, config.penalties, self.tokenizer.eos_token_id))
+            with measuring_peak(self.policy.device) as update_peak:
+                result = self.stepper.update(rollout)
         except NonFiniteUpdate as error:
             if self.processes.is_main:
                 path = save_non_finite_batch(error, collected, config.output_dir)
@@ -173,6 +177,8 @@ class _Loop:
             "time/update_s": ended - collected_at,
             "time/step_s": ended - began,
             "time/samples_per_second": len(scores) / (ended - began),
+            "memory/rollout_peak_mib": rollout_peak.mib,
+            "memory/update_peak_mib": update_peak.mib,
         }
         if log is not None:
             log.write(step, metrics)

@@ -4,20 +4,44 @@ from torch.distributions import Categorical
 
 from trainer.ppo import distributions
 
-LOGITS = torch.randn(3, 4, 11, generator=torch.Generator().manual_seed(0))
-TOKENS = torch.randint(11, (3, 4), generator=torch.Generator().manual_seed(1))
+LOGITS = torch.randn(12, 11, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(11, (12,), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_logprobs_and_entropy_are_those_of_the_tempered_categorical(temperature: float) -> None:
     logits = distributions.sampling_logits(LOGITS, temperature=temperature)
     expected = Categorical(logits=LOGITS / temperature)
-    assert torch.allclose(distributions.token_logprobs(logits, TOKENS), expected.log_prob(TOKENS), atol=1e-6)
-    assert torch.allclose(distributions.entropy(logits), expected.entropy(), atol=1e-6)
+    logprobs, entropy = distributions.token_statistics(logits, TOKENS, entropy=True)
+    assert torch.allclose(logprobs, expected.log_prob(TOKENS), atol=1e-6)
+    assert torch.allclose(entropy, expected.entropy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 5, 12])
+def test_gradients_are_those_of_the_categorical_however_many_rows_are_taken_at_once(
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [slice(start, start + rows_at_once) for start in range(0, len(LOGITS), rows_at_once)]
+    monkeypatch.setattr(distributions, "_few_rows", lambda logits: chunks)
+    support = LOGITS > -1.0
+    support.scatter_(-1, TOKENS.unsqueeze(-1), True)
+    weights = torch.randn(2, len(LOGITS), generator=torch.Generator().manual_seed(2))
+    ours, theirs = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
+    logprobs, entropy = distributions.token_statistics(
+        distributions.sampling_logits(ours, support=support), TOKENS, entropy=True
+    )
+    (logprobs * weights[0] + entropy * weights[1]).sum().backward()
+    log_distribution = theirs.masked_fill(~support, -torch.inf).log_softmax(-1)
+    expected_entropy = -(log_distribution.exp() * log_distribution.masked_fill(~support, 0.0)).sum(-1)
+    (
+        log_distribution.gather(-1, TOKENS.unsqueeze(-1)).squeeze(-1) * weights[0] + expected_entropy * weights[1]
+    ).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
 
 
 def test_a_uniform_distribution_has_the_entropy_of_its_size() -> None:
-    assert distributions.entropy(torch.zeros(5)).item() == pytest.approx(torch.tensor(5.0).log().item())
+    _, entropy = distributions.token_statistics(torch.zeros(1, 5), torch.tensor([0]), entropy=True)
+    assert entropy.item() == pytest.approx(torch.tensor(5.0).log().item())
 
 
 def test_truncated_distributions_are_renormalised_over_what_is_left() -> None:
@@ -31,9 +55,10 @@ def test_truncated_distributions_are_renormalised_over_what_is_left() -> None:
         ({}, [True, True, True, True]),
     ):
         assert distributions.truncation(logits, **settings).tolist() == expected, settings
-    kept = distributions.sampling_logits(logits, support=distributions.truncation(logits, top_k=2))
-    assert distributions.token_logprobs(kept, torch.tensor(0)).exp().item() == pytest.approx(0.5 / 0.8)
-    assert distributions.entropy(kept).item() == pytest.approx(Categorical(torch.tensor([0.5, 0.3])).entropy().item())
+    kept = distributions.sampling_logits(logits, support=distributions.truncation(logits, top_k=2)).unsqueeze(0)
+    logprobs, entropy = distributions.token_statistics(kept, torch.tensor([0]), entropy=True)
+    assert logprobs.exp().item() == pytest.approx(0.5 / 0.8)
+    assert entropy.item() == pytest.approx(Categorical(torch.tensor([0.5, 0.3])).entropy().item())
 
 
 def test_truncation_is_that_of_the_transformers_library() -> None:

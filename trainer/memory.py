@@ -1,0 +1,87 @@
+"""Memory: how many samples fit through the model at once, found by trying, and how much a phase took at its peak.
+
+What would be wrong here: a batch that ran out of memory and counted twice, or another error taken for a full memory.
+"""
+
+import gc
+import resource
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Fitting:
+    """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good."""
+
+    def __init__(self, at_most: int) -> None:
+        self.samples = at_most
+
+    def run(self, work: Callable[[int], T]) -> T:
+        """What `work(samples at once)` gives. It is started again from nothing after running out of memory."""
+        while True:
+            try:
+                return work(self.samples)
+            except RuntimeError as error:
+                if self.samples == 1 or not is_out_of_memory(error):
+                    raise
+                self.samples = (self.samples + 1) // 2
+                warnings.warn(
+                    f"out of memory: from now on {self.samples} samples go through the model at once", stacklevel=2
+                )
+            # Outside the handler, where the traceback no longer holds the tensors of the failed attempt.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@dataclass
+class Peak:
+    """The most memory a block had in use, once it has ended."""
+
+    mib: float = 0.0
+
+
+@contextmanager
+def measuring_peak(device: torch.device) -> Iterator[Peak]:
+    """On a GPU what torch allocated there in the block; on the CPU the resident size of the process.
+
+    Where the operating system can't forget an earlier peak (all but Linux), the CPU's is that of the process so far.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.mib = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        _forget_peak_resident_size()
+        yield peak
+        peak.mib = _peak_resident_bytes() / 2**20
+
+
+def _forget_peak_resident_size() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
