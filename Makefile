@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test compose-test check format lint types clean
+.PHONY: help install demo test compose-test ray-test check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,10 @@ test: install  ## Run the whole test suite, one worker for each core.
 
 compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a replica, stop and resume the trainer.
 	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s
+
+ray-test: install  ## Run the reward service over a Ray cluster of two nodes on this machine. Installs Ray into .venv.
+	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
+	$(BIN)/pytest tests/deploy/test_ray.py -s
 
 check: install format-check lint types test  ## Everything that must be green before a commit.
 

@@ -81,38 +81,21 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     except ModelError as error:
         raise StartError(str(error)) from None
 
-    import torch  # only now: --help, a wrong flag or a missing directory shouldn't wait for it
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-
-    from services.reward.app import create_app
-    from services.reward.batching import Engine
-    from services.reward.cache import ScoreCache
+    # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
+    from services.reward.assembly import assemble
     from services.reward.problems import ProblemError
-    from services.reward.scorer import load_scorer
-    from services.reward.service import ServiceLimits
 
     try:
-        scorer = load_scorer(settings)
+        app = assemble(settings, keys)
     except ModelError as error:
         raise StartError(str(error)) from None
-    engine = Engine(scorer, batch_tokens=settings.batch_tokens, max_queue_tokens=settings.max_queue_tokens).start()
-    app = create_app(
-        engine,
-        limits=ServiceLimits(settings.max_items, settings.max_text_chars, settings.max_body_bytes),
-        default_label=settings.label,
-        join=settings.join,
-        api_keys=keys,
-        cache=ScoreCache(settings.cache_items) if settings.cache_items else None,
-        reload=lambda: load_scorer(settings),
-    )
+    engine = app.state.service.engine
     url = _url(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
         if settings.ready_file is not None:
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
-        _log("ready", url=url, pid=os.getpid(), revision=scorer.revision)
+        _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision)
 
     def drain() -> None:
         engine.draining = True

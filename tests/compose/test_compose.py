@@ -3,15 +3,20 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
+import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.support.prometheus import Prometheus, dashboard_queries
+from tests.support.reward_service import free_port, status_of_a_request
 
 ROOT = Path(__file__).parents[2]
 RUN_NAME = "compose-test"
@@ -39,13 +44,6 @@ SKIP = reason_to_skip()
 pytestmark = [pytest.mark.skipif(SKIP is not None, reason=str(SKIP)), pytest.mark.timeout(3600)]
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def docker(*arguments: str) -> str:
     return subprocess.run(
         ["docker", *arguments], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -65,6 +63,7 @@ class Stack:
     def __init__(self) -> None:
         self.tensorboard = free_port()
         self.balancer = free_port()
+        self.prometheus = free_port()
         self._environment = os.environ | {
             "COMPOSE_PROJECT_NAME": "plaudit-test",
             "UID": str(os.getuid()),
@@ -75,6 +74,7 @@ class Stack:
             "OMP_NUM_THREADS": "1",
             "TENSORBOARD_PORT": str(self.tensorboard),
             "BALANCER_PORT": str(self.balancer),
+            "PROMETHEUS_PORT": str(self.prometheus),
         }
         if not answers("docker", "buildx", "version"):
             self._environment |= {"DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
@@ -109,6 +109,27 @@ def steps() -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@contextmanager
+def asking_without_pause(port: int) -> Iterator[Counter[int]]:
+    """Four clients that ask for rewards as long as the block lasts; gives how often each status came, 0 for none."""
+    statuses: Counter[int] = Counter()
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            statuses[status_of_a_request(port)] += 1
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        yield statuses
+    finally:
+        over.set()
+        for client in clients:
+            client.join()
+
+
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     shutil.rmtree(RUN, ignore_errors=True)
@@ -119,6 +140,7 @@ def stack() -> Iterator[Stack]:
     stack = Stack()
     try:
         stack.compose("build")
+        print(docker("images", "--filter=reference=plaudit-*", "--format={{.Repository}}:{{.Tag}} {{.Size}}"))
         yield stack
     finally:
         print(stack.compose("logs", "--no-color", "--tail=40"))
@@ -133,9 +155,14 @@ def test_a_killed_replica_and_a_stopped_trainer_cost_nothing(stack: Stack) -> No
     print(f"up to the end of the first step: {time.monotonic() - began:.1f} s")
 
     trainer = stack.containers("trainer")
-    docker("kill", stack.containers("reward")[0])
-    seen = len(steps())
-    until(lambda: len(steps()) >= seen + 2, "two steps after a replica was killed")
+    with asking_without_pause(stack.balancer) as statuses:
+        until(lambda: statuses.total() >= 100, "a hundred answers")
+        docker("kill", stack.containers("reward")[0])
+        seen, asked = len(steps()), statuses.total()
+        until(lambda: len(steps()) >= seen + 2, "two steps after a replica was killed")
+        until(lambda: statuses.total() >= asked + 100, "another hundred answers")
+    print(f"requests of four other clients, by status: {dict(statuses)}; {asked} of them before the kill")
+    assert set(statuses) == {200}
 
     docker("stop", "-t", "120", *trainer)
     print(f"a replica killed after step {seen}, the trainer stopped after step {len(steps())} of {STEPS}")
@@ -171,12 +198,30 @@ def test_tensorboard_shows_the_run(stack: Stack) -> None:
 
 
 def test_the_balancer_answers_for_the_service_on_a_port_of_the_host(stack: Stack) -> None:
-    body = json.dumps({"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"})
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{stack.balancer}/v1/rewards", body.encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        assert len(json.load(answer)["rewards"]) == 1
+    assert status_of_a_request(stack.balancer) == 200
+
+
+def test_prometheus_scrapes_every_replica_the_balancer_and_the_trainer(stack: Stack) -> None:
+    profile = ("--profile", "observability")
+    image = next(word for word in stack.compose(*profile, "config").split() if word.startswith("prom/prometheus:"))
+    if not answers("docker", "image", "inspect", image) and not answers("docker", "pull", image):
+        pytest.skip(f"{image} can't be had here")
+    stack.compose(*profile, "up", "-d", "--no-recreate", "--scale", "reward=2", "reward", "exporter", "prometheus")
+    prometheus = Prometheus(f"http://127.0.0.1:{stack.prometheus}")
+
+    def scraped() -> bool:
+        try:
+            return prometheus.jobs_up() == ["balancer", "reward", "reward", "trainer"]
+        except OSError:
+            return False
+
+    until(scraped, "Prometheus to scrape everything")
+    with asking_without_pause(stack.balancer):
+        assert status_of_a_request(stack.balancer, "no such label") == 422
+        until(lambda: not prometheus.without_data(), "data for every query of the dashboard")
+    for query in dashboard_queries():
+        print(f"{len(prometheus.result(query))} series for {query}")
+    assert len(prometheus.result("plaudit_reward_queue_items")) == 2
 
 
 def test_a_remote_endpoint_needs_the_trainer_alone(stack: Stack) -> None:

@@ -1,8 +1,10 @@
 """What can be said about the deployment's files without a Docker engine."""
 
 import importlib.util
-import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.reward.metrics import Metrics
+from tests.support.prometheus import dashboard_queries
 from trainer.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +62,29 @@ def test_both_spellings_of_compose_know_every_key(name: str) -> None:
         assert not isinstance(service.get("depends_on"), dict)
 
 
+@pytest.mark.parametrize("command", ["docker-compose", "docker compose"])
+@pytest.mark.parametrize(("environment", "gpus"), [({}, ["1", "0"]), ({"REWARD_GPU": "0"}, ["0", "0"])])
+def test_the_gpu_file_gives_each_half_its_device(command: str, environment: dict[str, str], gpus: list[str]) -> None:
+    words = command.split()
+    if shutil.which(words[0]) is None or subprocess.run([*words, "version"], capture_output=True).returncode != 0:
+        pytest.skip(f"`{command}` is not installed")
+    files = [argument for name in COMPOSE_FILES for argument in ("-f", name)]
+    example = ROOT / ".env.example"
+    ours = re.findall(r"^#(\w+)=", example.read_text(), re.MULTILINE)
+    done = subprocess.run(
+        [*words, "--env-file", str(example), *files, "config"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in ours} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    devices = [services[half]["deploy"]["resources"]["reservations"]["devices"] for half in ("reward", "trainer")]
+    assert [device["device_ids"] for (device,) in devices] == [[gpu] for gpu in gpus]
+    assert services["trainer"]["build"]["args"]["TORCH_INDEX_URL"] == ""
+
+
 def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:
     ours = ("reward", "balancer", "trainer", "tensorboard", "exporter")
     for name, service in load(COMPOSE_FILES[0])["services"].items():
@@ -82,9 +108,7 @@ def test_the_exporter_skips_a_line_that_is_still_being_written(exporter: ModuleT
 
 
 def test_the_dashboard_asks_for_metrics_that_the_reward_service_has() -> None:
-    dashboard = json.loads((ROOT / "deploy/observability/grafana/dashboards/plaudit.json").read_text())
-    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = {name for query in queries for name in re.findall(r"plaudit_reward_\w+", query)}
+    asked = {name for query in dashboard_queries() for name in re.findall(r"plaudit_reward_\w+", query)}
     metrics = Metrics()
     metrics.refused_requests.labels("queue-full")
     metrics.phase.labels("queue")

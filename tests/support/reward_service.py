@@ -1,11 +1,14 @@
 """The real reward service in a process of its own, to be killed and restarted by tests."""
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 READY_TIMEOUT_S = 120.0
@@ -16,6 +19,21 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def status_of_a_request(port: int, label: str = "POSITIVE") -> int:
+    """Ask for one reward and don't repeat it, whatever comes: the status, or 0 when there is no whole answer."""
+    body = json.dumps({"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": label}).encode()
+    url = f"http://127.0.0.1:{port}/v1/rewards"
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert len(json.load(answer)["rewards"]) == 1
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError, http.client.HTTPException):
+        return 0
 
 
 class RewardService:

@@ -1,0 +1,34 @@
+"""From settings to an application whose engine runs: the same for a process and for a replica on a cluster."""
+
+from collections.abc import Sequence
+
+import torch
+from fastapi import FastAPI
+
+from services.reward.app import create_app
+from services.reward.batching import Engine
+from services.reward.cache import ScoreCache
+from services.reward.scorer import load_scorer
+from services.reward.service import ServiceLimits
+from services.reward.settings import Settings
+
+
+def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -> FastAPI:
+    """Load the model, start the engine, and put the application over it. Raises `ModelError`.
+
+    `app.state.service.engine` is the engine, to be closed at the end. Without `reloads`, `POST /v1/model:reload` is
+    refused: for replicas of which a request reaches only one.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    scorer = load_scorer(settings)
+    engine = Engine(scorer, batch_tokens=settings.batch_tokens, max_queue_tokens=settings.max_queue_tokens).start()
+    return create_app(
+        engine,
+        limits=ServiceLimits(settings.max_items, settings.max_text_chars, settings.max_body_bytes),
+        default_label=settings.label,
+        join=settings.join,
+        api_keys=keys,
+        cache=ScoreCache(settings.cache_items) if settings.cache_items else None,
+        reload=(lambda: load_scorer(settings)) if reloads else None,
+    )

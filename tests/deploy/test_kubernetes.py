@@ -1,0 +1,92 @@
+"""The manifests against the API's schemas, and what no schema can say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.reward.metrics import Metrics
+from services.reward.settings import Settings
+from trainer.cli import EXIT_REJECTED, EXIT_USAGE
+
+DIRECTORY = Path(__file__).parents[2] / "deploy" / "kubernetes"
+
+
+def kustomization() -> Any:
+    return yaml.safe_load((DIRECTORY / "kustomization.yaml").read_text())
+
+
+def manifests() -> dict[str, Any]:
+    """What kustomize would apply, by kind and name."""
+    documents = (
+        document
+        for resource in kustomization()["resources"]
+        for document in yaml.safe_load_all((DIRECTORY / resource).read_text())
+    )
+    return {f"{document['kind']}/{document['metadata']['name']}": document for document in documents}
+
+
+@pytest.mark.parametrize("name", manifests())
+def test_a_manifest_keeps_to_the_schema(name: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    validate.validate(manifests()[name], validate.latest_version(), strict=True)
+
+
+def test_a_broken_manifest_would_be_seen() -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    broken = manifests()["HorizontalPodAutoscaler/reward"]
+    broken["spec"]["maxReplica"] = broken["spec"].pop("maxReplicas")
+    with pytest.raises(validate.ValidationError):
+        validate.validate(broken, validate.latest_version(), strict=True)
+
+
+def test_service_disruption_budget_and_autoscaler_mean_the_reward_deployment() -> None:
+    all_of_them = manifests()
+    deployment = all_of_them["Deployment/reward"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels
+    assert all_of_them["Service/reward"]["spec"]["selector"] == labels
+    budget = all_of_them["PodDisruptionBudget/reward"]["spec"]
+    assert budget["selector"]["matchLabels"] == labels
+    autoscaler = all_of_them["HorizontalPodAutoscaler/reward"]["spec"]
+    assert autoscaler["scaleTargetRef"]["name"] == "reward"
+    assert "replicas" not in deployment  # it would undo the autoscaler's number with every apply
+    assert autoscaler["minReplicas"] > budget["maxUnavailable"]
+
+
+def test_the_autoscaler_follows_a_metric_that_the_service_has() -> None:
+    (metric,) = manifests()["HorizontalPodAutoscaler/reward"]["spec"]["metrics"]
+    assert f"\n{metric['pods']['metric']['name']} " in Metrics().exposition().decode()
+
+
+def test_a_pod_that_ends_has_time_to_drain() -> None:
+    pod = manifests()["Deployment/reward"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > Settings(model="any").grace_s
+
+
+def test_an_eviction_costs_the_trainer_no_attempt_and_what_cannot_work_is_not_tried_again() -> None:
+    job = manifests()["Job/trainer"]["spec"]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
+    ignore, fail = job["podFailurePolicy"]["rules"]
+    assert (ignore["action"], ignore["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
+    assert fail["action"] == "FailJob"
+    assert set(fail["onExitCodes"]["values"]) == {EXIT_USAGE, EXIT_REJECTED}
+
+
+def test_no_container_of_ours_is_root_or_writes_to_its_image() -> None:
+    for name in ("Deployment/reward", "Job/trainer"):
+        pod = manifests()[name]["spec"]["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"], name
+        for container in pod["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"], name
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, name
+
+
+def test_every_image_has_a_name_to_replace() -> None:
+    images = {
+        container["image"]
+        for name in ("Deployment/reward", "Job/trainer")
+        for container in manifests()[name]["spec"]["template"]["spec"]["containers"]
+    }
+    assert images == {image["name"] for image in kustomization()["images"]}
