@@ -50,7 +50,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(Gate, keys=api_keys, metrics=engine.metrics)
+    app.add_middleware(Gate, keys=api_keys, engine=engine)
     app.add_exception_handler(ProblemError, _problem_response)
     app.add_exception_handler(ClientGoneError, _client_gone_response)
     app.add_exception_handler(HTTPException, _http_exception_response)

@@ -44,8 +44,9 @@ def router(service: Service) -> APIRouter:
 async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
     texts: list[Text] = [(query, None) for query in queries]
     service.check(texts)
-    index = service.label_index(service.engine.scorer, None)
+    service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
     scored = await _score_patiently(service, texts, request)
+    index = service.label_index(scored.scorer, None)
     return [row[index] for row in scored.logits]
 
 
@@ -58,4 +59,5 @@ async def _score_patiently(service: Service, texts: list[Text], request: Request
             wait_s = problem.retry_after_s or 1
             if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
                 raise
-        await asyncio.sleep(wait_s)
+        with service.unaccepted():
+            await asyncio.sleep(wait_s)
