@@ -104,12 +104,14 @@ class Server(uvicorn.Server):
         lost = len(service.accepted)
         service.engine.fail_open_jobs()
         await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
-        service.turn_away()
+        # Whoever waits at the port is let in first: closing it would cut them off without a word.
+        await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
-        await self._until(lambda: not state.tasks, time.monotonic() + STRAGGLER_S)
+        service.turn_away()
+        await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
         for connection in list(state.connections):
             connection.shutdown()
         # What is left now are answers that their clients don't read.
