@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from services.reward import openapi
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, parsed, read_json
 from services.reward.problems import ProblemError
@@ -24,10 +25,19 @@ class RewardQuery(Foreign):
     query: list[str]
 
 
+BODIES = [RewardQuery]
+EXAMPLE = {"query": ["This movie was wonderful."], "prompts": ["This movie"], "labels": [None]}
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["OpenRLHF"])
 
-    @routes.post("/get_reward")
+    @routes.post(
+        "/get_reward",
+        summary="The default label's logit of each query, for OpenRLHF",
+        openapi_extra=openapi.body(BODIES, {"one": EXAMPLE}),
+        responses=openapi.answer({"rewards": [2.31], "scores": [2.31], "extra_logs": {}}),
+    )
     async def get_reward(request: Request) -> Response:
         try:
             wanted = parsed(RewardQuery, await read_json(service, request))
