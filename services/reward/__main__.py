@@ -1,22 +1,18 @@
 """`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
 
-import asyncio
 import contextlib
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NoReturn
 
 from pydantic import ValidationError
 
 from services.reward.settings import Secrets, Settings
-
-if TYPE_CHECKING:
-    import uvicorn
 
 EXIT_USAGE = 2
 PROGRAM = "plaudit-reward"
@@ -37,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             serve(settings, keys, listener)
     except StartError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    return 0
+    return EXIT_USAGE
 
 
 def parse_settings(arguments: list[str]) -> Settings:
@@ -72,8 +67,8 @@ def api_keys(settings: Settings) -> list[str]:
     return keys
 
 
-def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> None:
-    """Load the model, start the engine, and answer on `listener` until told to stop."""
+def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> NoReturn:
+    """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
     from services.reward.model_files import ModelError, model_directory
 
     try:
@@ -84,6 +79,7 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
     from services.reward.assembly import assemble
     from services.reward.problems import ProblemError
+    from services.reward.server import Hooks, Server
 
     try:
         app = assemble(settings, keys)
@@ -97,9 +93,6 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
         _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision)
 
-    def drain() -> None:
-        engine.draining = True
-
     async def reload() -> None:
         try:
             reloaded = await app.state.service.load_again()
@@ -107,61 +100,14 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
         except ProblemError as problem:
             _log("reload-failed", detail=problem.detail)
 
-    _uvicorn_server(app, settings.grace_s, announce, drain, reload).run(sockets=[listener])
-    engine.close()
+    Server(app, settings.grace_s, Hooks(announce, reload, _log)).run(sockets=[listener])
+    # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _log(event: str, **details: object) -> None:
     print(json.dumps({"event": event, **details}), flush=True)
-
-
-def _uvicorn_server(
-    app: object,
-    grace_s: float,
-    announce: Callable[[], None],
-    drain: Callable[[], None],
-    reload: Callable[[], Coroutine[None, None, None]],
-) -> "uvicorn.Server":
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """uvicorn, but ready is announced, SIGTERM drains the engine first, and a clean end is exit code 0."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            loop = asyncio.get_running_loop()
-            self.reloads: set[asyncio.Task[None]] = set()
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
-            announce()
-
-        def _reload(self) -> None:
-            task = asyncio.ensure_future(reload())
-            self.reloads.add(task)
-            task.add_done_callback(self.reloads.discard)
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Generator[None, None, None]:
-            def stop(number: int, frame: object) -> None:
-                drain()
-                self.should_exit = True
-
-            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    return Server(
-        uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=max(1, round(grace_s)),
-            server_header=False,
-        )
-    )
 
 
 @contextlib.contextmanager

@@ -5,28 +5,32 @@ Handlers only parse, submit and wait; nothing here runs long enough to hold up t
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgpack
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
-from pydantic import ValidationError
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from services import wire
-from services.reward import compat
+from services.reward import compat, openapi
 from services.reward.batching import Engine, Scorer
 from services.reward.cache import ScoreCache
 from services.reward.gate import Gate, problem_response
 from services.reward.metrics import Metrics
+from services.reward.openapi import JSON_TYPE
 from services.reward.problems import ProblemError
 from services.reward.service import ClientGoneError, Service, ServiceLimits, server_timing, too_long, too_many
 
 MAX_REPORTED_ERRORS = 10
-JSON_TYPE = "application/json"
 MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
 RELOAD_PATH = "/v1/model:reload"
+DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
+
+Errors on `/v1` are `application/problem+json` documents; `type` says which. When the service has keys, every route but
+health wants `Authorization: Bearer KEY`. The other tags are foreign protocols over the same engine, their
+errors included.
+"""
+REWARDS_EXAMPLE = {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"}
 
 
 def create_app(
@@ -46,11 +50,12 @@ def create_app(
     service = Service(engine, limits or ServiceLimits(), default_label, join, cache, reload)
     app = FastAPI(
         title="Plaudit reward service",
-        description="Rewards from a sequence classifier: raw logits, chosen by label, in request order.",
+        description=DESCRIPTION,
+        version="1",
         redoc_url=None,
     )
     app.state.service = service
-    app.add_middleware(Gate, keys=api_keys, metrics=engine.metrics)
+    app.add_middleware(Gate, keys=api_keys, engine=engine)
     app.add_exception_handler(ProblemError, _problem_response)
     app.add_exception_handler(ClientGoneError, _client_gone_response)
     app.add_exception_handler(HTTPException, _http_exception_response)
@@ -58,26 +63,24 @@ def create_app(
     _add_routes(app, service)
     for router in compat.routers(service):
         app.include_router(router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    models: list[type[BaseModel]] = [wire.RewardRequest, wire.Problem, *compat.BODIES]
+    app.openapi = lambda: openapi.document(app, models)  # type: ignore[method-assign]
     return app
 
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     engine = service.engine
-    problems: dict[int | str, dict[str, Any]] = {
-        status: {"model": wire.Problem, "content": {wire.PROBLEM_CONTENT_TYPE: {}}, "description": names}
-        for status, names in {
-            "4XX": "The request is refused; `type` says why and `item` where.",
-            "5XX": "No score this time; 503 and 504 are worth another try.",
-        }.items()
-    }
+    problems = openapi.refusals(
+        s4XX="The request is refused; `type` says why and `item` where.",
+        s5XX="No score this time; 503 and 504 are worth another try.",
+    )
 
     @app.post(
         wire.REWARDS_PATH,
         response_model=wire.RewardResponse,
         responses=problems,
         summary="Rewards for prompts and responses",
-        openapi_extra=_body_schema(wire.RewardRequest),
+        openapi_extra=openapi.body([wire.RewardRequest], {"one": REWARDS_EXAMPLE}, MSGPACK_TYPES[0]),
     )
     async def rewards(request: Request) -> Response:
         content_type = _content_type(request)
@@ -99,7 +102,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
         return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
 
-    @app.get(wire.MODEL_PATH, response_model=wire.ModelInfo, summary="What is served, and its limits")
+    @app.get(
+        wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
+    )
     async def model() -> wire.ModelInfo:
         return service.info()
 
@@ -112,7 +117,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get(wire.READYZ_PATH, responses={503: {"model": wire.Problem}}, summary="Worth sending work to")
+    @app.get(
+        wire.READYZ_PATH,
+        responses=openapi.refusals(s503="Draining, or a thread has died; `detail` says which."),
+        summary="Worth sending work to",
+    )
     async def readyz() -> dict[str, str]:
         reason = engine.unready()
         if reason is not None:
@@ -211,19 +220,3 @@ async def _http_exception_response(request: Request, error: Exception) -> Respon
 
 async def _internal_error_response(request: Request, error: Exception) -> Response:
     return problem_response(ProblemError("internal-error", "the service failed; its log says where"))
-
-
-def _body_schema(*models: type[Any]) -> dict[str, Any]:
-    refs = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
-    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": refs[0]}}}}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version="1", description=app.description, routes=app.routes)
-        _, definitions = models_json_schema(
-            [(wire.RewardRequest, "validation")], ref_template="#/components/schemas/{model}"
-        )
-        schema["components"]["schemas"] |= definitions["$defs"]
-        app.openapi_schema = schema
-    return app.openapi_schema

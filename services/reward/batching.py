@@ -281,6 +281,10 @@ class Engine:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(timeout_s)
+        self.fail_open_jobs()
+
+    def fail_open_jobs(self) -> None:
+        """Answer with 503 whatever has been admitted and isn't done."""
         self._fail_everything(
             ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
         )

@@ -10,31 +10,37 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import wire
 from services.reward import compat
-from services.reward.metrics import Metrics
+from services.reward.batching import Engine
 from services.reward.problems import ProblemError
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
 """What answers without a key: health, and nothing else."""
+CONTROLS = bytes([*range(32), 127])
+"""Bytes that a header may not hold."""
 
 
 class Gate:
     """Keys, request ids and counts, before any route. Plain ASGI: BaseHTTPMiddleware would halve the throughput."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], engine: Engine) -> None:
         self._app = app
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
-        self._metrics = metrics
+        self._engine = engine
+        self._metrics = engine.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"")[:128] or uuid.uuid4().hex.encode()
+        request_id = headers.get(b"x-request-id", b"").translate(None, CONTROLS)[:128] or uuid.uuid4().hex.encode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"x-request-id", request_id))
+                if self._engine.draining:
+                    # A kept connection would be cut at the end; told so, its client sends the next request elsewhere.
+                    message["headers"].append((b"connection", b"close"))
                 route = scope.get("route")
                 path = route.path if route is not None else "unknown"
                 self._metrics.responses.labels(path, message["status"]).inc()

@@ -39,10 +39,20 @@ def model_directory(model: str) -> Path:
 
 def content_revision(directory: Path) -> str:
     """`sha256:` and a hash over the names and contents of the model's weights, configuration and tokenizer files."""
-    files = {path for pattern in (*MODEL_FILES, LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
     digest = hashlib.sha256()
-    for path in sorted(files, key=lambda file: file.name):
+    for path in _files(directory):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.name}\0{content}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def file_stamps(directory: Path) -> list[tuple[str, int, int, int]]:
+    """Name, inode, size and time of each file that makes the revision: equal twice, nothing changed between."""
+    stamps = ((path.name, path.stat()) for path in _files(directory))
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stamps]
+
+
+def _files(directory: Path) -> list[Path]:
+    files = {path for pattern in (*MODEL_FILES, LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
+    return sorted(files, key=lambda file: file.name)

@@ -9,6 +9,7 @@ STATUS = {
     "unauthorized": 401,
     "not-found": 404,
     "method-not-allowed": 405,
+    "request-timeout": 408,
     "reload-failed": 409,
     "body-too-large": 413,
     "unsupported-media-type": 415,
@@ -27,7 +28,7 @@ STATUS = {
     "not-ready": 503,
     "deadline-exceeded": 504,
 }
-"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 429, 503 and 504 alone."""
+"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504."""
 
 RETRY_AFTER_DRAIN_S = 1
 

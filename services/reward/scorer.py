@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from services.reward.batching import Encoded, Logits, ScorerLostError, Text
-from services.reward.model_files import WEIGHTS_LIKE, ModelError, content_revision, model_directory
+from services.reward.model_files import WEIGHTS_LIKE, ModelError, content_revision, file_stamps, model_directory
 from services.reward.settings import Settings
 
 CHARS_PER_TOKEN_LIMIT = 64
@@ -50,9 +50,12 @@ class TransformersScorer:
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.id = settings.model
-        self.revision = content_revision(directory)
         self.dtype = settings.dtype
+        before = file_stamps(directory)
+        self.revision = content_revision(directory)
         tokenizer, model = _load(directory, settings)
+        if file_stamps(directory) != before:
+            raise ModelError(f"{settings.model} changed while it was being read; try again when it is complete")
         config = model.config
         self.labels: tuple[str, ...] = tuple(config.id2label[index] for index in range(config.num_labels))
         if len(set(self.labels)) != len(self.labels):
@@ -192,6 +195,9 @@ def _load(directory: Path, settings: Settings) -> tuple[Any, Any]:
             f"{name} is not a trained sequence classifier: its weights lack {missing}; "
             "train one with `plaudit reward-model` or give another directory"
         )
+    # The weights may be a view of the file. Whoever writes another model over it would change this one, or crash it.
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
     if settings.dtype == "int8":
         with warnings.catch_warnings():
             # torch points at torchao, whose dynamic quantisation needs a further package for the same arithmetic.

@@ -4,22 +4,25 @@ Wrong here would be a score computed for nobody, or two protocols that disagree 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 
 from services import wire
-from services.reward.batching import Engine, Scored, Scorer, Text
+from services.reward.batching import Engine, Job, Scored, Scorer, Text
 from services.reward.cache import CachedScore, ScoreCache
 from services.reward.model_files import ModelError
-from services.reward.problems import ProblemError
+from services.reward.problems import RETRY_AFTER_DRAIN_S, ProblemError
 
 TIMEOUT_HEADER = "x-request-timeout"
+BODY_TIMEOUT_S = 60.0
+"""How long a body may take to arrive. A client that sends no more holds memory and a connection for nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,10 @@ class Service:
     cache: ScoreCache | None = None
     reload: Callable[[], Scorer] | None = None
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    accepted: set[Job] = field(default_factory=set)
+    """Jobs that the engine took and whose answers aren't written yet: a drain waits for them."""
+    waiting: "set[asyncio.Task[Any]]" = field(default_factory=set)
+    """Handlers of requests that nobody has accepted yet: a drain turns them away."""
 
     def text(self, prompt: str, response: str) -> Text:
         """Prompt and response as the model wants them."""
@@ -53,14 +60,53 @@ class Service:
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
-            chunks.append(chunk)
+        with self.unaccepted():
+            body, complete = await self._next_chunk(request, limit)
+            if complete:
+                return body
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    chunks = [body]
+                    size = len(body)
+                    while not complete:
+                        body, complete = await self._next_chunk(request, limit - size)
+                        chunks.append(body)
+                        size += len(body)
+            except TimeoutError:
+                problem = f"the body didn't arrive within {BODY_TIMEOUT_S:g} s"
+                raise ProblemError("request-timeout", problem) from None
         return b"".join(chunks)
+
+    async def _next_chunk(self, request: Request, room: int) -> tuple[bytes, bool]:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunk: bytes = message.get("body", b"")
+        if len(chunk) > room:
+            limit = self.limits.max_body_bytes
+            raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
+        return chunk, not message.get("more_body", False)
+
+    @contextlib.contextmanager
+    def unaccepted(self) -> Generator[None, None, None]:
+        """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.engine.draining:
+                raise
+            task.uncancel()
+            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
+        finally:
+            self.waiting.discard(task)
+
+    def turn_away(self) -> None:
+        """Answer 503 to every request of which nothing has been accepted."""
+        for task in list(self.waiting):
+            task.cancel()
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
         """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
@@ -80,6 +126,7 @@ class Service:
         timeout_s = _timeout(request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = self.engine.submit(texts, deadline=deadline)
+        self.accepted.add(job)
         gone = asyncio.ensure_future(request.receive())
         either: set[asyncio.Future[Any]] = {job.future, gone}
         try:
@@ -92,6 +139,7 @@ class Service:
         finally:
             gone.cancel()
             self.engine.abandon(job)
+            self.accepted.discard(job)
 
     def check(self, texts: Sequence[Text]) -> None:
         """Hold texts that came by a foreign protocol to the same limits."""

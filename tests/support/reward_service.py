@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 READY_TIMEOUT_S = 120.0
 
@@ -67,13 +68,31 @@ class RewardService:
         line = self._process.stdout.readline()
         assert json.loads(line)["event"] == "ready", line
 
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        """Send the signal and wait for the end; the exit code."""
-        if self._process is None:
-            return 0
+    def send_signal(self, number: int) -> None:
+        """Send the signal and wait for nothing."""
+        assert self._process is not None
         self._process.send_signal(number)
+
+    def next_event(self) -> dict[str, Any]:
+        """The next line that the process logs."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        event: dict[str, Any] = json.loads(line)
+        return event
+
+    def wait(self) -> int:
+        """Wait for the end; the exit code."""
+        assert self._process is not None
         code = self._process.wait(timeout=60)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._process = None
         return code
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """Send the signal and wait for the end; the exit code."""
+        if self._process is None:
+            return 0
+        self.send_signal(number)
+        return self.wait()

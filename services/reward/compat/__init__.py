@@ -4,12 +4,16 @@ What each one covers, and what not, is in docs/wire.md. None of them is needed b
 """
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 
 from services.reward.compat import classify, kserve, listing, openrlhf, pooling, tei
 from services.reward.service import Service
 
 HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/ready"})
 """Foreign health routes; like our own they need no key."""
+
+BODIES: list[type[BaseModel]] = [*tei.BODIES, *classify.BODIES, *pooling.BODIES, *openrlhf.BODIES, *kserve.BODIES]
+"""Models of the bodies that the routes take, for the OpenAPI document."""
 
 
 def routers(service: Service) -> list[APIRouter]:

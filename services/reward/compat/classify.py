@@ -9,8 +9,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, BaseModel, Field
 
+from services.reward import openapi
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, activated, parsed, ranked, read_json
 from services.reward.problems import ProblemError
@@ -31,10 +32,39 @@ class InfinityRequest(Foreign):
     raw_scores: bool = False
 
 
+BODIES: list[type[BaseModel]] = [VllmRequest, SglangRequest, InfinityRequest]
+EXAMPLES = {
+    "vLLM, logits": {"input": ["A wonderful movie."], "use_activation": False},
+    "SGLang": {"text": "A wonderful movie."},
+    "infinity, logits": {"input": ["A wonderful movie."], "raw_scores": True},
+}
+VLLM_ANSWER = {
+    "id": "classify-5f…",
+    "object": "list",
+    "created": 1750000000,
+    "model": "models/imdb-distilbert-mini",
+    "data": [{"index": 0, "label": "POSITIVE", "probs": [-2.28, 2.31], "num_classes": 2}],
+    "usage": {"prompt_tokens": 6, "total_tokens": 6, "completion_tokens": 0, "prompt_tokens_details": None},
+}
+INFINITY_ANSWER = {
+    "object": "classify",
+    "data": [[{"label": "POSITIVE", "score": 2.31}, {"label": "NEGATIVE", "score": -2.28}]],
+    "model": "models/imdb-distilbert-mini",
+    "usage": {"prompt_tokens": 6, "total_tokens": 6},
+    "id": "infinity-5f…",
+    "created": 1750000000,
+}
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
-    @routes.post("/classify")
+    @routes.post(
+        "/classify",
+        summary="Logits or probabilities, for vLLM, SGLang and infinity clients",
+        openapi_extra=openapi.body(BODIES, EXAMPLES),
+        responses=openapi.answer(VLLM_ANSWER, "In the shape of whoever's request it is; this is vLLM's."),
+    )
     async def classify(request: Request) -> Response:
         try:
             body = await read_json(service, request)
@@ -46,7 +76,12 @@ def router(service: Service) -> APIRouter:
         except ProblemError as problem:
             return openai_error(problem)
 
-    @routes.post("/infinity/classify")
+    @routes.post(
+        "/infinity/classify",
+        summary="The same, always as infinity means it",
+        openapi_extra=openapi.body([InfinityRequest], {"logits": EXAMPLES["infinity, logits"]}),
+        responses=openapi.answer(INFINITY_ANSWER),
+    )
     async def infinity(request: Request) -> Response:
         try:
             body = await read_json(service, request)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
+from services.reward import openapi
 from services.reward.batching import Text
 from services.reward.compat.common import Foreign, parsed
 from services.reward.problems import ProblemError
@@ -50,6 +51,16 @@ class InferRequest(Foreign):
     outputs: list[OutputRequest] | None = None
 
 
+BODIES = [InferRequest]
+EXAMPLE = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["A wonderful movie."]}]}
+ANSWER = {
+    "model_name": "reward",
+    "model_version": "sha256:…",
+    "outputs": [{"name": "logits", "shape": [1, 2], "datatype": "FP32", "data": [-2.28, 2.31]}],
+}
+NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "No model of this name."}}
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v2", tags=["KServe v2"])
     engine = service.engine
@@ -62,25 +73,27 @@ def router(service: Service) -> APIRouter:
             return None
         return JSONResponse({"error": f"Model with name {model} does not exist."}, 404)
 
-    @routes.get("")
+    @routes.get("", summary="The server and its extensions")
     async def server() -> dict[str, Any]:
         return {"name": "plaudit-reward", "version": "2", "extensions": ["binary_tensor_data"]}
 
-    @routes.get("/health/live")
+    @routes.get("/health/live", summary="The process answers")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
-    @routes.get("/health/ready")
+    health: dict[int | str, dict[str, Any]] = {200: {"description": "Ready."}, 503: {"description": "Not ready."}}
+
+    @routes.get("/health/ready", summary="200 when work is welcome", responses=health)
     async def ready() -> Response:
         is_ready = engine.unready() is None
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @routes.get("/models/{model}/ready")
+    @routes.get("/models/{model}/ready", summary="The same, for a model by name", responses=health | NO_SUCH_MODEL)
     async def model_ready(model: str) -> Response:
         is_ready = engine.unready() is None
         return unknown(model) or JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
 
-    @routes.get("/models/{model}")
+    @routes.get("/models/{model}", summary="Inputs and outputs", responses=NO_SUCH_MODEL)
     async def metadata(model: str) -> Response:
         return unknown(model) or JSONResponse(
             {
@@ -92,8 +105,13 @@ def router(service: Service) -> APIRouter:
             }
         )
 
-    @routes.post("/models/{model}/infer")
-    @routes.post("/models/{model}/versions/{version}/infer")
+    described: dict[str, Any] = {
+        "openapi_extra": openapi.body(BODIES, {"logits": EXAMPLE}),
+        "responses": openapi.answer(ANSWER, "Logits, row by row.") | NO_SUCH_MODEL,
+    }
+
+    @routes.post("/models/{model}/infer", summary="Logits for BYTES texts", **described)
+    @routes.post("/models/{model}/versions/{version}/infer", summary="The same; the version is ignored", **described)
     async def infer(model: str, request: Request) -> Response:
         try:
             return unknown(model) or await _infer(service, model, request)

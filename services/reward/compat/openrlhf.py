@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from services.reward import openapi
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, parsed, read_json
 from services.reward.problems import ProblemError
@@ -24,10 +25,19 @@ class RewardQuery(Foreign):
     query: list[str]
 
 
+BODIES = [RewardQuery]
+EXAMPLE = {"query": ["This movie was wonderful."], "prompts": ["This movie"], "labels": [None]}
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["OpenRLHF"])
 
-    @routes.post("/get_reward")
+    @routes.post(
+        "/get_reward",
+        summary="The default label's logit of each query, for OpenRLHF",
+        openapi_extra=openapi.body(BODIES, {"one": EXAMPLE}),
+        responses=openapi.answer({"rewards": [2.31], "scores": [2.31], "extra_logs": {}}),
+    )
     async def get_reward(request: Request) -> Response:
         try:
             wanted = parsed(RewardQuery, await read_json(service, request))
@@ -44,8 +54,9 @@ def router(service: Service) -> APIRouter:
 async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
     texts: list[Text] = [(query, None) for query in queries]
     service.check(texts)
-    index = service.label_index(service.engine.scorer, None)
+    service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
     scored = await _score_patiently(service, texts, request)
+    index = service.label_index(scored.scorer, None)
     return [row[index] for row in scored.logits]
 
 
@@ -58,4 +69,5 @@ async def _score_patiently(service: Service, texts: list[Text], request: Request
             wait_s = problem.retry_after_s or 1
             if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
                 raise
-        await asyncio.sleep(wait_s)
+        with service.unaccepted():
+            await asyncio.sleep(wait_s)

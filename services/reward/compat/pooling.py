@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from services.reward import openapi
 from services.reward.compat.classify import as_texts, openai_error, usage
 from services.reward.compat.common import Foreign, activated, parsed, read_json
 from services.reward.problems import ProblemError
@@ -22,10 +23,26 @@ class PoolingRequest(Foreign):
     use_activation: bool | None = None
 
 
+BODIES = [PoolingRequest]
+ANSWER = {
+    "id": "pool-5f…",
+    "object": "list",
+    "created": 1750000000,
+    "model": "models/imdb-distilbert-mini",
+    "data": [{"index": 0, "object": "pooling", "data": [-2.28, 2.31]}],
+    "usage": {"prompt_tokens": 6, "total_tokens": 6, "completion_tokens": 0, "prompt_tokens_details": None},
+}
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
-    @routes.post("/pooling")
+    @routes.post(
+        "/pooling",
+        summary="A vector of logits or probabilities for each text, for vLLM clients",
+        openapi_extra=openapi.body(BODIES, {"logits": {"input": ["A wonderful movie."], "use_activation": False}}),
+        responses=openapi.answer(ANSWER),
+    )
     async def pooling(request: Request) -> Response:
         try:
             wanted = parsed(PoolingRequest, await read_json(service, request))

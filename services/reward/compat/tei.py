@@ -8,7 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
+from services.reward import openapi
 from services.reward.batching import Scored, Text
 from services.reward.compat.common import Foreign, activated, parsed, ranked, read_json
 from services.reward.problems import ProblemError
@@ -34,11 +36,28 @@ class HubRequest(Foreign):
     parameters: HubParameters
 
 
+BODIES: list[type[BaseModel]] = [PredictRequest, HubRequest]
+EXAMPLES = {
+    "one text": {"inputs": "A wonderful movie.", "raw_scores": True},
+    "a pair": {"inputs": ["Was it good?", "A wonderful movie."], "raw_scores": True},
+    "a batch": {"inputs": [["A wonderful movie."], ["Was it good?", "Dreadful."]], "raw_scores": True},
+    "from a Hugging Face client": {"inputs": "A wonderful movie.", "parameters": {"function_to_apply": "none"}},
+}
+PREDICTIONS = [{"label": "POSITIVE", "score": 2.31}, {"label": "NEGATIVE", "score": -2.28}]
+
+
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["text-embeddings-inference, Hugging Face InferenceClient"])
 
-    @routes.post("/")
-    @routes.post("/predict")
+    described: dict[str, Any] = {
+        "openapi_extra": openapi.body(BODIES, EXAMPLES),
+        "responses": openapi.answer(PREDICTIONS, "Every label, best first; a list of such lists for a batch."),
+    }
+
+    @routes.post("/", summary="The same as /predict", **described)
+    @routes.post(
+        "/predict", summary="Scores of every label, for text-embeddings-inference and Hugging Face", **described
+    )
     async def predict(request: Request) -> Response:
         try:
             body = await read_json(service, request)
@@ -51,14 +70,22 @@ def router(service: Service) -> APIRouter:
                 {"error": problem.detail, "error_type": error_type}, problem.status, headers=problem.headers()
             )
 
-    @routes.get("/")
-    @routes.get("/health")
-    @routes.get("/ping")
+    ready: dict[str, Any] = {
+        "summary": "200 when work is welcome",
+        "responses": {
+            200: {"description": "Ready.", "content": {}},
+            503: {"description": "Not ready; `error` says why."},
+        },
+    }
+
+    @routes.get("/", **ready)
+    @routes.get("/health", **ready)
+    @routes.get("/ping", **ready)
     async def health() -> Response:
         reason = service.engine.unready()
         return Response() if reason is None else JSONResponse({"error": reason, "error_type": "Unhealthy"}, 503)
 
-    @routes.get("/info")
+    @routes.get("/info", summary="The model, and limits")
     async def info() -> dict[str, Any]:
         scorer = service.engine.scorer
         return {

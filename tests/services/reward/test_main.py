@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -71,56 +70,10 @@ def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path
     assert again["revision"] == reloaded["revision"]
     assert again["rewards"] != answer["rewards"]
     process.send_signal(signal.SIGTERM)
+    drained = ready_line(process)
+    assert (drained["event"], drained["accepted"], drained["answered"]) == ("drained", 0, 0)
     assert process.wait(60) == 0
     assert process.communicate() == ("", "")
-
-
-def test_sigterm_under_load_loses_no_accepted_request(classifier_dir: Path, start: Start) -> None:
-    process = start("--model", str(classifier_dir), "--port", "0", "--label", "POSITIVE")
-    url = ready_line(process)["url"]
-    body = {"items": [{"prompt": "this movie", "response": " was great " * 5}] * 64}
-    answered, refused, lost = [], [], []
-    served = threading.Event()
-
-    def caller() -> None:
-        with httpx.Client(timeout=30) as http:
-            while True:
-                try:
-                    answer = http.post(f"{url}/v1/rewards", json=body)
-                except httpx.ConnectError:
-                    return
-                except httpx.TransportError as error:
-                    # A kept connection may be closed just as the next request leaves; only an answer begun is lost.
-                    (refused if isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) else lost).append(error)
-                    return
-                if answer.status_code == 503:
-                    refused.append(answer)
-                    return
-                (answered if len(answer.json().get("rewards", [])) == 64 else lost).append(answer)
-                if len(answered) > 20:
-                    served.set()
-
-    callers = [threading.Thread(target=caller) for _ in range(8)]
-    for thread in callers:
-        thread.start()
-    assert served.wait(60)
-    process.send_signal(signal.SIGTERM)
-    for thread in callers:
-        thread.join()
-    assert process.wait(60) == 0
-    assert not lost
-
-
-def test_a_client_that_never_finishes_its_body_does_not_outlast_the_grace_time(
-    classifier_dir: Path, start: Start
-) -> None:
-    process = start("--model", str(classifier_dir), "--port", "0", "--grace-s", "1")
-    url = httpx.URL(ready_line(process)["url"])
-    with socket.create_connection((url.host, url.port)) as connection:
-        connection.sendall(b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        httpx.get(url.join("/livez"))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

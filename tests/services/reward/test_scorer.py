@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
+from services.reward import scorer as scorer_module
 from services.reward.scorer import ModelError, TransformersScorer, content_revision, load_scorer
 from services.reward.settings import Settings
 from tests.support.tiny_models import tiny_classifier_dir
@@ -135,3 +136,27 @@ def test_what_is_no_classifier_is_refused_in_one_line(classifier_dir: Path, tmp_
 def test_a_label_that_the_model_lacks_is_refused_at_start(classifier_dir: Path) -> None:
     with pytest.raises(ModelError, match="no label 'HAPPY'; its labels are NEGATIVE, POSITIVE"):
         scorer_of(classifier_dir, label="HAPPY")
+
+
+def test_another_model_written_over_its_files_does_not_touch_the_one_that_serves(tmp_path: Path) -> None:
+    directory = tiny_classifier_dir(tmp_path / "model")
+    scorer = scorer_of(directory)
+    encodings = scorer.encode([(text, None) for text in TEXTS])
+    before = scorer.score(encodings, 0)
+    weights = directory / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert scorer.score(encodings, 0) == before
+
+
+def test_files_that_change_while_they_are_read_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tiny_classifier_dir(tmp_path / "model")
+    load = scorer_module._load
+
+    def load_and_write(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        tiny_classifier_dir(directory, seed=1)
+        return loaded
+
+    monkeypatch.setattr(scorer_module, "_load", load_and_write)
+    with pytest.raises(ModelError, match="changed while it was being read"):
+        scorer_of(directory)
