@@ -120,7 +120,7 @@ class GenerationSettings:
     top_k: int = 0
     """0 keeps the whole vocabulary. Log-probabilities are those of the distribution sampled from."""
     top_p: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 128
     """Prompts generated at once; also the size of the chunks sent to the reward service."""
 
     def __post_init__(self) -> None:

@@ -117,26 +117,27 @@ class Policy(nn.Module):
         *,
         temperature: float = 1.0,
         support: Tensor | None = None,
-        entropy_gradient: bool = False,
+        entropy: bool = True,
     ) -> ResponseOutputs:
         """Scores every response token in one pass; the LM head runs on response positions alone.
 
-        `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`).
-        `entropy_gradient` is for an entropy bonus; without it the entropy is only measured.
+        `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`). Without
+        `entropy` that is left at 0.
         """
         given = self._input_of(samples)
         logits, states = self._response_logits(self.model, given)
         if self.value_model is not None:
             states = self._value_states(given)
         logits = _sampling_logits(logits, samples, temperature, support)
-        logprobs, entropy = distributions.token_statistics(logits, samples.response_ids[samples.mask], entropy=True)
-        assert entropy is not None
+        logprobs, entropies = distributions.token_statistics(
+            logits, samples.response_ids[samples.mask], entropy=entropy
+        )
         with torch.autocast(states.device.type, enabled=False):
             values: Tensor = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(
             logprobs=samples.spread(logprobs),
             values=samples.spread(values),
-            entropy=samples.spread(entropy if entropy_gradient else entropy.detach()),
+            entropy=samples.spread(torch.zeros_like(logprobs) if entropies is None else entropies),
         )
 
     @torch.no_grad()

@@ -163,12 +163,13 @@ def generate(
 def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tensor:
     """One token a row by inversion: the first whose cumulative probability exceeds the row's uniform number.
 
-    `logits` [B, V] and `uniforms` [B] give [B]. In double precision, since V small probabilities are added up.
+    `logits` [B, V] and `uniforms` [B] give [B]. V small probabilities are added up in double precision.
     """
     logits = distributions.sampling_logits(logits, temperature=settings.temperature)
-    support = distributions.truncation(logits, top_k=settings.top_k, top_p=settings.top_p)
-    logits = distributions.sampling_logits(logits, support=support)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
+    if settings.top_k > 0 or settings.top_p < 1.0:
+        support = distributions.truncation(logits, top_k=settings.top_k, top_p=settings.top_p)
+        logits = distributions.sampling_logits(logits, support=support)
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.double().unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
 

@@ -169,7 +169,7 @@ class PPOStepper:
         support = self.policy.support(
             samples, temperature=temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p
         )
-        own: ResponseOutputs = self.policy(samples, temperature=temperature, support=support)
+        own: ResponseOutputs = self.policy(samples, temperature=temperature, support=support, entropy=False)
         full = None
         if self.config.kl_penalty == "full":
             full = samples.spread(
@@ -345,10 +345,11 @@ class PPOStepper:
                 group.samples,
                 temperature=self.sampling.temperature,
                 support=group.support,
-                entropy_gradient=self.config.entropy_coef != 0,
             )
             policy_losses, value_losses = self._losses(group, new)
-            losses = policy_losses + self.config.vf_coef * value_losses - self.config.entropy_coef * new.entropy
+            losses = policy_losses + self.config.vf_coef * value_losses
+            if self.config.entropy_coef != 0:
+                losses = losses - self.config.entropy_coef * new.entropy
             loss = masked_sum(losses, group.mask) / (tokens * self.config.gradient_accumulation_steps)
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())

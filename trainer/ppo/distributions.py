@@ -60,6 +60,7 @@ class _TokenStatistics(torch.autograd.Function):
             if entropies is not None:
                 entropies[rows] = -_expectation(log_distribution.exp(), log_distribution)
         ctx.save_for_backward(logits, token_ids, entropies)
+        ctx.set_materialize_grads(False)
         return logprobs, entropies
 
     @staticmethod
