@@ -1,6 +1,7 @@
 """The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
 
 import importlib
+import logging
 import os
 import shlex
 import signal
@@ -135,9 +136,11 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 def _quiet_libraries() -> None:
     """Leave the terminal to the stage's own progress and results."""
     import stamina.instrumentation
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # Some processors have it ask for a package that only makes 4-bit inference faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
     # peft asks transformers by the name that it had before.
