@@ -99,9 +99,8 @@ def run(args: Sequence[str]) -> int:
     name, *flags = args
     try:
         config = parse(name, flags)
-        stage = importlib.import_module(COMMANDS[name].module)
         _quiet_libraries()
-        stage.run(config)
+        importlib.import_module(COMMANDS[name].module).run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
