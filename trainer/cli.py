@@ -25,6 +25,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTED = 65
 """EX_DATAERR: the reward service refuses what it is sent; trying again won't help."""
+EXIT_NOT_WRITTEN = 74
+"""EX_IOERR: the disk is full or can't be written to; make room, then resume."""
 EXIT_UNAVAILABLE = 75
 """EX_TEMPFAIL: the reward service can't be reached; start it, then resume."""
 EXIT_INTERRUPTED = 130
@@ -106,7 +108,7 @@ def run(args: Sequence[str]) -> int:
     except Exception as error:
         code = exit_code(error)
         _fail(name, _one_line(error), code)
-        if code == EXIT_UNAVAILABLE or code > 128:
+        if code in (EXIT_UNAVAILABLE, EXIT_NOT_WRITTEN) or code > 128:
             _say_how_to_go_on(name, flags)
         return code
     return 0
@@ -150,9 +152,12 @@ def exit_code(error: Exception) -> int:
         return EXIT_USAGE
     from trainer.reward_client import RewardRejected, RewardUnavailable
     from trainer.runtime import StopRequested
+    from trainer.storage import NotWritten
 
     if isinstance(error, StopRequested):
         return error.exit_code
+    if isinstance(error, NotWritten):
+        return EXIT_NOT_WRITTEN
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE
     return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED

@@ -6,6 +6,7 @@ import yaml
 
 from trainer.config import PPOConfig, to_dict
 from trainer.metrics import KL, REWARD_MEAN
+from trainer.storage import write_text
 
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
@@ -31,7 +32,8 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.
 
 model = AutoModelForCausalLM.from_pretrained("{directory}")"""
     )
-    (directory / "README.md").write_text(
+    write_text(
+        directory / "README.md",
         f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -55,5 +57,4 @@ Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against 
 {yaml.safe_dump(to_dict(config), sort_keys=False).strip()}
 ```
 """,
-        encoding="utf-8",
     )
