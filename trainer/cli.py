@@ -1,5 +1,6 @@
 """The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
 
+import errno
 import importlib
 import os
 import shlex
@@ -156,7 +157,7 @@ def exit_code(error: Exception) -> int:
 
     if isinstance(error, StopRequested):
         return error.exit_code
-    if isinstance(error, NotWritten):
+    if isinstance(error, NotWritten) or getattr(error, "errno", None) == errno.ENOSPC:
         return EXIT_NOT_WRITTEN
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE

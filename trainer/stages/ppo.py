@@ -35,7 +35,7 @@ from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailabl
 from trainer.rollout import Collected, Draws, collect
 from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.samples import Rollout
-from trainer.storage import NotWritten, files_of, write_text
+from trainer.storage import NotWritten, files_of, write_text, writing
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
@@ -162,7 +162,8 @@ class _Loop:
         except (RewardUnavailable, RewardRejected, StopRequested) as error:
             saved = self._save_checkpoint()
             if isinstance(error, RewardRejected) and self.processes.is_main:
-                error.save(self.config.output_dir)
+                with writing(self.config.output_dir):
+                    error.save(self.config.output_dir)
             error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
             raise
         return metrics
