@@ -20,10 +20,11 @@ import torch
 from benchmarks.ppo_step import models_of
 from trainer.config import DataSettings, GenerationSettings, LoraSettings, PPOHyperparameters, PromptSettings
 from trainer.data import load_prompts
+from trainer.generation import Draws
 from trainer.memory import Peak, measuring_peak
 from trainer.models import Policy, load_causal_lm, load_policy, load_tokenizer
 from trainer.reward_client import Scores
-from trainer.rollout import Draws, collect
+from trainer.rollout import collect
 from trainer.update import PPOStepper
 
 LAYOUTS = {
@@ -107,7 +108,7 @@ def weights_mib(policy: Policy) -> float:
     """Of policy and reference; weights that they share, or that are tied, count once."""
     with policy.as_reference() as reference:
         parameters = {id(p): p for p in (*policy.parameters(), *reference.parameters())}
-    return sum(p.numel() * p.element_size() for p in parameters.values()) / 2**20
+    return float(sum(p.numel() * p.element_size() for p in parameters.values())) / 2**20
 
 
 if __name__ == "__main__":

@@ -143,6 +143,10 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Some processors have it ask for a package that only makes 4-bit inference faster.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It takes a text that begins with its padding token for a padded one.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "attention_mask" not in record.getMessage()
+    )
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
     # peft asks transformers by the name that it had before.
