@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -149,8 +150,15 @@ def _quiet_libraries() -> None:
     )
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
+    # What TensorBoard's thread can't write, its next call raises.
+    threading.excepthook = _except_of_tensorboard
     # peft asks transformers by the name that it had before.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def exit_code(error: Exception) -> int:

@@ -1,5 +1,6 @@
 """The README.md of a trained policy: what it is, how it was made, what came out."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -10,10 +11,13 @@ from trainer.storage import write_text
 
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
-    """Write `directory/README.md` with the metadata the hub reads in front."""
+    """Write `directory/README.md` with the metadata the hub reads in front. The trained weights are there already."""
+    adapters = directory / "adapter_config.json"
+    # Of adapters that went on training it is the model that they were first put on.
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else None
     front = {
-        "base_model": config.policy,
-        "library_name": "peft" if config.lora.enabled else "transformers",
+        "base_model": base or config.policy,
+        "library_name": "peft" if base else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["ppo", "rlhf", "plaudit"],
     }
@@ -26,8 +30,8 @@ def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str,
         f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.policy}"), "{directory}")"""
-        if config.lora.enabled
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{directory}")"""
+        if base
         else f"""from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{directory}")"""

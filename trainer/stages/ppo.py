@@ -92,7 +92,7 @@ def run(config: PPOConfig) -> PPOResult:
             sample = sampler(policy, config.generation, tokenizer)
             loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
-                print(policy.trainable_parameters_line())
+                print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
                 with _telling_where_to_go_on(config.output_dir / CHECKPOINTS):
                     metrics = _train_and_write(loop, steps)
             else:
