@@ -39,7 +39,6 @@ class Measured:
     """MiB."""
 
     weights: float
-    loading: float
     rollout: float
     update: float
 
@@ -60,14 +59,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    print("| MiB | weights | peak loading | peak rollout | peak update |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| MiB | weights | peak in the rollout | peak in the update |\n| --- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as directory:
         policy = models_of(arguments.size, Path(directory)).policy
         for layout, words in LAYOUTS.items():
             # One pool each: memory that a process has had once, it may keep.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 m = pool.apply(measure, (layout, policy, arguments.batch_size, arguments.device))
-            print(f"| {words} | {m.weights:.0f} | {m.loading:.0f} | {m.rollout:.0f} | {m.update:.0f} |", flush=True)
+            print(f"| {words} | {m.weights:.0f} | {m.rollout:.0f} | {m.update:.0f} |", flush=True)
 
 
 def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
@@ -80,8 +79,7 @@ def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
     )
     with measuring_peak(where) as before:
         pass
-    with measuring_peak(where) as loading:
-        policy = load(layout, path, device)
+    policy = load(layout, path, device)
     hyperparameters = PPOHyperparameters(batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=1)
     stepper = PPOStepper(policy, None, hyperparameters)
     generation = GenerationSettings(batch_size=batch_size)
@@ -94,7 +92,7 @@ def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
     def added(peak: Peak) -> float:
         return peak.mib - before.mib
 
-    return Measured(weights_mib(policy), added(loading), added(rollout), added(update))
+    return Measured(weights_mib(policy), added(rollout), added(update))
 
 
 def load(layout: str, path: Path, device: str) -> Policy:
