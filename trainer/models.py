@@ -245,6 +245,13 @@ class Policy(nn.Module):
         share = 100 * learning / everything
         return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {share:.4f}"
 
+    def reference_line(self) -> str:
+        """What the reference is and what it costs."""
+        if not self._reference:
+            return "the reference is the same weights with the adapters off: no second copy"
+        mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
+        return f"every parameter learns, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
+
     def save(self, directory: Path) -> None:
         """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head."""
         self.model.save_pretrained(directory)

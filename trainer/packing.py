@@ -55,7 +55,9 @@ def packed(samples: Samples) -> ModelInput:
     positions = real.cumsum(1) - 1
     inputs = real & (positions < lengths.unsqueeze(1))
     cells = (starts.unsqueeze(1) + positions)[inputs]
-    input_ids = ids.new_zeros(rows * columns).index_copy(0, cells, ids[inputs])
+    # A token of a query: of padding at the ends of rows, transformers would warn.
+    filler = samples.query_ids[0, -1]
+    input_ids = filler.repeat(rows * columns).index_copy(0, cells, ids[inputs])
     position_ids = ids.new_zeros(rows * columns).index_copy(0, cells, positions[inputs])
     arguments = {"input_ids": input_ids.view(rows, columns), "position_ids": position_ids.view(rows, columns)}
     return ModelInput(arguments, _states(samples, starts + samples.query_lengths - 1))
