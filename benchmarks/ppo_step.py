@@ -108,7 +108,7 @@ class Ours:
         torch.manual_seed(0)
         keep_freed_memory()
         lora = LoraSettings(r=arguments.lora_r, alpha=2 * arguments.lora_r) if arguments.lora_r else LoraSettings(False)
-        self.policy = load_policy(models.policy, lora, ModelSettings(bf16=arguments.bf16), device=arguments.device)
+        self.policy = load_policy(models.policy, lora, ModelSettings(bf16=arguments.bf16, compile=arguments.compile), device=arguments.device)
         count = arguments.batch_size
         self.stepper = PPOStepper(self.policy, None, PPOHyperparameters(batch_size=count, mini_batch_size=count))
         self._tokenizer = load_tokenizer(models.policy)
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--classic-python", help="Python of the environment with trl 0.11.4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="ours only; the first step compiles")
     arguments = parser.parse_args()
 
     with contextlib.ExitStack() as held:

@@ -29,6 +29,7 @@ from trainer.samples import Samples
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_DIRECTORY = "value_model"
+COMPILER = "inductor"
 
 
 class ModelNotFound(ConfigError):
@@ -230,8 +231,14 @@ class Policy(nn.Module):
         tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
         return bool((alone - together).abs().max() < tolerance * alone.std())
 
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Around generation: the policy's precision, and nothing compiled, since every token has another shape."""
+        with torch.compiler.set_stance("force_eager"), self.autocasting():
+            yield
+
     def autocasting(self) -> torch.autocast:
-        """The precision that the policy computes in, generation included."""
+        """The precision that the policy computes in."""
         # No cache: each weight is cast once a pass anyway, and a recorded graph would keep an old step's copy.
         enabled = self.autocast is not None
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
@@ -353,6 +360,8 @@ def load_policy(
     )
     if (directory / VALUE_HEAD_FILE).is_file():
         policy.load_value_head(directory)
+    if settings.compile:
+        policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)
     if settings.gradient_checkpointing:
         for transformer in filter(None, (policy.language_model, value_model)):
             transformer.activation_checkpointing_enable({"use_reentrant": False})

@@ -95,7 +95,7 @@ def collect(
     sample = sample or sampler(stepper.policy, settings, tokenizer)
     evaluations, pending, responses = [], [], []
     for start, stop in _chunks(len(prompts), settings.batch_size):
-        with stepper.policy.autocasting():
+        with stepper.policy.generating():
             samples = sample(prompts.token_ids[start:stop], draws.rows(start, stop))
         texts = decode_responses(tokenizer, samples)
         pending.append(rewarder.submit_components(prompts.texts[start:stop], texts))

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tests.support.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama
-from trainer.config import ConfigError, LoraSettings, ModelSettings
+from tests.support.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
+from trainer.config import ConfigError, GenerationSettings, LoraSettings, ModelSettings
+from trainer.generation import Draws, generate
 from trainer.models import ModelNotFound, Policy, add_lora, load_policy, load_tokenizer, merge_adapters
 from trainer.samples import Samples
 
@@ -127,6 +128,36 @@ def test_train_mode_scores_as_eval_mode_does_though_the_model_was_configured_wit
         stir(policy)
         assert torch.equal(policy.train()(samples()).logprobs, policy.eval()(samples()).logprobs)
     assert tiny_gpt2().config.resid_pdrop == 0.1, "the saved configuration keeps its dropout"
+
+
+def test_a_compiled_policy_has_the_same_numbers_and_generates_without_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("trainer.models.COMPILER", compiler)
+    plain, fast = (load_policy(tiny_gpt2_dir(tmp_path), LORA, ModelSettings(compile=on)) for on in (False, True))
+    for policy in (plain, fast):
+        stir(policy)
+        policy.train()(samples()).logprobs.sum().backward()
+    assert compiled
+    assert torch.allclose(fast(samples()).logprobs, plain(samples()).logprobs, atol=1e-6)
+    assert torch.allclose(fast.reference_logprobs(samples()), plain.reference_logprobs(samples()), atol=1e-6)
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        assert theirs.grad is None or torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+
+    compiled.clear()
+    settings = GenerationSettings()
+    drawn = Draws.of(settings, len(QUERIES), seed=0, step=0)
+    with fast.generating():
+        responses = generate(fast.language_model, QUERIES, drawn, settings, tiny_tokenizer())
+    assert not compiled
+    expected = generate(plain.language_model, QUERIES, drawn, settings, tiny_tokenizer())
+    assert torch.equal(responses.response_ids, expected.response_ids)
 
 
 def test_the_language_model_head_sees_response_positions_alone() -> None:
