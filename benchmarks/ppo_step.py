@@ -50,7 +50,7 @@ from trainer.memory import keep_freed_memory, measuring_peak
 from trainer.models import load_policy, load_tokenizer
 from trainer.reward_client import RewardClient
 from trainer.reward_process import reward_service
-from trainer.rollout import collect
+from trainer.rollout import collect, sampler
 from trainer.samples import Samples
 from trainer.update import PPOStepper
 
@@ -108,12 +108,14 @@ class Ours:
         torch.manual_seed(0)
         keep_freed_memory()
         lora = LoraSettings(r=arguments.lora_r, alpha=2 * arguments.lora_r) if arguments.lora_r else LoraSettings(False)
-        self.policy = load_policy(models.policy, lora, ModelSettings(bf16=arguments.bf16, compile=arguments.compile), device=arguments.device)
+        settings = ModelSettings(bf16=arguments.bf16, compile=arguments.compile)
+        self.policy = load_policy(models.policy, lora, settings, device=arguments.device)
         count = arguments.batch_size
         self.stepper = PPOStepper(self.policy, None, PPOHyperparameters(batch_size=count, mini_batch_size=count))
         self._tokenizer = load_tokenizer(models.policy)
         self._prompts, self._client = prompts, client
         self._generation = GenerationSettings(batch_size=arguments.chunk)
+        self._sample = sampler(self.policy, self._generation, self._tokenizer)
         self.samples: Samples | None = None
 
     def step(self, index: int) -> dict[str, float]:
@@ -125,7 +127,15 @@ class Ours:
         self.stepper.evaluate = evaluate  # type: ignore[method-assign]
         began = now(device)
         with measuring_peak(device) as rollout_peak:
-            collected = collect(self.stepper, self._tokenizer, prompts, draws, self._generation, self._client)
+            collected = collect(
+                self.stepper,
+                self._tokenizer,
+                prompts,
+                draws,
+                self._generation,
+                self._client,
+                sample=self._sample,
+            )
         at_update = now(device)
         with measuring_peak(device) as update_peak:
             result = self.stepper.update(collected.rollout)
