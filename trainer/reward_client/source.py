@@ -184,7 +184,7 @@ class Source:
             if any(endpoint.failures == 0 for endpoint in self._endpoints):
                 return 0.0
             self._waiting = True
-            self._on_wait(f"waiting for a reward: {error} (giving up in {left_s:.0f} s)")
+            self._on_wait(f"waiting for a reward, for {left_s:.0f} s more: {error}")
             if error.retry_after_s is None:
                 return True
             return min(error.retry_after_s + random.uniform(0, WAIT_JITTER_S), left_s)
