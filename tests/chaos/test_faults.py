@@ -36,9 +36,16 @@ def assert_right(account: Account, exit_code: int) -> None:
     assert (account.lost, account.invented, account.same_weights) == (0, 0, True)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_server_that_misbehaves_changes_no_weight(trial: Trial, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.exit_code != 65], ids=lambda fault: fault.name)
+def test_a_fault_that_passes_or_lasts_changes_no_weight(trial: Trial, fault: Fault) -> None:
     assert_right(chaos.with_fault(trial, fault), fault.exit_code)
+
+
+def test_no_answer_that_is_refused_changes_a_weight(trial: Trial) -> None:
+    refused = [fault for fault in FAULTS if fault.exit_code == 65]
+    account = chaos.with_one_fault_after_the_other(trial, refused)
+    assert account.exit_codes == [65] * len(refused) + [0]
+    assert (account.lost, account.invented, account.same_weights) == (0, 0, True)
 
 
 @pytest.mark.parametrize("name", KILLS)

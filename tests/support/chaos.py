@@ -183,25 +183,24 @@ class Trial:
     def run_freely(
         self, urls: Sequence[str], *, put_right: Callable[[], None] = lambda: None, **settings: float
     ) -> Account:
-        """Lets the trainer run; if it stops, puts things right and resumes."""
+        """Lets the trainer run; whenever it stops, puts things right and resumes."""
         config = self._against(urls, settings)
         return self._end(self._start(config, None), config, put_right, "")
 
     def _end(self, trainer: TrainerProcess, config: PPOConfig, put_right: Callable[[], None], heard: str) -> Account:
         code, stderr = trainer.end(TIMEOUT_S)
         stderr = heard + stderr
-        codes = [code]
-        if code:
+        codes, said = [code], in_short(stderr)
+        while code:
             check_what_is_left(config.output_dir, code, stderr)
             put_right()
-            code, more = self._start(config, None, "--resume", "auto").end(TIMEOUT_S)
-            assert code == 0, more
+            code, stderr = self._start(config, None, "--resume", "auto").end(TIMEOUT_S)
             codes.append(code)
         needed, got = Counter(self.samples), Counter(samples_of(config.output_dir))
         final = weights(config.output_dir)
         return Account(
             exit_codes=codes,
-            said=in_short(stderr),
+            said=said,
             asked=needed.total(),
             got=(needed & got).total(),
             invented=(got - needed).total(),
@@ -257,6 +256,7 @@ def check_what_is_left(directory: Path, code: int, stderr: str) -> None:
     path = directory / "rejected-reward.json"
     assert str(path) in stderr, stderr
     exchange = json.loads(path.read_text())["exchange"]
+    path.unlink()
     assert "items" in json.loads(exchange["request"])
     assert exchange["status"] is not None
 
@@ -275,6 +275,14 @@ def with_fault(trial: Trial, fault: Fault) -> Account:
     with stubs(1) as (server,):
         server.script(list(fault.acts))
         return trial.run_freely([server.url], put_right=lambda: server.script([]), **fault.settings)
+
+
+def with_one_fault_after_the_other(trial: Trial, faults: Sequence[Fault]) -> Account:
+    """One run that each of the faults stops, and that is resumed into the next."""
+    with stubs(1) as (server,):
+        scripts = iter([*([fault.acts[-1]] for fault in faults[1:]), []])
+        server.script(list(faults[0].acts))
+        return trial.run_freely([server.url], put_right=lambda: server.script(next(scripts)))
 
 
 def killed_and_restarted(trial: Trial) -> Account:
