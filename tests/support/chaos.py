@@ -262,12 +262,12 @@ def check_what_is_left(directory: Path, code: int, stderr: str) -> None:
 
 
 def in_short(stderr: str) -> str:
-    """The first thing said of the trouble, without addresses and times."""
+    """The first sentence about the trouble, without addresses and times."""
     said = re.search(r"^(?:waiting for a reward, for \d+ s more: |plaudit ppo: )(.*)$", stderr, re.MULTILINE)
     if said is None:
         return ""
     text = re.sub(r"http://[\d.:]+(/[\w/]*)?:? ", "", said[1])
-    return text.split("; checkpoint ")[0].split("; the request and ")[0]
+    return text.split("; checkpoint ")[0].split("; the request and ")[0].split(". ")[0]
 
 
 def with_fault(trial: Trial, fault: Fault) -> Account:
