@@ -170,6 +170,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=32, help="prompts generated, and asked rewards for, at once")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="+", metavar="ENDPOINT", help="first column of the rows to print; all if not given"
+    )
     parser.add_argument("--service-core", type=int, help="the endpoint's process stays on this core")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()
@@ -179,7 +182,7 @@ def main() -> None:
     endpoints: dict[str, Callable[[], Any]] = {
         f"{latency} ms": lambda latency=latency: delayed_endpoint(latency, core) for latency in LATENCIES_MS
     }
-    endpoints["plaudit-reward, same machine"] = lambda: real_service(arguments.reward_model, arguments.label, core)
+    endpoints["plaudit-reward"] = lambda: real_service(arguments.reward_model, arguments.label, core)
     figures: dict[str, dict[str, float]] = {}
     print("| endpoint | overlap | step, s | waiting for rewards, s | share of the step |")
     print("| --- | --- | ---: | ---: | ---: |")
@@ -190,12 +193,16 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
     for name, opened in endpoints.items():
+        if arguments.only and name not in arguments.only:
+            continue
         with opened() as client:
             overlapped, waiting = trainer.measure(client), trainer.measure(Waiting(client))
         assert torch.allclose(torch.tensor(overlapped.scores), torch.tensor(waiting.scores), atol=1e-4), name
         show(name, "on", overlapped)
         show(name, "off", waiting)
-    show("in the trainer's process", "-", trainer.measure(Waiting(InProcess(arguments.reward_model, arguments.label))))
+    if not arguments.only or "in process" in arguments.only:
+        judge = InProcess(arguments.reward_model, arguments.label)
+        show("in process", "-", trainer.measure(Waiting(judge)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
