@@ -2,15 +2,16 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from rich.text import Text
 
 from trainer.metrics import KL, REWARD_MEAN
 
@@ -51,6 +52,17 @@ class WaitingLine:
             print("the reward is there", file=sys.stderr, flush=True)
 
 
+class _Bar(Progress):
+    """A progress bar, and below it what is waited for, however long that is to say."""
+
+    waits_for = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.waits_for:
+            yield Text(self.waits_for)
+
+
 class StepProgress:
     """Reward, KL and samples per second as they come. Before and after the bar, waits are told by `waiting_line`."""
 
@@ -59,10 +71,9 @@ class StepProgress:
         self._done = done
         self._line_at = 0.0
         self._waiting_line = waiting_line
-        self._last = ""
-        self._bar: Progress | None = None
+        self._bar: _Bar | None = None
         if sys.stderr.isatty():
-            self._bar = Progress(
+            self._bar = _Bar(
                 TextColumn("PPO"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -85,16 +96,17 @@ class StepProgress:
         """One step is done."""
         self._done += 1
         rate = metrics["time/samples_per_second"]
-        self._last = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {rate:.0f} samples/s"
+        text = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {rate:.0f} samples/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=self._last)
+            self._bar.update(self._task, completed=self._done, description=text)
         elif self._done == self._total or time.monotonic() - self._line_at >= LINE_EVERY_S:
             self._line_at = time.monotonic()
-            print(f"PPO step {self._done}/{self._total}  {self._last}", file=sys.stderr, flush=True)
+            print(f"PPO step {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
         """Say what the run waits for, "" when the wait is over."""
         if self._bar is not None and self._bar.live.is_started:
-            self._bar.update(self._task, description=what or self._last, refresh=True)
+            self._bar.waits_for = what
+            self._bar.refresh()
         else:
             self._waiting_line(what)

@@ -58,14 +58,19 @@ def test_on_a_terminal_a_wait_before_the_first_step_is_told_too(
     assert "waiting for a reward" in capsys.readouterr().err
 
 
-def test_after_a_wait_the_bar_says_again_how_the_last_step_went(
+def test_what_is_waited_for_stands_whole_below_the_bar_and_is_gone_afterwards(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_on_a_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "100")
     shown = StepProgress(10, 0, WaitingLine())
+    what = "waiting for a reward, for 600 s more: http://127.0.0.1:8000: connection failed"
     with shown.showing():
         shown.step({"time/samples_per_second": 9.0, REWARD_MEAN: 1.5, KL: 0.25})
-        shown.waiting("waiting for a reward")
-        assert "waiting for a reward" in capsys.readouterr().err
+        capsys.readouterr()
+        shown.waiting(what)
+        bar, below = capsys.readouterr().err.split("\n")[:2]
+        assert "reward +1.50  KL 0.25" in bar
+        assert below == what
         shown.waiting("")
-    assert "reward +1.50  KL 0.25" in capsys.readouterr().err
+        assert what not in capsys.readouterr().err
