@@ -41,6 +41,7 @@ def test_a_fault_that_passes_or_lasts_changes_no_weight(trial: Trial, fault: Fau
     assert_right(chaos.with_fault(trial, fault), fault.exit_code)
 
 
+@pytest.mark.timeout(900)  # it is a run for each of them
 def test_no_answer_that_is_refused_changes_a_weight(trial: Trial) -> None:
     refused = [fault for fault in FAULTS if fault.exit_code == 65]
     account = chaos.with_one_fault_after_the_other(trial, refused)
