@@ -6,10 +6,15 @@ Rewards come from an endpoint that answers after 0, 20, 100 and 500 ms, from the
 the same reward model inside the trainer's process; each with overlap (chunks are asked for while the next is generated)
 and without (each chunk is waited for before anything else happens). Prints a Markdown table. Both ways give the same
 rollouts, which is checked.
+
+On a machine with few cores, trainer and service compete for them. To tell the wire from that, give each its own:
+
+    taskset -c 0 python -m benchmarks.overlap --service-core 1
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -118,9 +123,22 @@ class Trainer:
 
 
 @contextmanager
-def delayed_endpoint(latency_ms: int, requests: int = 1_000_000) -> Iterator[RewardClient]:
-    server = StubRewardServer()
-    server.script([{"do": "score", "delay_s": latency_ms / 1000, "times": requests}])
+def on_core(core: int | None) -> Iterator[None]:
+    """Processes that the block starts stay on that core; None: wherever this one may run."""
+    before = os.sched_getaffinity(0)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def delayed_endpoint(latency_ms: int, core: int | None) -> Iterator[RewardClient]:
+    with on_core(core):
+        server = StubRewardServer()
+    server.script([{"do": "score", "delay_s": latency_ms / 1000, "times": 1_000_000}])
     try:
         with connected(server.url) as client:
             yield client
@@ -136,10 +154,11 @@ def connected(url: str, label: str | None = "POSITIVE") -> Iterator[RewardClient
 
 
 @contextmanager
-def real_service(model: str, label: str) -> Iterator[RewardClient]:
+def real_service(model: str, label: str, core: int | None) -> Iterator[RewardClient]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url = stack.enter_context(reward_service(model, directory, ready_timeout_s=READY_TIMEOUT_S))
+        with on_core(core):
+            url = stack.enter_context(reward_service(model, directory, ready_timeout_s=READY_TIMEOUT_S))
         yield stack.enter_context(connected(url, label))
 
 
@@ -152,14 +171,19 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=32, help="prompts generated, and asked rewards for, at once")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--only", nargs="+", metavar="ENDPOINT", help="first column of the rows to print; all if not given"
+    )
+    parser.add_argument("--service-core", type=int, help="the endpoint's process stays on this core")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     arguments = parser.parse_args()
 
     trainer = Trainer(arguments)
+    core = arguments.service_core
     endpoints: dict[str, Callable[[], Any]] = {
-        f"{latency} ms": lambda latency=latency: delayed_endpoint(latency) for latency in LATENCIES_MS
+        f"{latency} ms": lambda latency=latency: delayed_endpoint(latency, core) for latency in LATENCIES_MS
     }
-    endpoints["plaudit-reward, same machine"] = lambda: real_service(arguments.reward_model, arguments.label)
+    endpoints["plaudit-reward"] = lambda: real_service(arguments.reward_model, arguments.label, core)
     figures: dict[str, dict[str, float]] = {}
     print("| endpoint | overlap | step, s | waiting for rewards, s | share of the step |")
     print("| --- | --- | ---: | ---: | ---: |")
@@ -170,12 +194,16 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
     for name, opened in endpoints.items():
+        if arguments.only and name not in arguments.only:
+            continue
         with opened() as client:
             overlapped, waiting = trainer.measure(client), trainer.measure(Waiting(client))
         assert torch.allclose(torch.tensor(overlapped.scores), torch.tensor(waiting.scores), atol=1e-4), name
         show(name, "on", overlapped)
         show(name, "off", waiting)
-    show("in the trainer's process", "-", trainer.measure(Waiting(InProcess(arguments.reward_model, arguments.label))))
+    if not arguments.only or "in process" in arguments.only:
+        judge = InProcess(arguments.reward_model, arguments.label)
+        show("in process", "-", trainer.measure(Waiting(judge)))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 

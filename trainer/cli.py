@@ -233,7 +233,8 @@ environment:
 
 def _one_line(error: Exception) -> str:
     # Notes say what to do next, for example which checkpoint to go on from.
-    message = "; ".join(" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
+    *parts, last = (" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
+    message = "; ".join([*(part.removesuffix(".") for part in parts), last])
     if isinstance(error, ConfigError) or type(error).__module__.startswith("trainer."):
         return message
     if isinstance(error, OSError) and error.filename is not None:

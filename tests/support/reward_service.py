@@ -53,6 +53,11 @@ class RewardService:
         self.begin()
         self.wait_until_ready()
 
+    @property
+    def running(self) -> bool:
+        """Whether it was begun and not ended by us."""
+        return self._process is not None
+
     def begin(self, model: Path | None = None) -> None:
         """Start the process and don't wait for it."""
         assert self._process is None

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,17 @@ def largest_difference(one: Path, other: Path) -> tuple[float, float]:
 class TrainerProcess:
     """`plaudit ppo` as a process, forked from one that has imported it: it starts at once, and is as real."""
 
-    def __init__(self, config: PPOConfig, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """`before` is called in the process before the command, and must be picklable."""
         self._stderr, stderr = FORKS.Pipe(duplex=False)
         args = ["ppo", "--config", str(preset_of(config)), *flags]
-        self.process = FORKS.Process(target=_run, args=(args, environment or {}, stderr), daemon=True)
+        self.process = FORKS.Process(target=_run, args=(args, environment or {}, before, stderr), daemon=True)
         self.process.start()
         stderr.close()
         self._lines = os.fdopen(os.dup(self._stderr.fileno()), encoding="utf-8")
@@ -76,11 +84,11 @@ class TrainerProcess:
         """Returns when the process says that step `step` is done."""
         self.wait_for_line(f"PPO step {step}/")
 
-    def wait_for_line(self, beginning: str) -> None:
-        """Returns when the process prints a line that begins like that."""
+    def wait_for_line(self, beginning: str) -> str:
+        """Returns the line when the process prints one that begins like that."""
         for line in self._lines:
             if line.startswith(beginning):
-                return
+                return line
         raise AssertionError(f"the process ended with {self.end()} before it said {beginning!r}")
 
     def signal(self, number: signal.Signals) -> None:
@@ -129,10 +137,12 @@ def single_threaded(run: Any, *arguments: Any) -> Any:
         torch.set_num_threads(threads)
 
 
-def _run(args: list[str], environment: dict[str, str], stderr: Connection) -> None:
+def _run(args: list[str], environment: dict[str, str], before: Callable[[], None] | None, stderr: Connection) -> None:
     os.dup2(stderr.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     sys.stdout = sys.stderr
     os.environ |= {"OMP_NUM_THREADS": "1", **environment}
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     sys.exit(cli.run(args))

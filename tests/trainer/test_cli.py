@@ -144,6 +144,7 @@ def test_the_command_itself_refuses_a_policy_that_is_nowhere(tmp_path):
     ("error", "code", "line"),
     [
         (RewardUnavailable("nobody there"), 75, "plaudit ppo: nobody there; start again with --resume auto"),
+        (RewardUnavailable("Start one."), 75, "plaudit ppo: Start one; start again with --resume auto"),
         (RewardRejected("no such label"), 65, "plaudit ppo: no such label; start again with --resume auto"),
         (StopRequested(signal.SIGTERM), 143, "plaudit ppo: stopped by SIGTERM; start again with --resume auto"),
         (ConfigError("two\nlines"), 2, "plaudit ppo: two lines; start again with --resume auto"),

@@ -5,7 +5,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -181,6 +181,27 @@ def raises(prompts: list[str], responses: list[str]) -> list[float]:
     raise KeyError("lost")
 
 
+def raises_stop_iteration(prompts: list[str], responses: list[str]) -> list[float]:
+    return [next(iter([]))]
+
+
+def exits(prompts: list[str], responses: list[str]) -> list[float]:
+    raise SystemExit(3)
+
+
+def gives_text(prompts: list[str], responses: list[str]) -> str:
+    return "1234"
+
+
+def too_large(prompts: list[str], responses: list[str]) -> list[int]:
+    return [10**400] * len(responses)
+
+
+def breaks_off(prompts: list[str], responses: list[str]) -> Iterator[float]:
+    yield 1.0
+    raise KeyError("lost")
+
+
 never = threading.Event()
 
 
@@ -211,6 +232,11 @@ def test_a_function_is_a_reward_sync_or_async(name: str) -> None:
         ("not_a_number", "not finite"),
         ("nothing", "no list of numbers"),
         ("raises", "KeyError: 'lost'"),
+        ("raises_stop_iteration", "StopIteration"),
+        ("exits", "SystemExit: 3"),
+        ("gives_text", "it gave text"),
+        ("too_large", "no list of numbers"),
+        ("breaks_off", "no list of numbers: 'lost'"),
     ],
 )
 def test_a_functions_failure_is_never_a_number(name: str, message: str) -> None:

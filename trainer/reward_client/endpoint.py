@@ -150,7 +150,7 @@ class Endpoint:
         passing = self._dialect.retried_statuses if self._dialect else frozenset()
         if status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505)):
             raise Trouble(
-                f"{self.url}: {status} {response.reason_phrase}: {_quote(body)}",
+                f"{self.url}: {_in_short(response, body)}",
                 retry_after_s=_retry_after_s(response),
                 server_error=status == 500 or status in passing,
                 exchange=exchange,
@@ -166,9 +166,7 @@ class Endpoint:
                 f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(body)}",
                 exchange,
             )
-        raise RewardRejected(
-            f"{exchange.url} refuses the request: {status} {response.reason_phrase}: {_quote(body)}", exchange
-        )
+        raise RewardRejected(f"{exchange.url} refuses the request: {_in_short(response, body)}", exchange)
 
 
 async def _read(response: httpx.Response) -> tuple[bytes, bool]:
@@ -191,6 +189,10 @@ def _basic_auth(url: str) -> httpx.BasicAuth | None:
 
 def _answered(exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
     return Exchange(exchange.method, exchange.url, exchange.request, status, headers, body.decode(errors="replace"))
+
+
+def _in_short(response: httpx.Response, body: bytes) -> str:
+    return ": ".join(filter(None, (f"{response.status_code} {response.reason_phrase}".strip(), _quote(body))))
 
 
 def _quote(body: bytes) -> str:

@@ -34,6 +34,11 @@ class RewardRejected(RewardError):
         super().__init__(message)
         self.exchange = exchange
 
+    def leave_in(self, directory: Path) -> None:
+        """`save`, where there were a request and an answer, and say so in a note."""
+        if self.exchange is not None:
+            self.add_note(f"the request and the answer are in {self.save(directory)}")
+
     def save(self, directory: Path) -> Path:
         """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path."""
         directory.mkdir(parents=True, exist_ok=True)

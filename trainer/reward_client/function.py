@@ -62,8 +62,8 @@ class FunctionSource:
                 ) from error
         answered = Exchange("CALL", self._name, exchange.request, answer=repr(answer))
         try:
-            rewards = [float(reward) for reward in answer]
-        except (TypeError, ValueError) as error:
+            rewards = _numbers(answer)
+        except Exception as error:  # Of the function's own code too, if it gave a generator.
             raise RewardRejected(
                 f"the reward function {self._name} gave no list of numbers: {error}", answered
             ) from error
@@ -81,6 +81,13 @@ class FunctionSource:
             return await self._function(prompts, responses)
         answer = await _in_a_thread(lambda: self._function(prompts, responses))
         return await answer if inspect.isawaitable(answer) else answer
+
+
+def _numbers(answer: Any) -> list[float]:
+    rewards = list(answer)
+    if isinstance(answer, str) or any(isinstance(reward, str) for reward in rewards):
+        raise TypeError("it gave text")
+    return [float(reward) for reward in rewards]
 
 
 def load(name: str) -> Callable[[list[str], list[str]], Any]:
@@ -111,7 +118,7 @@ def _in_a_thread(work: Callable[[], Any]) -> Awaitable[Any]:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
-    def settle(answer: Any, error: BaseException | None) -> None:
+    def settle(answer: Any, error: Exception | None) -> None:
         if done.done():
             return
         if error is None:
@@ -120,11 +127,16 @@ def _in_a_thread(work: Callable[[], Any]) -> Awaitable[Any]:
             done.set_exception(error)
 
     def run() -> None:
-        answer, failure = None, None
+        answer: Any = None
+        failure: Exception | None = None
         try:
             answer = work()
+        except StopIteration as error:
+            failure = RuntimeError(f"StopIteration: {error}")  # A future takes none.
         except Exception as error:
             failure = error
+        except BaseException as error:
+            failure = RuntimeError(f"{type(error).__name__}: {error}")  # It would end the event loop.
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, answer, failure)
 

@@ -184,7 +184,7 @@ class Source:
             if any(endpoint.failures == 0 for endpoint in self._endpoints):
                 return 0.0
             self._waiting = True
-            self._on_wait(f"waiting for a reward: {error} (giving up in {left_s:.0f} s)")
+            self._on_wait(f"waiting for a reward, for {left_s:.0f} s more: {error}")
             if error.retry_after_s is None:
                 return True
             return min(error.retry_after_s + random.uniform(0, WAIT_JITTER_S), left_s)
@@ -212,7 +212,7 @@ class Source:
                 ) from error
             raise RewardUnavailable(
                 f"no usable answer for {loop.time() - max(started, self._answered_at):.0f} s "
-                f"(reward.patience_s={self._settings.patience_s:g}); the last was {error}. "
+                f"(reward.patience_s={self._settings.patience_s:g}); the last failure was {error}. "
                 "Start a reward service with `plaudit-reward`, or name one that runs with --reward.url."
             ) from error
         if self._waiting:
@@ -279,6 +279,11 @@ async def _check_order(endpoint: Endpoint) -> None:
 
     if alike(sorted(together.rewards), sorted(alone)) and not alike(together.rewards, alone):
         raise RewardRejected(
-            f"{endpoint.url} gives rewards in another order than the texts: together {together.rewards}, alone {alone}",
+            f"{endpoint.url} gives rewards in another order than the texts: {_rounded(together.rewards)} together and "
+            f"{_rounded(alone)} one by one",
             exchange,
         )
+
+
+def _rounded(rewards: Sequence[float]) -> str:
+    return ", ".join(f"{reward:.3g}" for reward in rewards)

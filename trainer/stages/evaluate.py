@@ -16,8 +16,9 @@ from trainer.evaluation import Answers, Evaluation, compare
 from trainer.generation import Draws, decode_responses, generate
 from trainer.metrics import FILE_NAME, read_metrics
 from trainer.models import Policy, load_causal_lm, load_tokenizer
+from trainer.progress import WaitingLine
 from trainer.report import Sample, pair_samples, render_report, samples_table, summary_table, verdict, write_samples
-from trainer.reward_client import RewardClient
+from trainer.reward_client import RewardClient, RewardRejected
 from trainer.samples import Samples
 from trainer.stages.ppo import CONFIG_FILE
 
@@ -40,12 +41,14 @@ def run(config: EvaluateConfig) -> EvaluationResult:
     prompts = held_out_prompts(config, tokenizer)
     draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
     console = Console()
-    with RewardClient(
-        config.reward, on_wait=lambda what: console.print(what, markup=False) if what else None
-    ) as client:
-        client.connect()
-        before = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=True)
-        after = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=False)
+    with WaitingLine() as waiting, RewardClient(config.reward, on_wait=waiting) as client:
+        try:
+            client.connect()
+            before = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=True)
+            after = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=False)
+        except RewardRejected as error:
+            error.leave_in(config.output_dir)
+            raise
     result = EvaluationResult(compare(before, after), pair_samples(prompts.texts, before, after))
     _write(config, result)
     console.print(summary_table(result.evaluation))

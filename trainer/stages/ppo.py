@@ -31,7 +31,7 @@ from trainer.model_card import write_model_card
 from trainer.models import Policy, load_policy, load_tokenizer
 from trainer.post_mortem import save_non_finite_batch
 from trainer.ppo.rewards import penalise_length, penalise_missing_eos
-from trainer.progress import StepProgress
+from trainer.progress import StepProgress, WaitingLine
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
 from trainer.rollout import Collected, Sampler, collect, sampler
 from trainer.runtime import StopRequested, StopSignal, exclusive
@@ -85,7 +85,7 @@ def run(config: PPOConfig) -> PPOResult:
         )
         if resumed is not None:
             checkpoints.restore(resumed, policy, stepper)
-        progress = StepProgress(steps, stepper.steps_done)
+        progress = StepProgress(steps, stepper.steps_done, held.enter_context(WaitingLine()))
         with RewardClient(config.reward, on_wait=progress.waiting) as client:
             revisions = processes.together(lambda: _connect(client, config, resumed, stop))
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
@@ -167,7 +167,7 @@ class _Loop:
             saved = self._save_checkpoint()
             if isinstance(error, RewardRejected) and self.processes.is_main:
                 with writing(self.config.output_dir):
-                    error.save(self.config.output_dir)
+                    error.leave_in(self.config.output_dir)
             error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
             raise
         return metrics
@@ -300,7 +300,11 @@ def _checkpoint_to_resume(config: PPOConfig) -> checkpoints.Checkpoint | None:
 
 
 def _connect(client: RewardClient, config: PPOConfig, resumed: checkpoints.Checkpoint | None, stop: StopSignal) -> str:
-    stop.wait(client.connecting())
+    try:
+        stop.wait(client.connecting())
+    except RewardRejected as error:
+        error.leave_in(config.output_dir)
+        raise
     revision = client.revision
     if resumed is None or config.reward.allow_revision_change or resumed.reward_revision in (None, revision):
         return revision

@@ -17,6 +17,7 @@ from trainer.config import ConfigError, DataSettings, EvaluateConfig, Generation
 from trainer.generation import Draws, generate
 from trainer.metrics import KL, REWARD_MEAN, MetricsLog
 from trainer.models import add_lora
+from trainer.reward_client import RewardRejected
 from trainer.stages import evaluate
 
 N = 20
@@ -180,3 +181,14 @@ def test_a_reward_service_that_is_not_there_ends_with_code_75(config, capsys):
     code = cli.run(["evaluate", *flags, "--reward.url", "http://127.0.0.1:9", "--reward.patience-s", "0.2"])
     assert code == cli.EXIT_UNAVAILABLE
     assert "127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_refused_reward_leaves_the_exchange_on_disk_and_says_where(
+    config: EvaluateConfig, stub_reward_server: StubRewardServer
+) -> None:
+    stub_reward_server.script([{"do": "wrong_count"}])
+    with pytest.raises(RewardRejected) as caught:
+        evaluate.run(dataclasses.replace(config, reward=RewardSettings(url=(stub_reward_server.url,))))
+    path = config.output_dir / "rejected-reward.json"
+    assert json.loads(path.read_text())["exchange"]["status"] == 200
+    assert caught.value.__notes__ == [f"the request and the answer are in {path}"]
