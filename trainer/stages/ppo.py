@@ -204,15 +204,16 @@ class _Loop:
             "memory/rollout_peak_mib": rollout_peak.mib,
             "memory/update_peak_mib": update_peak.mib,
         }
-        self.processes.on_main(lambda: self._log(log, step, metrics, collected))
+        self.processes.on_main(lambda: self._write(log, step, metrics, collected))
+        if log is not None:
+            self.progress.step(metrics)
         return metrics
 
-    def _log(self, log: MetricsLog | None, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
+    def _write(self, log: MetricsLog | None, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
         assert log is not None
         log.write(step, metrics)
         if self.config.log_samples_every and step % self.config.log_samples_every == 0:
             log.write_samples(step, sample_table(collected))
-        self.progress.step(metrics)
 
     def _collect_share(self) -> Collected:
         """This process's rows of the step's batch. Which prompts and draws they get is the batch's business alone."""
