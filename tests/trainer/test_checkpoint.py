@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path: Path
 
 
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    # With steps 1 and 2 there, 2 is saved again and then 3: killed before the first operation on a file, the second, ...
+    # With 1 and 2 there, 2 is saved again and then 3; killed before the first operation on a file, the second, ...
     steppers = {step: stepper() for step in (1, 2, 3)}
     for step, one in steppers.items():
         for _ in range(step):
