@@ -61,6 +61,7 @@ def run(config: PPOConfig) -> PPOResult:
     torch.manual_seed(config.seed)
     timeout_s = config.reward.patience_s + config.reward.request_timeout_s + config.collective_timeout_s
     with (
+        _telling_where_to_go_on(config.output_dir / CHECKPOINTS),
         joined(config.device, timeout_s=timeout_s) as (processes, device),
         contextlib.ExitStack() as held,
         StopSignal().listening() as stop,
@@ -90,24 +91,29 @@ def run(config: PPOConfig) -> PPOResult:
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
             sample = sampler(policy, config.generation, tokenizer)
+            processes.on_main(lambda: _prepare_directory(config, stepper.steps_done))
             loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
-                with _telling_where_to_go_on(config.output_dir / CHECKPOINTS):
-                    metrics = _train_and_write(loop, steps)
+                metrics = _train_and_write(loop, steps)
             else:
                 metrics = loop.train(steps, None)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
+
+
+def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
+    """The settings of this run, and nothing of steps that it is about to take."""
+    directory = config.output_dir
+    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+    forget_steps_after(directory / FILE_NAME, steps_done)
+    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
+        print(f"dropped {dropped}: its steps are taken again")
 
 
 def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
     """The main process's part: training, and everything that goes into the output directory."""
     config, done = loop.config, loop.stepper.steps_done
     directory = config.output_dir
-    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
-    forget_steps_after(directory / FILE_NAME, done)
-    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, done):
-        print(f"dropped {dropped}: its steps are taken again")
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
     with (

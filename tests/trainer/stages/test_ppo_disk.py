@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import fill, small_disk
-from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
+from tests.support.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.checkpoint import list_checkpoints
 from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
@@ -64,3 +64,13 @@ def test_a_full_disk_ends_the_run_with_74_and_leaves_it_to_be_resumed(
         code, stderr = TrainerProcess(config, "--resume", "auto").end()
         assert code == 0, stderr
         assert_same_run(config.output_dir, undisturbed)
+
+
+def test_a_full_disk_ends_every_process_with_74(config: PPOConfig, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        single_threaded(ppo.run, dataclasses.replace(config, steps=1))
+        fill(disk)
+        for code, stderr in [rank.end() for rank in start_ranks(config, 2, "--resume", "auto")]:
+            assert code == 74, stderr
+            assert f"cannot write {config.output_dir / 'run.json'}: No space left on device" in stderr
+            assert "in process 0 of 2" in stderr
