@@ -46,7 +46,7 @@ from trainer.config import (
 )
 from trainer.data import Prompts, load_prompts
 from trainer.generation import Draws
-from trainer.memory import measuring_peak
+from trainer.memory import keep_freed_memory, measuring_peak
 from trainer.models import load_policy, load_tokenizer
 from trainer.reward_client import RewardClient
 from trainer.reward_process import reward_service
@@ -106,6 +106,7 @@ class Ours:
 
     def __init__(self, models: Models, prompts: Prompts, client: RewardClient, arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
+        keep_freed_memory()
         lora = LoraSettings(r=arguments.lora_r, alpha=2 * arguments.lora_r) if arguments.lora_r else LoraSettings(False)
         self.policy = load_policy(models.policy, lora, ModelSettings(bf16=arguments.bf16), device=arguments.device)
         count = arguments.batch_size

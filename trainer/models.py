@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import ConfigError, LoraSettings, ModelSettings, Quantization
-from trainer.packing import ModelInput, packed, padded
+from trainer.packing import ModelInput, packed, padded, worth_packing
 from trainer.ppo import distributions
 from trainer.samples import Samples
 
@@ -214,7 +214,9 @@ class Policy(nn.Module):
         return states.flatten(0, 1)[given.states]
 
     def _input_of(self, samples: Samples) -> ModelInput:
-        return packed(samples) if self._packs else padded(samples, takes_positions=self._takes_positions)
+        if self._packs and worth_packing(samples):
+            return packed(samples)
+        return padded(samples, takes_positions=self._takes_positions)
 
     @torch.no_grad()
     def _tells_packed_samples_apart(self) -> bool:

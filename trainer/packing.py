@@ -15,6 +15,9 @@ from trainer.samples import Samples
 PACKED_TOKENS = 64
 """Least length of a packed row. Longer ones waste less at their ends, and more on attention that the mask drops."""
 
+FEW_CELLS = 2048
+"""A padded batch of fewer cells than this is not worth packing."""
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -38,6 +41,11 @@ def padded(samples: Samples, *, takes_positions: bool) -> ModelInput:
     first = samples.query_ids.shape[1] - 1
     starts = torch.arange(len(samples), device=mask.device) * mask.shape[1] + first
     return ModelInput(arguments, _states(samples, starts))
+
+
+def worth_packing(samples: Samples) -> bool:
+    """Whether there is enough to save. Few samples stay padded, and add up as they do in other trainers."""
+    return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
 
 
 def packed(samples: Samples) -> ModelInput:

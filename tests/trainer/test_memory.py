@@ -1,6 +1,9 @@
 """What doesn't fit into memory is tried again in smaller parts, and nothing is counted twice for it."""
 
 import copy
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -94,3 +97,24 @@ def test_the_peak_of_a_phase_counts_what_it_took_and_not_what_came_before() -> N
         pass
     assert first.mib > 256
     assert second.mib < first.mib - 200
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc what to keep")
+def test_the_kernel_clears_the_pages_of_a_tensor_once() -> None:
+    # In a process of its own, since it changes how a process allocates.
+    script = (
+        "import resource, torch\n"
+        "from trainer.memory import keep_freed_memory\n"
+        "def page_faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(8, 2**20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "page_faults()\n"
+        "given_back = page_faults()\n"
+        "keep_freed_memory()\n"
+        "page_faults()\n"
+        "print(given_back, page_faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 4

@@ -48,6 +48,7 @@ def plain_logprobs(model: Any, query: list[int], response: list[int], temperatur
 
 
 # Defect 7: left padding without position ids shifted GPT-2's log-probabilities.
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_padded_rows_have_the_logprobs_that_each_has_alone(architecture: str, temperature: float) -> None:
@@ -60,6 +61,7 @@ def test_padded_rows_have_the_logprobs_that_each_has_alone(architecture: str, te
         assert not outputs.values[i, len(response) :].any()
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_order_company_and_padding_change_nothing_about_a_sample(architecture: str) -> None:
     policy = lora_policy(architecture).eval()
@@ -73,6 +75,7 @@ def test_order_company_and_padding_change_nothing_about_a_sample(architecture: s
                 assert torch.allclose(getattr(other, name)[place, :width], expected, atol=1e-5), name
 
 
+@pytest.mark.usefixtures("layout")
 def test_the_value_of_a_token_is_that_of_the_state_before_it() -> None:
     policy = lora_policy().eval()
     values = policy(samples()).values
@@ -89,6 +92,7 @@ def test_adapters_find_their_layers_and_start_as_the_reference(architecture: str
 
 
 # Defect 6: "reference" responses under LoRA came from the policy.
+@pytest.mark.usefixtures("layout")
 def test_the_reference_is_the_base_model_however_far_the_adapters_have_moved() -> None:
     policy, base = lora_policy().eval(), tiny_gpt2()
     expected = [plain_logprobs(base, q, r) for q, r in zip(QUERIES, RESPONSES, strict=True)]

@@ -16,7 +16,7 @@ from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
 from trainer.generation import Draws
-from trainer.memory import measuring_peak
+from trainer.memory import keep_freed_memory, measuring_peak
 from trainer.metrics import (
     FILE_NAME,
     REWARD_COMPONENT,
@@ -59,6 +59,7 @@ def run(config: PPOConfig) -> PPOResult:
             "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
         )
     torch.manual_seed(config.seed)
+    keep_freed_memory()
     timeout_s = config.reward.patience_s + config.reward.request_timeout_s + config.collective_timeout_s
     with (
         _telling_where_to_go_on(config.output_dir / CHECKPOINTS),
