@@ -52,10 +52,8 @@ def test_weights_after_three_steps_are_those_of_the_classic_trainer(recording: R
     for name, distances in recording.weight_distances(stepper, 2).items():
         if name.endswith(KEY_BIAS):
             continue
+        assert distances.max() < 1e-4 * scale, name
         assert (distances < 1e-5 * scale).float().mean() > 0.999, name
-        # On some processors a single entry goes the other way, here as in the classic trainer itself.
-        assert (distances > 1e-4 * scale).sum() <= 1, name
-        assert distances.max() < stepper.config.learning_rate, name
 
 
 def test_a_step_goes_on_from_saved_state_as_if_it_had_never_stopped(recording: Recording) -> None:
