@@ -405,6 +405,7 @@ class PPOConfig:
     policy: str = "lvwerra/gpt2-imdb"
     """Directory or hub id of the causal language model to train."""
     output_dir: Path = Path("runs/ppo")
+    """Where checkpoints, metrics and the trained policy go; one run's, and nobody else's while it lasts."""
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -420,6 +421,7 @@ class PPOConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints. One is also written when the run is stopped or runs out of patience."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     log_samples_every: int = 10
     """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
     merge: bool = False

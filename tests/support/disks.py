@@ -1,5 +1,6 @@
 """A real file system that is small enough to be filled."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,5 +31,8 @@ def fill(disk: Path, *, but_kib: int = 0) -> Path:
     """Takes all the room on the disk but this much; deleting the file that is returned gives it back."""
     state = os.statvfs(disk)
     filler = disk / "filler"
-    filler.write_bytes(bytes(state.f_bavail * state.f_frsize - but_kib * 1024))
+    # The file system's own count may be a little too high.
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for _ in range(state.f_bavail * state.f_frsize // 1024 - but_kib):
+            file.write(bytes(1024))
     return filler

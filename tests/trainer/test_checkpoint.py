@@ -1,7 +1,9 @@
 """Checkpoints are whole or not there."""
 
 import copy
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.disks import fill, small_disk
-from tests.support.runs import FORKS, assert_same
+from tests.support.runs import assert_same
 from tests.support.tiny_models import tiny_gpt2
 from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, LoraSettings, PPOHyperparameters
@@ -54,7 +56,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in checkpoints.list_checkpoints(tmp_path)] == [3, 4]
 
 
-@pytest.mark.parametrize("room_kib", [0, 4, 8, 12, 16, 20, 24, 32])
+@pytest.mark.parametrize("room_kib", [0, 4, 12, 24])
 def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path: Path, room_kib: int) -> None:
     one = stepper()
     advance(one)
@@ -76,16 +78,20 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path: Path
 
 
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    # Steps 1 and 2 are saved, then 2 again and 3; killed before the first operation on a file, before the second, ...
-    expected = {}
-    one = stepper()
-    for step in (1, 2, 3):
-        advance(one)
-        expected[step] = copy.deepcopy(one.policy.state_dict())
+    # With 1 and 2 there, 2 is saved again and then 3; killed before the first operation on a file, the second, ...
+    steppers = {step: stepper() for step in (1, 2, 3)}
+    for step, one in steppers.items():
+        for _ in range(step):
+            advance(one)
+        if step < 3:
+            save(tmp_path / "before", one)
     kills, ended = 0, False
     while not ended:
         root = tmp_path / f"killed-{kills}"
-        process = FORKS.Process(target=_save_until_killed, args=(root, kills))
+        shutil.copytree(tmp_path / "before", root)
+        process = multiprocessing.get_context("fork").Process(
+            target=_save_until_killed, args=(root, [steppers[2], steppers[3]], kills)
+        )
         process.start()
         process.join(60)
         ended = process.exitcode == 0
@@ -95,17 +101,13 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) 
         resumed = stepper(seed=1)
         checkpoints.restore(newest, resumed.policy, resumed)
         assert resumed.steps_done == newest.step >= 2
-        assert_same(resumed.policy.state_dict(), expected[newest.step])
+        assert_same(resumed.policy.state_dict(), steppers[newest.step].policy.state_dict())
+    print(f"killed at {kills} operations")
     assert kills > 20
     assert newest.step == 3
 
 
-def _save_until_killed(root: Path, operations: int) -> None:
-    torch.set_num_threads(1)
-    one = stepper()
-    for _ in range(2):
-        advance(one)
-        save(root, one)
+def _save_until_killed(root: Path, steppers: list[PPOStepper], operations: int) -> None:
     left = operations
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -116,9 +118,8 @@ def _save_until_killed(root: Path, operations: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    save(root, one)
-    advance(one)
-    save(root, one)
+    for one in steppers:
+        save(root, one)
 
 
 def test_going_on_from_an_earlier_checkpoint_forgets_those_of_the_steps_that_are_taken_again(tmp_path: Path) -> None:

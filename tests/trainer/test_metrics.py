@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,8 +53,8 @@ def test_a_full_disk_is_told_with_the_files_name_and_costs_the_line_that_found_n
         assert [record["step"] for record in read_metrics(path)] == [0, 2]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it(tmp_path):
+def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard writes in a thread of its own
     with small_disk(tmp_path / "disk", 1024) as disk:
         log = MetricsLog(disk)
         fill(disk)

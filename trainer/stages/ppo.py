@@ -62,6 +62,7 @@ def run(config: PPOConfig) -> PPOResult:
     keep_freed_memory()
     timeout_s = config.reward.patience_s + config.reward.request_timeout_s + config.collective_timeout_s
     with (
+        _telling_where_to_go_on(config.output_dir / CHECKPOINTS),
         joined(config.device, timeout_s=timeout_s) as (processes, device),
         contextlib.ExitStack() as held,
         StopSignal().listening() as stop,
@@ -91,24 +92,29 @@ def run(config: PPOConfig) -> PPOResult:
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
             sample = sampler(policy, config.generation, tokenizer)
+            processes.on_main(lambda: _prepare_directory(config, stepper.steps_done))
             loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
-                with _telling_where_to_go_on(config.output_dir / CHECKPOINTS):
-                    metrics = _train_and_write(loop, steps)
+                metrics = _train_and_write(loop, steps)
             else:
                 metrics = loop.train(steps, None)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
+
+
+def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
+    """The settings of this run, and nothing of steps that it is about to take."""
+    directory = config.output_dir
+    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+    forget_steps_after(directory / FILE_NAME, steps_done)
+    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
+        print(f"dropped {dropped}: its steps are taken again")
 
 
 def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
     """The main process's part: training, and everything that goes into the output directory."""
     config, done = loop.config, loop.stepper.steps_done
     directory = config.output_dir
-    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
-    forget_steps_after(directory / FILE_NAME, done)
-    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, done):
-        print(f"dropped {dropped}: its steps are taken again")
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
     with (
@@ -205,15 +211,16 @@ class _Loop:
             "memory/rollout_peak_mib": rollout_peak.mib,
             "memory/update_peak_mib": update_peak.mib,
         }
-        self.processes.on_main(lambda: self._log(log, step, metrics, collected))
+        self.processes.on_main(lambda: self._write(log, step, metrics, collected))
+        if log is not None:
+            self.progress.step(metrics)
         return metrics
 
-    def _log(self, log: MetricsLog | None, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
+    def _write(self, log: MetricsLog | None, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
         assert log is not None
         log.write(step, metrics)
         if self.config.log_samples_every and step % self.config.log_samples_every == 0:
             log.write_samples(step, sample_table(collected))
-        self.progress.step(metrics)
 
     def _collect_share(self) -> Collected:
         """This process's rows of the step's batch. Which prompts and draws they get is the batch's business alone."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import fill, small_disk
-from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
+from tests.support.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.checkpoint import list_checkpoints
 from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
@@ -19,7 +19,7 @@ EXPORTED = {"adapter_model.safetensors", "adapter_config.json", "value_head.safe
 def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
     return PPOConfig(
         policy=str(policy_dir),
-        output_dir=tmp_path / "disk" / "run",
+        output_dir=tmp_path / "disk",
         dataset=DataSettings(str(reviews)),
         reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5),
         ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
@@ -41,7 +41,7 @@ def test_a_full_disk_ends_the_run_with_74_and_leaves_it_to_be_resumed(
     config: PPOConfig, tmp_path: Path, steps_before: int, room_kib: int, place: str
 ) -> None:
     undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
-    with small_disk(tmp_path / "disk", 4096) as disk:
+    with small_disk(config.output_dir, 4096) as disk:
         single_threaded(ppo.run, dataclasses.replace(config, steps=steps_before))
         for name in EXPORTED:
             (config.output_dir / name).unlink()
@@ -64,3 +64,13 @@ def test_a_full_disk_ends_the_run_with_74_and_leaves_it_to_be_resumed(
         code, stderr = TrainerProcess(config, "--resume", "auto").end()
         assert code == 0, stderr
         assert_same_run(config.output_dir, undisturbed)
+
+
+def test_a_full_disk_ends_every_process_with_74(config: PPOConfig) -> None:
+    with small_disk(config.output_dir, 4096) as disk:
+        single_threaded(ppo.run, dataclasses.replace(config, steps=1))
+        fill(disk)
+        for code, stderr in [rank.end() for rank in start_ranks(config, 2, "--resume", "auto")]:
+            assert code == 74, stderr
+            assert f"cannot write {config.output_dir / 'run.json'}: No space left on device" in stderr
+            assert "in process 0 of 2" in stderr
