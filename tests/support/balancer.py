@@ -16,10 +16,12 @@ ITEMS_OF_A_REQUEST = (1, 32)
 """Callers alternate between one text and as many as a chunk of the trainer's has."""
 
 
-def balancer_file(directory: Path, port: int, operations: int, replicas: Sequence[int]) -> Path:
+def balancer_file(
+    directory: Path, port: int, operations: int, replicas: Sequence[int], *, config: Path = CONFIG
+) -> Path:
     """haproxy.cfg with other ports, and replicas on ports of this machine instead of Docker's name server."""
     servers = "\n    ".join(f"server replica{i} 127.0.0.1:{replica}" for i, replica in enumerate(replicas))
-    text = CONFIG.read_text()
+    text = config.read_text()
     for old, new in {
         "bind :8000": f"bind 127.0.0.1:{port}",
         "bind :8404": f"bind 127.0.0.1:{operations}",
