@@ -1,5 +1,6 @@
 """The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
 
+import errno
 import importlib
 import os
 import shlex
@@ -7,7 +8,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import zip_longest
@@ -100,7 +102,8 @@ def run(args: Sequence[str]) -> int:
         config = parse(name, flags)
         stage = importlib.import_module(COMMANDS[name].module)
         _quiet_libraries()
-        stage.run(config)
+        with _naming_a_full_disk(config):
+            stage.run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
@@ -156,6 +159,17 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE
     return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
+
+
+@contextmanager
+def _naming_a_full_disk(config: Any) -> Iterator[None]:
+    """A write that finds no space doesn't know its file's name; all that a stage writes is below one directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(config.output_dir)
+        raise
 
 
 @dataclass(frozen=True)
