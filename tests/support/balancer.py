@@ -12,6 +12,7 @@ from pathlib import Path
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "balancer" / "haproxy.cfg"
 REPLICAS = "server-template replica 16 reward:8000 resolvers docker init-addr none"
+STATISTICS = "/;csv"
 ITEMS_OF_A_REQUEST = (1, 32)
 """Callers alternate between one text and as many as a chunk of the trainer's has."""
 
@@ -37,10 +38,15 @@ def balancer_file(
 def replicas_up(operations: int) -> int:
     """How many replicas the balancer with this operations port sends requests to; 0 while it does not answer."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{operations}/;csv", timeout=10) as answer:
-            rows = list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))
+        with urllib.request.urlopen(f"http://127.0.0.1:{operations}{STATISTICS}", timeout=10) as answer:
+            return replicas_up_in(answer.read().decode())
     except OSError:
         return 0
+
+
+def replicas_up_in(statistics: str) -> int:
+    """`replicas_up` in what the balancer's `STATISTICS` say."""
+    rows = csv.DictReader(statistics.removeprefix("# ").splitlines())
     return sum(row["svname"].startswith("replica") and row["status"].startswith("UP") for row in rows)
 
 
