@@ -5,7 +5,8 @@
 Starts HAProxy (Debian's package `haproxy`) with deploy/balancer/haproxy.cfg in front of real reward services on this
 machine, and callers that ask without pause for one text and for 32 in turn and repeat nothing. Kills one service after
 the other with SIGKILL, each time starting it again once the balancer has noticed, and counts answers by status. A
-request is lost when its caller gets anything but 200. `--balancer-config` measures another configuration.
+request is lost when its caller gets anything but 200. The reward model is a tiny one unless `--model` names another, so
+that there are many of them. `--balancer-config` measures another configuration.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from tests.support.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
 from tests.support.reward_service import RewardService, free_port
 from tests.support.running import running, until
+from tests.support.tiny_models import tiny_classifier_dir
 
 PAUSE_S = 1.0
 """How long the callers go on undisturbed before the next kill."""
@@ -24,7 +26,7 @@ PAUSE_S = 1.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/imdb-distilbert-mini"))
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--callers", type=int, default=8)
     parser.add_argument("--kills", type=int, default=10)
@@ -33,7 +35,8 @@ def main() -> None:
 
     port, operations = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        services = [RewardService(arguments.model) for _ in range(arguments.replicas)]
+        model = arguments.model or tiny_classifier_dir(Path(directory) / "judge")
+        services = [RewardService(model) for _ in range(arguments.replicas)]
         for service in services:
             stack.callback(service.kill)
         ports = [service.port for service in services]
