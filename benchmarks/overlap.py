@@ -26,10 +26,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import DataSettings, GenerationSettings, PPOHyperparameters, PromptSettings, RewardSettings
 from trainer.data import Prompts, load_prompts
+from trainer.generation import Draws
 from trainer.models import load_policy, load_tokenizer
 from trainer.reward_client import RewardClient, Scores
 from trainer.reward_process import reward_service
-from trainer.rollout import Draws, Rewarder, collect
+from trainer.rollout import Rewarder, collect
 from trainer.update import PPOStepper, Sampling
 
 LATENCIES_MS = (0, 20, 100, 500)

@@ -45,11 +45,12 @@ from trainer.config import (
     RewardSettings,
 )
 from trainer.data import Prompts, load_prompts
+from trainer.generation import Draws
 from trainer.memory import measuring_peak
 from trainer.models import load_policy, load_tokenizer
 from trainer.reward_client import RewardClient
 from trainer.reward_process import reward_service
-from trainer.rollout import Draws, collect
+from trainer.rollout import collect
 from trainer.samples import Samples
 from trainer.update import PPOStepper
 

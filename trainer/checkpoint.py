@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "trackers",
     "collective_timeout_s",
     "device",
+    "generation.static_cache",
     "ppo.micro_batch_size",
     "reward.",
 )

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import logging
 import os
 import shlex
 import signal
@@ -100,10 +101,9 @@ def run(args: Sequence[str]) -> int:
     name, *flags = args
     try:
         config = parse(name, flags)
-        stage = importlib.import_module(COMMANDS[name].module)
         _quiet_libraries()
         with _naming_a_full_disk(config):
-            stage.run(config)
+            importlib.import_module(COMMANDS[name].module).run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
@@ -138,9 +138,11 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 def _quiet_libraries() -> None:
     """Leave the terminal to the stage's own progress and results."""
     import stamina.instrumentation
-    from transformers.utils import logging
+    import transformers
 
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # Some processors have it ask for a package that only makes 4-bit inference faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
     # peft asks transformers by the name that it had before.

@@ -122,6 +122,9 @@ class GenerationSettings:
     top_p: float = 1.0
     batch_size: int = 128
     """Prompts generated at once; also the size of the chunks sent to the reward service."""
+    static_cache: bool | None = None
+    """Keep every shape fixed, so that a GPU replays a recorded graph for each token. Left out: on GPUs, where the model
+    allows it. Slower on CPUs."""
 
     def __post_init__(self) -> None:
         _require(

@@ -122,8 +122,8 @@ def load_prompts(
         )
     texts = texts[:limit]
     draw = random.Random(seed)
-    # A token is at least one character here or there, and openings are short: tokenising the whole text is waste.
-    openings = tokenizer([text[: 64 * prompts.max_tokens] for text in texts], add_special_tokens=False, verbose=False)[
+    # Tokenising the whole of a text for its opening is waste: English has about 4 characters a token.
+    openings = tokenizer([text[: 16 * prompts.max_tokens] for text in texts], add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
     token_ids = [ids[: draw.randint(prompts.min_tokens, prompts.max_tokens)] for ids in openings]

@@ -202,14 +202,14 @@ class Policy(nn.Module):
 
         hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
         try:
-            with self._autocasting():
+            with self.autocasting():
                 logits = model(**given.arguments, use_cache=False).logits
         finally:
             hook.remove()
         return logits.squeeze(0), seen[0]
 
     def _value_states(self, given: ModelInput) -> Tensor:
-        with self._autocasting():
+        with self.autocasting():
             states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
         return states.flatten(0, 1)[given.states]
 
@@ -228,8 +228,11 @@ class Policy(nn.Module):
         tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
         return bool((alone - together).abs().max() < tolerance * alone.std())
 
-    def _autocasting(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+    def autocasting(self) -> torch.autocast:
+        """The precision that the policy computes in, generation included."""
+        # No cache: each weight is cast once a pass anyway, and a recorded graph would keep an old step's copy.
+        enabled = self.autocast is not None
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
 
     @staticmethod
     def _head_of(model: Any) -> Any:

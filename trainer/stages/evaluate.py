@@ -13,11 +13,11 @@ from trainer.config import ConfigError, EvaluateConfig, GenerationSettings, to_d
 from trainer.data import Prompts, load_prompts
 from trainer.distributed import device_named
 from trainer.evaluation import Answers, Evaluation, compare
+from trainer.generation import Draws, decode_responses, generate
 from trainer.metrics import FILE_NAME, read_metrics
 from trainer.models import Policy, load_causal_lm, load_tokenizer
 from trainer.report import Sample, pair_samples, render_report, samples_table, summary_table, verdict, write_samples
 from trainer.reward_client import RewardClient
-from trainer.rollout import Draws, decode_responses, generate
 from trainer.samples import Samples
 from trainer.stages.ppo import CONFIG_FILE
 

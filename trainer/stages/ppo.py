@@ -15,6 +15,7 @@ from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, PenaltySettings, PPOConfig, to_dict
 from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
+from trainer.generation import Draws
 from trainer.memory import measuring_peak
 from trainer.metrics import (
     FILE_NAME,
@@ -32,7 +33,7 @@ from trainer.post_mortem import save_non_finite_batch
 from trainer.ppo.rewards import penalise_length, penalise_missing_eos
 from trainer.progress import StepProgress
 from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailable
-from trainer.rollout import Collected, Draws, collect
+from trainer.rollout import Collected, Sampler, collect, sampler
 from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.samples import Rollout
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
@@ -87,7 +88,8 @@ def run(config: PPOConfig) -> PPOResult:
             revisions = processes.together(lambda: _connect(client, config, resumed, stop))
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
-            loop = _Loop(config, tokenizer, policy, stepper, schedule, client, stop, processes, progress)
+            sample = sampler(policy, config.generation, tokenizer)
+            loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
                 print(policy.trainable_parameters_line())
                 metrics = _train_and_write(loop, steps)
@@ -126,6 +128,7 @@ class _Loop:
     config: PPOConfig
     tokenizer: Any
     policy: Policy
+    sample: Sampler
     stepper: PPOStepper
     schedule: PromptSchedule
     client: RewardClient
@@ -200,6 +203,7 @@ class _Loop:
             draws.rows(rows.start, rows.stop),
             config.generation,
             self.client,
+            sample=self.sample,
             wait=self.stop.wait,
         )
         return collected if self.processes.count == 1 else collected.to("cpu")

@@ -14,9 +14,9 @@ from tests.support.stub_reward_server import StubRewardServer, stub_reward
 from tests.support.tiny_models import save, tiny_gpt2
 from trainer import cli
 from trainer.config import ConfigError, DataSettings, EvaluateConfig, GenerationSettings, LoraSettings, RewardSettings
+from trainer.generation import Draws, generate
 from trainer.metrics import KL, REWARD_MEAN, MetricsLog
 from trainer.models import add_lora
-from trainer.rollout import Draws, generate
 from trainer.stages import evaluate
 
 N = 20

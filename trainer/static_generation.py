@@ -1,0 +1,157 @@
+"""Sampling with every shape fixed, so that a GPU replays one recorded graph for each token.
+
+For a small model Python launches kernels more slowly than a GPU runs them. Here the key-value cache has its final size
+from the start, rows that have ended go on to the end beside the others, and nothing that a token needs is read by the
+host: one token is one CUDA graph. What would be wrong here: another sample than `trainer.generation.generate` gives, or
+a graph that goes on with weights of an earlier step. Weights are therefore only ever changed in place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from trainer.config import ConfigError, GenerationSettings
+from trainer.generation import Draws, sample_tokens
+from trainer.samples import Samples
+
+QUERY_TOKENS = 8
+"""Queries are padded to a multiple of this, so that few shapes, and few graphs, come up."""
+LOOK_EVERY = 16
+"""Tokens between two looks at whether every row has ended; each look makes the host wait for the device."""
+
+
+class StaticGenerator:
+    """`generate` for one model, as it is when first called: the same adapters, on the same device, for good."""
+
+    def __init__(self, model: Any, settings: GenerationSettings, tokenizer: Any) -> None:
+        """Raises `ConfigError` if the model's attention has no cache of fixed size (see `supports`)."""
+        if not supports(model):
+            raise ConfigError(
+                f"generation.static_cache=True: {type(model).__name__} has no key-value cache of fixed size; "
+                "leave the setting out"
+            )
+        self._model, self._settings, self._tokenizer = model, settings, tokenizer
+        self._decoders: dict[tuple[int, int], Decoder] = {}
+
+    @torch.no_grad()
+    def __call__(self, queries: Sequence[Sequence[int]], draws: Draws) -> Samples:
+        """One response for each query; what `trainer.generation.generate` gives."""
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        samples = Samples.from_lists(queries, [[0]] * len(queries), self._tokenizer.pad_token_id, device)
+        width = -(-samples.query_ids.shape[1] // QUERY_TOKENS) * QUERY_TOKENS
+        tokens, written = self.decoder(len(queries), width).decode(samples, draws)
+        longest = int(written.max())
+        mask = torch.arange(longest, device=device) < written.unsqueeze(1)
+        filled = tokens[:, :longest].masked_fill(~mask, self._tokenizer.pad_token_id)
+        return Samples(samples.query_ids, samples.query_mask, filled, mask)
+
+    def decoder(self, rows: int, width: int) -> "Decoder":
+        """The one for so many queries of so many tokens."""
+        if (rows, width) not in self._decoders:
+            device = next(self._model.parameters()).device
+            self._decoders[rows, width] = Decoder(
+                self._model, self._settings, rows, width, eos=self._tokenizer.eos_token_id, device=device
+            )
+        return self._decoders[rows, width]
+
+
+def supports(model: Any) -> bool:
+    """Whether every layer keeps all keys and values, and its attention takes a mask of booleans."""
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return model.config._attn_implementation == "sdpa" and all(type(layer) is StaticLayer for layer in layers)
+
+
+class Decoder:
+    """Everything a token reads and writes, at fixed addresses, for B queries of up to Q tokens."""
+
+    def __init__(
+        self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None, device: torch.device
+    ) -> None:
+        self._model, self._settings, self._eos, self._width = model, settings, -1 if eos is None else eos, width
+        steps = settings.max_new_tokens
+        self._cache = StaticCache(config=model.config, max_cache_len=width + steps)
+        self._seen = torch.zeros(rows, 1, 1, width + steps, dtype=torch.bool, device=device)
+        self._last = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._uniforms = torch.zeros(rows, steps, dtype=torch.float64, device=device)
+        self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self._step = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        self._written = torch.zeros(rows, dtype=torch.long, device=device)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def decode(self, samples: Samples, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T], with anything behind a row's end, and how many of them count, [B]."""
+        self.prefill(samples, draws)
+        if self._seen.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
+            self._graph = self._record()
+            self.prefill(samples, draws)
+        advance = self.advance if self._graph is None else self._graph.replay
+        for step in range(1, int(draws.lengths.max())):
+            if step % LOOK_EVERY == 0 and bool(self._ended.all()):
+                break
+            advance()
+        return self._tokens, self._written
+
+    def prefill(self, samples: Samples, draws: Draws) -> None:
+        """Forgets the last batch, reads the queries and samples the first token."""
+        skip = self._width - samples.query_ids.shape[1]
+        real = torch.nn.functional.pad(samples.query_mask, (skip, 0))
+        ids = torch.nn.functional.pad(samples.query_ids, (skip, 0))
+        if self._cache.is_initialized:
+            self._cache.reset()
+        for buffer in (self._seen, self._step, self._written, self._ended):
+            buffer.zero_()
+        self._lengths.copy_(draws.lengths)
+        self._uniforms.copy_(draws.uniforms)
+        self._seen[..., : self._width] = real[:, None, None]
+        self._position.copy_(samples.query_lengths.unsqueeze(1) - 1)
+        causal = torch.ones(self._width, self._seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
+        # A padding token sees itself: a softmax over nothing is no number.
+        own = torch.eye(self._width, self._seen.shape[-1], dtype=torch.bool, device=ids.device)
+        self._choose(self._logits(ids, (self._seen & causal) | own, (real.cumsum(1) - 1).clamp(min=0)))
+
+    def advance(self) -> None:
+        """One more token for every row. Reads nothing back to the host."""
+        self._choose(self._logits(self._last, self._seen, self._position))
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _choose(self, logits: Tensor) -> None:
+        chosen = sample_tokens(logits, self._uniforms.gather(1, self._step).squeeze(1), self._settings)
+        self._tokens.scatter_(1, self._step, chosen.unsqueeze(1))
+        self._written.add_(~self._ended)
+        self._ended.logical_or_((self._written >= self._lengths) | (chosen == self._eos))
+        # The chosen token is read next; its keys and values go into the cell that is seen from now on.
+        self._last.copy_(chosen.unsqueeze(1))
+        self._position.add_(1)
+        self._seen.view(len(chosen), -1).scatter_(1, self._step + self._width, True)
+        self._step.add_(1)
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        # Lazy initialisation must be over before the recording, on a stream of its own as the recording is.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.advance()
+        return graph
