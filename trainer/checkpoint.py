@@ -6,7 +6,6 @@ in the data is the step itself and there are no generator states to save beyond 
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError
 from trainer.models import Policy
+from trainer.storage import sync, writing
 from trainer.update import PPOStepper
 
 MANIFEST = "manifest.json"
@@ -58,33 +58,53 @@ def save_checkpoint(
     """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
+        NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
     step = stepper.steps_done
     final = root / f"step-{step:06d}"
     beside = root / f".{final.name}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in _trainable(policy)}, beside / WEIGHTS)
-    torch.save(stepper.state_dict(), beside / STATE)
-    manifest = {"format": FORMAT, "step": step, "config": config, "reward_revision": reward_revision}
-    (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for file in (*beside.iterdir(), beside):
-        _sync(file)
-    # A leftover without its manifest is litter; a complete one of the same step holds the same state.
-    shutil.rmtree(final, ignore_errors=True)
-    beside.rename(final)
-    _sync(root)
+    replaced = root / f"{final.name}.replaced"
+    _remove(beside)
+    with writing(beside):
+        try:
+            beside.mkdir(parents=True)
+            save_file({name: p.detach().contiguous() for name, p in _trainable(policy)}, beside / WEIGHTS)
+            # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
+            with (beside / STATE).open("wb") as file:
+                torch.save(stepper.state_dict(), file)
+            manifest = {"format": FORMAT, "step": step, "config": config, "reward_revision": reward_revision}
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            for written in (*beside.iterdir(), beside):
+                sync(written)
+        except BaseException:
+            # Its room is needed for whatever comes next.
+            _remove(beside)
+            raise
+        # One of the same step is a whole checkpoint until the new one is.
+        if final.exists():
+            _remove(replaced)
+            final.rename(replaced)
+        beside.rename(final)
+        sync(root)
+    _remove(replaced)
     for old in list_checkpoints(root)[:-keep]:
-        shutil.rmtree(old.directory, ignore_errors=True)
+        _remove(old.directory)
     return Checkpoint(final, step, config, reward_revision)
+
+
+def forget_checkpoints_after(root: Path, step: int) -> list[Path]:
+    """Removes checkpoints of later steps: a run that goes on from `step` is about to take those steps again."""
+    later = [checkpoint.directory for checkpoint in list_checkpoints(root) if checkpoint.step > step]
+    for directory in reversed(later):
+        _remove(directory)
+    return later
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:
     """The complete checkpoints under `root`, oldest first."""
     return sorted(
         (read_checkpoint(path.parent) for path in root.glob(f"step-*/{MANIFEST}")),
-        key=lambda checkpoint: checkpoint.step,
+        key=lambda checkpoint: (checkpoint.step, checkpoint.directory.suffix == ""),
     )
 
 
@@ -148,9 +168,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(directory: Path) -> None:
+    """Deletes a checkpoint, its manifest first: without it, what a kill leaves is litter."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTED = 65
 """EX_DATAERR: the reward service refuses what it is sent; trying again won't help."""
+EXIT_NOT_WRITTEN = 74
+"""EX_IOERR: the disk is full or can't be written to; make room, then resume."""
 EXIT_UNAVAILABLE = 75
 """EX_TEMPFAIL: the reward service can't be reached; start it, then resume."""
 EXIT_INTERRUPTED = 130
@@ -109,7 +112,7 @@ def run(args: Sequence[str]) -> int:
     except Exception as error:
         code = exit_code(error)
         _fail(name, _one_line(error), code)
-        if code == EXIT_UNAVAILABLE or code > 128:
+        if code in (EXIT_UNAVAILABLE, EXIT_NOT_WRITTEN) or code > 128:
             _say_how_to_go_on(name, flags)
         return code
     return 0
@@ -143,10 +146,21 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Some processors have it ask for a package that only makes 4-bit inference faster.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It takes a text that begins with its padding token for a padded one.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "attention_mask" not in record.getMessage()
+    )
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
+    # What TensorBoard's thread can't write, its next call raises.
+    threading.excepthook = _except_of_tensorboard
     # peft asks transformers by the name that it had before.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def exit_code(error: Exception) -> int:
@@ -155,9 +169,12 @@ def exit_code(error: Exception) -> int:
         return EXIT_USAGE
     from trainer.reward_client import RewardRejected, RewardUnavailable
     from trainer.runtime import StopRequested
+    from trainer.storage import NotWritten
 
     if isinstance(error, StopRequested):
         return error.exit_code
+    if isinstance(error, NotWritten) or getattr(error, "errno", None) == errno.ENOSPC:
+        return EXIT_NOT_WRITTEN
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE
     return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.config import ConfigError
+from trainer.storage import write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
@@ -42,28 +43,33 @@ class MetricsLog:
         tensorboard: bool = True,
         trackers: Sequence[Any] = (),
     ) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / FILE_NAME
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._directory, self._path = directory, directory / FILE_NAME
         self._trackers = trackers
         self._tensorboard: Any = None
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            torn = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
+            # Unbuffered: a line that found no room is not kept to be tried again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+            if torn:
+                self._append("\n")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=resume_from)
+            with writing(directory / TENSORBOARD_DIR):
+                self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=resume_from)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's metrics. A number that is not finite is written as null: JSON has no NaN."""
+        """One step's metrics. A number that is not finite is written as null: JSON has no NaN. Raises `NotWritten`."""
         numbers = {name: float(value) for name, value in metrics.items()}
         record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._append(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with writing(self._directory / TENSORBOARD_DIR):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
         for tracker in self._trackers:
             tracker.log(numbers, step=step)
 
@@ -77,14 +83,22 @@ class MetricsLog:
             return
         lines = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
         table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *lines])
-        self._tensorboard.add_text("samples", table, step)
+        with writing(self._directory / TENSORBOARD_DIR):
+            self._tensorboard.add_text("samples", table, step)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         for tracker in self._trackers:
             tracker.finish()
+        if self._tensorboard is not None:
+            with writing(self._directory / TENSORBOARD_DIR):
+                self._tensorboard.close()
+
+    def _append(self, line: str) -> None:
+        data = line.encode()
+        while data:
+            data = data[self._file.write(data) :]
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -146,6 +160,4 @@ def forget_steps_after(path: Path, steps_done: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(f"{line}\n" for line in kept))
-    beside.replace(path)
+    write_text(path, "".join(f"{line}\n" for line in kept))

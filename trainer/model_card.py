@@ -1,18 +1,23 @@
 """The README.md of a trained policy: what it is, how it was made, what came out."""
 
+import json
 from pathlib import Path
 
 import yaml
 
 from trainer.config import PPOConfig, to_dict
 from trainer.metrics import KL, REWARD_MEAN
+from trainer.storage import write_text
 
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
-    """Write `directory/README.md` with the metadata the hub reads in front."""
+    """Write `directory/README.md` with the metadata the hub reads in front. The trained weights are there already."""
+    adapters = directory / "adapter_config.json"
+    # Of adapters that went on training it is the model that they were first put on.
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else None
     front = {
-        "base_model": config.policy,
-        "library_name": "peft" if config.lora.enabled else "transformers",
+        "base_model": base or config.policy,
+        "library_name": "peft" if base else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["ppo", "rlhf", "plaudit"],
     }
@@ -25,13 +30,14 @@ def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str,
         f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{config.policy}"), "{directory}")"""
-        if config.lora.enabled
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{directory}")"""
+        if base
         else f"""from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{directory}")"""
     )
-    (directory / "README.md").write_text(
+    write_text(
+        directory / "README.md",
         f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -55,5 +61,4 @@ Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against 
 {yaml.safe_dump(to_dict(config), sort_keys=False).strip()}
 ```
 """,
-        encoding="utf-8",
     )

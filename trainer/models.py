@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trainer.config import ConfigError, LoraSettings, ModelSettings, Quantization
-from trainer.packing import ModelInput, packed, padded
+from trainer.packing import ModelInput, packed, padded, worth_packing
 from trainer.ppo import distributions
 from trainer.samples import Samples
 
@@ -214,7 +214,9 @@ class Policy(nn.Module):
         return states.flatten(0, 1)[given.states]
 
     def _input_of(self, samples: Samples) -> ModelInput:
-        return packed(samples) if self._packs else padded(samples, takes_positions=self._takes_positions)
+        if self._packs and worth_packing(samples):
+            return packed(samples)
+        return padded(samples, takes_positions=self._takes_positions)
 
     @torch.no_grad()
     def _tells_packed_samples_apart(self) -> bool:
@@ -244,6 +246,13 @@ class Policy(nn.Module):
         learning = sum(_numel(p) for p in self.parameters() if p.requires_grad)
         share = 100 * learning / everything
         return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {share:.4f}"
+
+    def reference_line(self) -> str:
+        """What the reference is and what it costs."""
+        if not self._reference:
+            return "the reference is the same weights with the adapters off: no second copy"
+        mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
+        return f"every parameter learns, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
 
     def save(self, directory: Path) -> None:
         """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head."""

@@ -15,6 +15,9 @@ from trainer.samples import Samples
 PACKED_TOKENS = 64
 """Least length of a packed row. Longer ones waste less at their ends, and more on attention that the mask drops."""
 
+FEW_CELLS = 2048
+"""A padded batch of fewer cells than this is not worth packing."""
+
 
 @dataclass(frozen=True)
 class ModelInput:
@@ -40,6 +43,11 @@ def padded(samples: Samples, *, takes_positions: bool) -> ModelInput:
     return ModelInput(arguments, _states(samples, starts))
 
 
+def worth_packing(samples: Samples) -> bool:
+    """Whether there is enough to save. Few samples stay padded, and add up as they do in other trainers."""
+    return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
+
+
 def packed(samples: Samples) -> ModelInput:
     """Several samples a row, each with positions from 0, by which the model tells them apart; no attention mask.
 
@@ -55,7 +63,9 @@ def packed(samples: Samples) -> ModelInput:
     positions = real.cumsum(1) - 1
     inputs = real & (positions < lengths.unsqueeze(1))
     cells = (starts.unsqueeze(1) + positions)[inputs]
-    input_ids = ids.new_zeros(rows * columns).index_copy(0, cells, ids[inputs])
+    # A token of a query: of padding at the ends of rows, transformers would warn.
+    filler = samples.query_ids[0, -1]
+    input_ids = filler.repeat(rows * columns).index_copy(0, cells, ids[inputs])
     position_ids = ids.new_zeros(rows * columns).index_copy(0, cells, positions[inputs])
     arguments = {"input_ids": input_ids.view(rows, columns), "position_ids": position_ids.view(rows, columns)}
     return ModelInput(arguments, _states(samples, starts + samples.query_lengths - 1))

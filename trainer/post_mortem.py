@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from trainer.rollout import Collected
+from trainer.storage import write_text
 from trainer.update import NonFiniteUpdate
 
 
 def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, directory: Path) -> Path:
-    """Writes the samples of the mini-batch that gave no finite loss or gradient, for a person to look into."""
+    """Writes the samples of the mini-batch that gave no finite loss or gradient. Raises `NotWritten`."""
 
     def numbers(row: torch.Tensor) -> list[float | str]:
         return [value if math.isfinite(value) else str(value) for value in row.tolist()]
@@ -35,5 +36,5 @@ def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, director
         )
     path = directory / f"non-finite-step-{error.step}.json"
     report = {"message": str(error), "step": error.step, "epoch": error.epoch, "samples": records}
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return path

@@ -12,6 +12,7 @@ from typing import TypeVar
 import filelock
 
 from trainer.config import ConfigError
+from trainer.storage import writing
 
 T = TypeVar("T")
 POLL_S = 0.2
@@ -71,15 +72,17 @@ def exclusive(directory: Path) -> Iterator[None]:
 
     Raises:
         ConfigError: another run holds it.
+        NotWritten: there can be no such directory, or no file in it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ConfigError(
-            f"output_dir={directory} is in use by another run; wait for it or give another --output-dir"
-        ) from error
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                f"output_dir={directory} is in use by another run; wait for it or give another --output-dir"
+            ) from error
     try:
         yield
     finally:

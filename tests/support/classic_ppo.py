@@ -149,16 +149,3 @@ def reproduce(name: str) -> dict[str, float]:
         "weights": max(d for name, d in distances.items() if not name.endswith(KEY_BIAS)),
         "key_bias": max((d for name, d in distances.items() if name.endswith(KEY_BIAS)), default=0.0),
     }
-
-
-def print_table() -> None:
-    """`python -m tests.support.classic_ppo`: case -> worst absolute difference."""
-    torch.set_num_threads(1)
-    print(f"{'case':<36}" + "".join(f"{column:>14}" for column in COLUMNS))
-    for name in CASES:
-        worst = reproduce(name)
-        print(f"{name:<36}" + "".join(f"{worst[column]:>14.1e}" for column in COLUMNS))
-
-
-if __name__ == "__main__":
-    print_table()

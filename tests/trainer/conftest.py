@@ -3,11 +3,20 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny_models import tiny_gpt2_dir, tiny_tokenizer
+from trainer import packing
 
 
 @pytest.fixture(scope="session")
 def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_gpt2_dir(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(params=["padded", "packed"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the model gets its samples. So few as a test has are not packed by themselves."""
+    if request.param == "packed":
+        monkeypatch.setattr(packing, "FEW_CELLS", 0)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

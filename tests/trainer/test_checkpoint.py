@@ -1,15 +1,21 @@
 """Checkpoints are whole or not there."""
 
-import errno
+import copy
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.disks import fill, small_disk
+from tests.support.runs import FORKS, assert_same
 from tests.support.tiny_models import tiny_gpt2
 from trainer import checkpoint as checkpoints
 from trainer.config import ConfigError, LoraSettings, PPOHyperparameters
 from trainer.models import Policy, add_lora
+from trainer.storage import NotWritten
 from trainer.update import PPOStepper
 
 
@@ -48,22 +54,84 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in checkpoints.list_checkpoints(tmp_path)] == [3, 4]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room_kib", [0, 4, 8, 12, 16, 20, 24, 32])
+def test_a_full_disk_leaves_the_previous_checkpoint_and_no_litter(tmp_path: Path, room_kib: int) -> None:
     one = stepper()
     advance(one)
-    save(tmp_path, one)
+    with small_disk(tmp_path / "disk", 512) as disk:
+        save(disk / "checkpoints", one)
+        expected = copy.deepcopy(one.policy.state_dict())
+        advance(one)
+        filler = fill(disk, but_kib=room_kib)
+        with pytest.raises(NotWritten, match=r"cannot write .*/\.step-000002\.writing: No space left on device.* room"):
+            save(disk / "checkpoints", one)
+        (found,) = checkpoints.list_checkpoints(disk / "checkpoints")
+        assert [path.name for path in found.directory.parent.iterdir()] == ["step-000001"]
+        checkpoints.restore(found, one.policy, one)
+        assert one.steps_done == 1
+        assert_same(one.policy.state_dict(), expected)
+        filler.unlink()
+        advance(one)
+        assert save(disk / "checkpoints", one).step == 2
+
+
+def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    # Steps 1 and 2 are saved, then 2 again and 3; killed before the first operation on a file, before the second, ...
+    expected = {}
+    one = stepper()
+    for step in (1, 2, 3):
+        advance(one)
+        expected[step] = copy.deepcopy(one.policy.state_dict())
+    kills, ended = 0, False
+    while not ended:
+        root = tmp_path / f"killed-{kills}"
+        process = FORKS.Process(target=_save_until_killed, args=(root, kills))
+        process.start()
+        process.join(60)
+        ended = process.exitcode == 0
+        assert ended or process.exitcode == -signal.SIGKILL
+        kills += not ended
+        newest = checkpoints.list_checkpoints(root)[-1]
+        resumed = stepper(seed=1)
+        checkpoints.restore(newest, resumed.policy, resumed)
+        assert resumed.steps_done == newest.step >= 2
+        assert_same(resumed.policy.state_dict(), expected[newest.step])
+    assert kills > 20
+    assert newest.step == 3
+
+
+def _save_until_killed(root: Path, operations: int) -> None:
+    torch.set_num_threads(1)
+    one = stepper()
+    for _ in range(2):
+        advance(one)
+        save(root, one)
+    left = operations
+
+    def count(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(root) in str(arguments):
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    save(root, one)
     advance(one)
+    save(root, one)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, one)
-    (found,) = checkpoints.list_checkpoints(tmp_path)
-    assert found.step == 1
-    checkpoints.restore(found, one.policy, one)
-    assert one.steps_done == 1
+def test_going_on_from_an_earlier_checkpoint_forgets_those_of_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+    one = stepper()
+    saved = []
+    for _ in range(3):
+        advance(one)
+        saved.append(save(tmp_path, one, keep=3))
+    checkpoints.restore(saved[0], one.policy, one)
+    assert checkpoints.forget_checkpoints_after(tmp_path, 1) == [saved[1].directory, saved[2].directory]
+    advance(one)
+    save(tmp_path, one, keep=2)
+    assert [checkpoint.step for checkpoint in checkpoints.list_checkpoints(tmp_path)] == [1, 2]
 
 
 def test_a_directory_without_its_manifest_is_no_checkpoint(tmp_path: Path) -> None:

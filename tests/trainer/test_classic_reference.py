@@ -17,6 +17,7 @@ def recording(request: pytest.FixtureRequest) -> Recording:
     return Recording(request.param)
 
 
+@pytest.mark.usefixtures("layout")
 def test_every_intermediate_and_the_permutations_are_those_of_the_classic_trainer(recording: Recording) -> None:
     stepper = recording.stepper()
     for step, recorded in enumerate(recording.case["steps"]):
@@ -28,6 +29,7 @@ def test_every_intermediate_and_the_permutations_are_those_of_the_classic_traine
             assert difference < 1e-5, f"{name} of step {step}"
 
 
+@pytest.mark.usefixtures("layout")
 def test_every_statistic_and_the_kl_coefficient_are_those_of_the_classic_trainer(recording: Recording) -> None:
     stepper = recording.stepper()
     for step, recorded in enumerate(recording.case["steps"]):
@@ -40,12 +42,13 @@ def test_every_statistic_and_the_kl_coefficient_are_those_of_the_classic_trainer
         assert stepper.kl_coef == pytest.approx(recorded["kl_coef_after"], rel=1e-7)
 
 
-def test_weights_after_three_steps_are_those_of_the_classic_trainer(recording: Recording) -> None:
+def test_weights_after_three_steps_are_those_of_the_classic_trainer(recording: Recording, layout: str) -> None:
     stepper = recording.stepper()
     for step in range(3):
         recording.run_step(stepper, step)
-    # A step of Adam moves a weight by the learning rate, however small its gradient was.
-    scale = max(1.0, stepper.config.learning_rate / 1e-3)
+    # A step of Adam moves a weight by the learning rate, however small its gradient was. Packed, tokens add up in
+    # another order than the classic trainer's.
+    scale = max(1.0, stepper.config.learning_rate / 1e-3) * (10 if layout == "packed" else 1)
     for name, distances in recording.weight_distances(stepper, 2).items():
         if name.endswith(KEY_BIAS):
             continue

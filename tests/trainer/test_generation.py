@@ -48,6 +48,7 @@ def test_sampled_tokens_are_those_that_inversion_of_the_scored_distribution_give
             assert below - 1e-6 <= drawn.uniforms[i, t] <= at[token] + 1e-6
 
 
+# Defect 5: rollouts ran in train mode, so that dropout drew tokens from another policy than the one scored.
 def test_generation_runs_without_dropout_even_on_a_model_left_in_train_mode() -> None:
     expected = rows(generate(tiny_gpt2(), QUERIES, draws(), SETTINGS, TOKENIZER))
     assert rows(generate(tiny_gpt2().train(), QUERIES, draws(), SETTINGS, TOKENIZER)) == expected
@@ -68,6 +69,7 @@ def test_each_row_stops_at_its_own_length_or_with_the_end_of_text_token() -> Non
     assert 0 < ended_early < len(queries)
 
 
+# Defect 13: `response[-gen_len:]` took tokens of the query when the end of text came early.
 def test_a_response_holds_no_token_of_its_query_when_the_end_of_text_comes_first() -> None:
     model = tiny_gpt2()
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([0]), 99.0))

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from tests.support.disks import fill, small_disk
 from trainer.config import ConfigError
 from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
+from trainer.storage import NotWritten
 
 
 def test_each_step_can_be_read_while_the_run_goes_on(tmp_path):
@@ -33,6 +35,32 @@ def test_a_line_cut_off_by_a_crash_costs_that_line_alone(tmp_path):
     with MetricsLog(tmp_path, tensorboard=False) as log:
         log.write(2, {"a": 3.0})
     assert read_metrics(path) == [{"step": 0, "a": 1.0}, {"step": 2, "a": 3.0}]
+
+
+def test_a_full_disk_is_told_with_the_files_name_and_costs_the_line_that_found_no_room(tmp_path):
+    with small_disk(tmp_path / "disk", 1024) as disk:
+        path = disk / FILE_NAME
+        with MetricsLog(disk, tensorboard=False) as log:
+            log.write(0, {"a": 1.0})
+            filler = fill(disk)
+            too_long = {f"{'long' * 10}{i}": 2.0 for i in range(200)}
+            with pytest.raises(NotWritten, match=rf"cannot write {path}: No space left on device; .*make room"):
+                log.write(1, too_long)
+            filler.unlink()
+        with MetricsLog(disk, tensorboard=False) as log:
+            log.write(2, {"a": 3.0})
+        assert [record["step"] for record in read_metrics(path)] == [0, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it(tmp_path):
+    with small_disk(tmp_path / "disk", 1024) as disk:
+        log = MetricsLog(disk)
+        fill(disk)
+        with pytest.raises(NotWritten, match=rf"cannot write {disk / TENSORBOARD_DIR}: No space left on device"):
+            log.write_samples(0, [("prompt", "response " * 5000, 1.0)])
+        with pytest.raises(NotWritten):
+            log.close()
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_file_and_missing_when_read(tmp_path):

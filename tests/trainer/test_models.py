@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -47,6 +48,7 @@ def plain_logprobs(model: Any, query: list[int], response: list[int], temperatur
 
 
 # Defect 7: left padding without position ids shifted GPT-2's log-probabilities.
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_padded_rows_have_the_logprobs_that_each_has_alone(architecture: str, temperature: float) -> None:
@@ -59,6 +61,7 @@ def test_padded_rows_have_the_logprobs_that_each_has_alone(architecture: str, te
         assert not outputs.values[i, len(response) :].any()
 
 
+@pytest.mark.usefixtures("layout")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_order_company_and_padding_change_nothing_about_a_sample(architecture: str) -> None:
     policy = lora_policy(architecture).eval()
@@ -72,6 +75,7 @@ def test_order_company_and_padding_change_nothing_about_a_sample(architecture: s
                 assert torch.allclose(getattr(other, name)[place, :width], expected, atol=1e-5), name
 
 
+@pytest.mark.usefixtures("layout")
 def test_the_value_of_a_token_is_that_of_the_state_before_it() -> None:
     policy = lora_policy().eval()
     values = policy(samples()).values
@@ -88,6 +92,7 @@ def test_adapters_find_their_layers_and_start_as_the_reference(architecture: str
 
 
 # Defect 6: "reference" responses under LoRA came from the policy.
+@pytest.mark.usefixtures("layout")
 def test_the_reference_is_the_base_model_however_far_the_adapters_have_moved() -> None:
     policy, base = lora_policy().eval(), tiny_gpt2()
     expected = [plain_logprobs(base, q, r) for q, r in zip(QUERIES, RESPONSES, strict=True)]
@@ -106,6 +111,8 @@ def test_the_reference_is_the_base_model_however_far_the_adapters_have_moved() -
 def test_a_full_policy_is_held_to_a_frozen_copy_and_without_one_says_so() -> None:
     policy = Policy(tiny_gpt2(), reference=tiny_gpt2())
     assert all(parameter.requires_grad for parameter in policy.parameters())
+    mib = sum(parameter.numel() for parameter in policy.parameters()) * 4 / 2**20
+    assert f"frozen copy of the weights: another {mib:.0f} MiB" in policy.reference_line()
     before = policy.reference_logprobs(samples())
     stir(policy)
     assert torch.equal(policy.reference_logprobs(samples()), before)
@@ -259,11 +266,21 @@ def test_a_quantised_base_trains_and_merges_into_full_precision(quantization: An
         optimizer.zero_grad()
     assert policy.eval()(samples()).logprobs.sum().item() > before + 0.1
 
+    policy.save(tmp_path / "adapters")
     policy.merge(tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert merged.dtype == torch.float32
-    weights = exact.language_model.state_dict()
-    assert torch.equal(merged.model.embed_tokens.weight, weights["model.embed_tokens.weight"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert torch.equal(merged.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapters").eval()
+    assert {tensor.dtype for tensor in merged.state_dict().values()} == {torch.float32}
+    ids = torch.tensor([QUERIES[0] + RESPONSES[1]])
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+        with adapted.disable_adapter():
+            assert (adapted(input_ids=ids).logits - expected).abs().max() > 1e-2
+    value_head = load_file(tmp_path / "merged" / "value_head.safetensors")
+    assert torch.equal(value_head["weight"], policy.v_head.weight)
 
 
 def test_truncated_sampling_gives_its_own_logprobs_and_a_kl_of_zero_at_the_start() -> None:

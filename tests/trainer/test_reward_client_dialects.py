@@ -23,6 +23,7 @@ def connect_and_score(client: RewardClient) -> list[float]:
     return client.score(PROMPTS, RESPONSES)
 
 
+# Defect 12: the reward was taken by its place in the answer, and servers put the best label first.
 @pytest.mark.parametrize("kind", foreign.SPOKEN)
 def test_the_raw_logit_of_the_label_comes_back_in_order(kind: str) -> None:
     server, changes = foreign.SPOKEN[kind]

@@ -54,32 +54,35 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         logprobs = logits.new_empty(len(logits), dtype=torch.float32)
         entropies = torch.empty_like(logprobs) if entropy else None
+        # Kept for the gradient in place of the logits, which are not needed for one.
+        kept = torch.empty_like(logits, dtype=torch.float32) if ctx.needs_input_grad[0] else None
         for rows in _few_rows(logits):
-            log_distribution = logits[rows].float().log_softmax(-1)
+            log_distribution = torch.log_softmax(logits[rows].float(), -1, out=None if kept is None else kept[rows])
             logprobs[rows] = log_distribution.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
             if entropies is not None:
-                entropies[rows] = -_expectation(log_distribution.exp(), log_distribution)
-        ctx.save_for_backward(logits, token_ids, entropies)
+                entropies[rows] = -torch.linalg.vecdot(log_distribution.exp(), _finite(log_distribution))
+        ctx.save_for_backward(kept, token_ids, entropies)
         ctx.set_materialize_grads(False)
+        ctx.dtype = logits.dtype
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
         # d log p_k / dz = onehot_k - p;  dH / dz = -p (log p + H)
-        logits, token_ids, entropies = ctx.saved_tensors
+        kept, token_ids, entropies = ctx.saved_tensors
         of_logprobs, of_entropies = gradients
-        result = torch.empty_like(logits)
-        for rows in _few_rows(logits):
-            log_distribution = logits[rows].float().log_softmax(-1)
-            probabilities = log_distribution.exp()
-            total = torch.zeros_like(probabilities)
-            if of_entropies is not None and entropies is not None:
-                surprise = _finite(log_distribution).add_(entropies[rows].unsqueeze(-1))
-                total = surprise.mul_(probabilities).mul_(-of_entropies[rows].unsqueeze(-1))
+        result = torch.empty_like(kept, dtype=ctx.dtype)
+        for rows in _few_rows(kept):
+            probabilities = kept[rows].exp()
+            slope = torch.zeros_like(entropies[rows]) if of_logprobs is None else -of_logprobs[rows]
+            slope = slope.unsqueeze(-1)
+            if of_entropies is not None:
+                surprise = kept[rows] + entropies[rows].unsqueeze(-1)
+                slope = surprise.mul_(-of_entropies[rows].unsqueeze(-1)).add_(slope)
+            gradient = probabilities.mul_(slope)
             if of_logprobs is not None:
-                own = of_logprobs[rows].float().unsqueeze(-1)
-                total.addcmul_(probabilities, own, value=-1).scatter_add_(-1, token_ids[rows].unsqueeze(-1), own)
-            result[rows] = total
+                gradient.scatter_add_(-1, token_ids[rows].unsqueeze(-1), of_logprobs[rows].unsqueeze(-1))
+            result[rows] = gradient
         return result, None, None
 
 
@@ -93,8 +96,3 @@ def _few_rows(logits: Tensor) -> Iterator[slice]:
 def _finite(log_distribution: Tensor) -> Tensor:
     """In place: tokens that cannot be emitted have log p = -inf, and 0 * -inf is no number."""
     return log_distribution.clamp_(min=torch.finfo(torch.float32).min)
-
-
-def _expectation(probabilities: Tensor, log_distribution: Tensor) -> Tensor:
-    result: Tensor = torch.linalg.vecdot(probabilities, _finite(log_distribution))
-    return result

@@ -4,7 +4,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailabl
 from trainer.rollout import Collected, Sampler, collect, sampler
 from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.samples import Rollout
+from trainer.storage import NotWritten, files_of, write_text, writing
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
@@ -91,8 +92,9 @@ def run(config: PPOConfig) -> PPOResult:
             sample = sampler(policy, config.generation, tokenizer)
             loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
-                print(policy.trainable_parameters_line())
-                metrics = _train_and_write(loop, steps)
+                print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
+                with _telling_where_to_go_on(config.output_dir / CHECKPOINTS):
+                    metrics = _train_and_write(loop, steps)
             else:
                 metrics = loop.train(steps, None)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
@@ -102,8 +104,10 @@ def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
     """The main process's part: training, and everything that goes into the output directory."""
     config, done = loop.config, loop.stepper.steps_done
     directory = config.output_dir
-    (directory / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     forget_steps_after(directory / FILE_NAME, done)
+    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, done):
+        print(f"dropped {dropped}: its steps are taken again")
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
     with (
@@ -111,14 +115,27 @@ def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
         loop.progress.showing(),
     ):
         metrics = loop.train(steps, log)
-    loop.policy.save(directory)
-    loop.tokenizer.save_pretrained(directory)
+    with files_of(directory) as beside:
+        loop.policy.save(beside)
+        loop.tokenizer.save_pretrained(beside)
+        if config.merge:
+            loop.policy.merge(beside / "merged")
+            loop.tokenizer.save_pretrained(beside / "merged")
     write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
-    if config.merge:
-        loop.policy.merge(directory / "merged")
-        loop.tokenizer.save_pretrained(directory / "merged")
     print(f"trained {steps} steps; adapters, value head and metrics are in {directory}")
     return metrics
+
+
+@contextlib.contextmanager
+def _telling_where_to_go_on(root: Path) -> Iterator[None]:
+    """Adds to a failed write what is left of the run."""
+    try:
+        yield
+    except NotWritten as error:
+        existing = checkpoints.list_checkpoints(root)
+        whole = f"the newest whole checkpoint is {existing[-1].directory}" if existing else "there is no checkpoint yet"
+        error.add_note(f"{whole}; then go on with --resume auto")
+        raise
 
 
 @dataclass(frozen=True)
@@ -148,7 +165,8 @@ class _Loop:
         except (RewardUnavailable, RewardRejected, StopRequested) as error:
             saved = self._save_checkpoint()
             if isinstance(error, RewardRejected) and self.processes.is_main:
-                error.save(self.config.output_dir)
+                with writing(self.config.output_dir):
+                    error.save(self.config.output_dir)
             error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
             raise
         return metrics
@@ -165,8 +183,11 @@ class _Loop:
                 result = self.stepper.update(rollout)
         except NonFiniteUpdate as error:
             if self.processes.is_main:
-                path = save_non_finite_batch(error, collected, config.output_dir)
-                error.add_note(f"its samples are in {path}; the checkpoints are from before this step")
+                try:
+                    path = save_non_finite_batch(error, collected, config.output_dir)
+                    error.add_note(f"its samples are in {path}; the checkpoints are from before this step")
+                except NotWritten as unsaved:
+                    error.add_note(str(unsaved))
             raise
         ended = time.perf_counter()
         scores = collected.rollout.scores
@@ -183,12 +204,15 @@ class _Loop:
             "memory/rollout_peak_mib": rollout_peak.mib,
             "memory/update_peak_mib": update_peak.mib,
         }
-        if log is not None:
-            log.write(step, metrics)
-            if config.log_samples_every and step % config.log_samples_every == 0:
-                log.write_samples(step, sample_table(collected))
-            self.progress.step(metrics)
+        self.processes.on_main(lambda: self._log(log, step, metrics, collected))
         return metrics
+
+    def _log(self, log: MetricsLog | None, step: int, metrics: Mapping[str, float], collected: Collected) -> None:
+        assert log is not None
+        log.write(step, metrics)
+        if self.config.log_samples_every and step % self.config.log_samples_every == 0:
+            log.write_samples(step, sample_table(collected))
+        self.progress.step(metrics)
 
     def _collect_share(self) -> Collected:
         """This process's rows of the step's batch. Which prompts and draws they get is the batch's business alone."""

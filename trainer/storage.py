@@ -1,0 +1,96 @@
+"""Writing to disk: a file or a directory is there whole or not at all, and a failed write says where and what to do.
+
+What would be wrong here: half a file under the name of a whole one, or a full disk told without the place.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class NotWritten(Exception):
+    """Something could not be written: the disk is full, or the place is not writable. Make room, then go on."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names `path` where the block fails to write it. Nothing but writing belongs into the block.
+
+    Raises:
+        NotWritten: with the path, the reason, and the room that is left.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise NotWritten(f"cannot write {path}: {reason}; {_remedy(path)}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file beside its place and renames it. Raises `NotWritten`; an older file is then as it was."""
+    beside = path.with_name(f".{path.name}.writing")
+    with writing(path):
+        try:
+            beside.write_text(text, encoding="utf-8")
+            sync(beside)
+            beside.replace(path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def files_of(directory: Path) -> Iterator[Path]:
+    """A directory to write files into, which are moved to `directory` when the block ends and only if it ends well.
+
+    Raises `NotWritten`; what was in `directory` is then as it was.
+    """
+    beside = directory / ".writing"
+    with writing(directory):
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            yield beside
+            files = [path for path in beside.rglob("*") if path.is_file()]
+            for file in files:
+                sync(file)
+            for file in files:
+                place = directory / file.relative_to(beside)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str | None:
+    """What the operating system said, wherever a library has put it; None if it isn't the disk's doing."""
+    cause: BaseException | None = error
+    while cause is not None:  # torch.save raises a RuntimeError over it
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(error, SafetensorError):
+        return None
+    return re.sub(r"^.*I/O error: (.*) \(os error \d+\)$", r"\1", " ".join(str(error).split()))
+
+
+def _remedy(path: Path) -> str:
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    return f"{free_mib:.1f} MiB are free there: make room, or see to it that the directory can be written to"
