@@ -10,8 +10,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import zip_longest
@@ -105,8 +104,7 @@ def run(args: Sequence[str]) -> int:
     try:
         config = parse(name, flags)
         _quiet_libraries()
-        with _naming_a_full_disk(config):
-            importlib.import_module(COMMANDS[name].module).run(config)
+        importlib.import_module(COMMANDS[name].module).run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:
@@ -178,17 +176,6 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, RewardUnavailable):
         return EXIT_UNAVAILABLE
     return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
-
-
-@contextmanager
-def _naming_a_full_disk(config: Any) -> Iterator[None]:
-    """A write that finds no space doesn't know its file's name; all that a stage writes is below one directory."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:
-            error.filename = str(config.output_dir)
-        raise
 
 
 @dataclass(frozen=True)

@@ -278,15 +278,6 @@ def test_a_run_whose_service_takes_the_first_request_and_says_nothing_can_be_sto
     assert f"plaudit ppo: stopped by {number.name}" in stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-def test_a_full_disk_is_named(config: PPOConfig) -> None:
-    config.output_dir.mkdir(parents=True)
-    (config.output_dir / "run.json").symlink_to("/dev/full")
-    code, stderr = TrainerProcess(config).end()
-    assert code == 1
-    assert f"plaudit ppo: {config.output_dir}: No space left on device" in stderr
-
-
 def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
     stub_reward_server.script([{"do": "wrong_count"}])
     code, _ = TrainerProcess(config).end()
