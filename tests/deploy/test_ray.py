@@ -30,10 +30,10 @@ with warnings.catch_warnings():
     serve = pytest.importorskip("ray.serve")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 200.0
+WAIT_S = 400.0
 TEXTS = [("the movie ", f"was {word} and the plot number {i}") for i, word in enumerate(["good", "bad"] * 200)]
 
 
