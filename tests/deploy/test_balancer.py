@@ -12,7 +12,10 @@ from tests.support.reward_service import RewardService, free_port
 from tests.support.running import running, until
 from tests.support.tiny_models import tiny_classifier_dir
 
-pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="not installed: haproxy")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("haproxy") is None, reason="not installed: haproxy"),
+    pytest.mark.timeout(900),
+]
 
 
 def more_answers(statuses: Counter[int], more: int = 200) -> None:

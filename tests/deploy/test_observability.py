@@ -18,7 +18,10 @@ from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSe
 from trainer.stages import ppo
 
 MISSING = [program for program in ("prometheus", "haproxy") if shutil.which(program) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.timeout(900),
+]
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 WAIT_S = 60.0

@@ -19,7 +19,7 @@ def running(*command: str, log: Path) -> Iterator[None]:
         process.wait(timeout=30)
 
 
-def until(condition: Callable[[], bool], what: str, *, wait_s: float = 60.0) -> None:
+def until(condition: Callable[[], bool], what: str, *, wait_s: float = 200.0) -> None:
     """Wait for it; fails after `wait_s`, saying what did not come."""
     deadline = time.monotonic() + wait_s
     while not condition():
