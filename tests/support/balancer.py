@@ -60,7 +60,7 @@ def asking_without_pause(port: int, callers: int = 4) -> Iterator[Counter[int]]:
     over = threading.Event()
 
     def ask() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         while not over.is_set():
             for items in ITEMS_OF_A_REQUEST:
                 statuses[_status(connection, items)] += 1
