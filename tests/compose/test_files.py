@@ -19,6 +19,7 @@ from trainer.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
+SPELLINGS = ("docker-compose", "docker compose")
 VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}")
 
 
@@ -62,27 +63,74 @@ def test_both_spellings_of_compose_know_every_key(name: str) -> None:
         assert not isinstance(service.get("depends_on"), dict)
 
 
-@pytest.mark.parametrize("command", ["docker-compose", "docker compose"])
-@pytest.mark.parametrize(("environment", "gpus"), [({}, ["1", "0"]), ({"REWARD_GPU": "0"}, ["0", "0"])])
-def test_the_gpu_file_gives_each_half_its_device(command: str, environment: dict[str, str], gpus: list[str]) -> None:
+def as_compose_reads(command: str, env_file: Path, *files: str) -> Any:
+    """What this spelling makes of these files with the variables of `env_file` and no others of ours."""
     words = command.split()
     if shutil.which(words[0]) is None or subprocess.run([*words, "version"], capture_output=True).returncode != 0:
         pytest.skip(f"`{command}` is not installed")
-    files = [argument for name in COMPOSE_FILES for argument in ("-f", name)]
-    example = ROOT / ".env.example"
-    ours = re.findall(r"^#(\w+)=", example.read_text(), re.MULTILINE)
+    ours = re.findall(r"^#(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
     done = subprocess.run(
-        [*words, "--env-file", str(example), *files, "config"],
+        [*words, "--env-file", str(env_file), *(word for name in files for word in ("-f", name)), "config"],
         cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in ours} | environment,
+        env={name: value for name, value in os.environ.items() if name not in ours},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    services = yaml.safe_load(done.stdout)["services"]
-    devices = [services[half]["deploy"]["resources"]["reservations"]["devices"] for half in ("reward", "trainer")]
-    assert [device["device_ids"] for (device,) in devices] == [[gpu] for gpu in gpus]
+    return yaml.safe_load(done.stdout)["services"]
+
+
+def devices_of(service: Any) -> list[str]:
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    ids: list[str] = device["device_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("command", SPELLINGS)
+@pytest.mark.parametrize(
+    ("variables", "reward", "trainer"), [("", "1", "0"), ("REWARD_GPU=0", "0", "0"), ("TRAINER_GPU=3", "1", "3")]
+)
+def test_the_gpu_file_gives_each_half_its_device(
+    command: str, variables: str, reward: str, trainer: str, tmp_path: Path
+) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text(f"{variables}\n")
+    services = as_compose_reads(command, env_file, *COMPOSE_FILES)
+    assert devices_of(services["reward"]) == [reward]
+    assert devices_of(services["trainer"]) == [trainer]
+
+
+@pytest.mark.parametrize("command", SPELLINGS)
+def test_the_gpu_file_is_the_published_recipe_unless_the_env_file_says_otherwise(command: str, tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("")
+    services = as_compose_reads(command, env_file, *COMPOSE_FILES)
+    assert services["reward"]["environment"]["REWARD_MODEL"] == "lvwerra/distilbert-imdb"
+    assert "--preset=presets/gpt2-imdb.yaml" in services["trainer"]["command"]
+    assert services["trainer"]["image"] == "plaudit-trainer:cuda"
     assert services["trainer"]["build"]["args"]["TORCH_INDEX_URL"] == ""
+    assert services["trainer"]["environment"]["HF_HUB_OFFLINE"] == "0"
+
+    env_file.write_text(
+        "UID=1234\nREWARD_MODEL=me/judge\nREWARD_DTYPE=bf16\nPRESET=presets/mine.yaml\nRUN_NAME=mine\nN_PROMPTS=32\n"
+        "TAG=mine\nTORCH_INDEX_URL=https://torch.example/cu128\nHF_HUB_OFFLINE=1\nREWARD_BATCH_TOKENS=4096\n"
+    )
+    services = as_compose_reads(command, env_file, *COMPOSE_FILES)
+    reward = services["reward"]["environment"]
+    assert (reward["REWARD_MODEL"], reward["REWARD_DTYPE"], reward["REWARD_BATCH_TOKENS"]) == (
+        "me/judge",
+        "bf16",
+        "4096",
+    )
+    assert {"--preset=presets/mine.yaml", "--output-dir=runs/mine", "--n-prompts=32"} <= {
+        *services["trainer"]["command"]
+    }
+    for half in ("reward", "trainer"):
+        assert services[half]["image"] == f"plaudit-{half}:mine"
+        assert services[half]["build"]["args"]["TORCH_INDEX_URL"] == "https://torch.example/cu128"
+        assert services[half]["environment"]["HF_HUB_OFFLINE"] == "1"
+        assert services[half]["user"].startswith("1234:")
 
 
 def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:

@@ -2,60 +2,29 @@
 `apt-get install prometheus haproxy`."""
 
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.balancer import balancer_file
 from tests.support.prometheus import Prometheus
 from tests.support.reward_service import RewardService, free_port, status_of_a_request
+from tests.support.running import running, until
 from tests.support.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
 from trainer.stages import ppo
 
 MISSING = [program for program in ("prometheus", "haproxy") if shutil.which(program) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    pytest.mark.timeout(900),
+]
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 WAIT_S = 60.0
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {WAIT_S:.0f} s for {what}"
-        time.sleep(0.1)
-
-
-@contextmanager
-def running(*command: str, log: Path) -> Iterator[None]:
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def balancer_file(directory: Path, port: int, operations: int, replica: int) -> Path:
-    """haproxy.cfg with other ports, and one replica at a fixed address instead of Docker's name server."""
-    text = (DEPLOY / "balancer" / "haproxy.cfg").read_text()
-    for old, new in {
-        "bind :8000": f"bind 127.0.0.1:{port}",
-        "bind :8404": f"bind 127.0.0.1:{operations}",
-        "server-template replica 16 reward:8000 resolvers docker init-addr none": f"server one 127.0.0.1:{replica}",
-    }.items():
-        assert old in text
-        text = text.replace(old, new)
-    path = directory / "haproxy.cfg"
-    path.write_text(text)
-    return path
 
 
 def prometheus_file(directory: Path, ports: dict[str, int]) -> Path:
@@ -90,7 +59,7 @@ def test_every_query_of_the_dashboard_gives_data(tmp_path: Path) -> None:
     api = Prometheus(f"http://127.0.0.1:{prometheus}")
     with ExitStack() as stack:
         stack.callback(service.kill)
-        haproxy = balancer_file(tmp_path, balancer, operations, service.port)
+        haproxy = balancer_file(tmp_path, balancer, operations, [service.port])
         stack.enter_context(running("haproxy", "-db", "-f", str(haproxy), log=tmp_path / "haproxy.log"))
         export = [sys.executable, str(DEPLOY / "observability" / "exporter.py"), str(tmp_path / "runs"), str(exporter)]
         stack.enter_context(running(*export, log=tmp_path / "exporter.log"))

@@ -30,10 +30,10 @@ with warnings.catch_warnings():
     serve = pytest.importorskip("ray.serve")
     cluster_utils = pytest.importorskip("ray.cluster_utils")
 
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 200.0
+WAIT_S = 400.0
 TEXTS = [("the movie ", f"was {word} and the plot number {i}") for i, word in enumerate(["good", "bad"] * 200)]
 
 
@@ -64,6 +64,9 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # A machine with other work takes longer to start Ray's proxy than Ray expects, and Ray would start it again.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    monkeypatch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
     return value
 
 

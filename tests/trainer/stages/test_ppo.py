@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,22 @@ def test_a_run_that_waits_for_its_service_at_the_start_can_be_stopped(
     code, stderr = waiting.end()
     assert code == 130
     assert "plaudit ppo: stopped by SIGINT" in stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_whose_service_takes_the_first_request_and_says_nothing_can_be_stopped(
+    config: PPOConfig, number: signal.Signals, code: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        reward = dataclasses.replace(config.reward, url=(url,), patience_s=500.0, request_timeout_s=500.0)
+        waiting = TrainerProcess(dataclasses.replace(config, reward=reward))
+        connection, _ = silent.accept()
+        with connection:
+            waiting.signal(number)
+            ended, stderr = waiting.end()
+    assert ended == code
+    assert f"plaudit ppo: stopped by {number.name}" in stderr
 
 
 def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:

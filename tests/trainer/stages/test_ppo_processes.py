@@ -167,10 +167,11 @@ def test_a_mini_batch_smaller_than_the_processes_is_refused(policy_dir: Path) ->
         PPOStepper(policy, None, PPOHyperparameters(batch_size=2, mini_batch_size=2), processes=Processes(0, 3))
 
 
-def test_engines_that_split_the_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engines_that_split_the_weights_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="asks for FSDP"), joined("cpu", timeout_s=1.0):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(ConfigError, match=f"asks for {engine}"), joined("cpu", timeout_s=1.0):
         pass
 
 
