@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import Request
 
 from services import wire
+from services.reward import tracing
 from services.reward.batching import Engine, Job, Scored, Scorer, Text
 from services.reward.cache import CachedScore, ScoreCache
 from services.reward.model_files import ModelError
@@ -110,6 +111,13 @@ class Service:
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
         """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        try:
+            return await self._score(texts, request)
+        except ProblemError as problem:
+            tracing.note_problem(request.scope, problem)
+            raise
+
+    async def _score(self, texts: Sequence[Text], request: Request) -> Scored:
         if self.cache is None:
             return await self._run(texts, request)
         known = self.cache.lookup(self.engine.scorer, texts)
@@ -138,6 +146,7 @@ class Service:
             raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
         finally:
             gone.cancel()
+            tracing.note_job(request.scope, job)
             self.engine.abandon(job)
             self.accepted.discard(job)
 
