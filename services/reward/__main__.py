@@ -105,12 +105,13 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     if app.state.traces is not None:
         finish(app.state.traces)
     # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
-    sys.stdout.flush()
     os._exit(0)
 
 
 def _log(event: str, **details: object) -> None:
-    print(json.dumps({"event": event, **details}), flush=True)
+    # Whoever read the log may be gone; that is no reason to end otherwise.
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"event": event, **details}), flush=True)
 
 
 @contextlib.contextmanager

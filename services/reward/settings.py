@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     """CPU threads of the forward pass; torch's own choice unless given."""
     batch_tokens: Annotated[int, Field(gt=0)] = 1024
     """Tokens in one batch, padding included. More helps a GPU; a CPU gains nothing above about 512."""
-    max_queue_tokens: Annotated[int, Field(gt=0)] = 262_144
+    max_queue_tokens: Annotated[int, Field(gt=0)] = 65_536
     """Tokens that may wait before requests are refused with 429."""
     max_items: Annotated[int, Field(gt=0, le=wire.MAX_ITEMS_PER_REQUEST)] = wire.MAX_ITEMS_PER_REQUEST
     """Items one request may hold."""
