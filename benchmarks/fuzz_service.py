@@ -48,6 +48,8 @@ RELOAD_SHARE = 0.002
 CHUNK = 500
 """Requests made before the next part of the API has its turn."""
 MSGPACK = "application/msgpack"
+Refusal = tuple[int, str, int | None]
+MALFORMED: Refusal = (400, "malformed-body", None)
 EXAMPLES = {
     wire.REWARDS_PATH: {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"},
     "/predict": {"inputs": [["A wonderful movie."], ["Was it good?", "Dreadful."]], "raw_scores": True},
@@ -147,7 +149,7 @@ def by_schema(url: str, count: int, seed: int) -> Tally:
                 if operation.path.endswith(":reload"):
                     share = min(share, reloads)
                     reloads -= share
-                for mode in GenerationMode.all():
+                for mode in GenerationMode:
                     turn += 1
                     if share > 0 and tally.sent < count:
                         _generate_cases(operation, mode, session, tally, max(1, share // 2), seed + turn)
@@ -229,18 +231,20 @@ def _wrong_with(answer: Answer, items: list[dict[str, str]], form: str) -> str |
         items = json.loads(json.dumps(items))
     whole = [all(map(_is_text, item.values())) for item in items]
     got = json.loads(answer.body)
+    half: Refusal | None = None if all(whole) else (422, "invalid-request", whole.index(False))
     if not items:
-        wanted: tuple[Any, ...] = (422, "empty-items", None)
-    elif not all(whole):
-        wanted = (422, "invalid-request", whole.index(False)) if form == "escaped" else (400, "malformed-body", None)
+        wanted: list[Refusal] = [(422, "empty-items", None)]
+    elif half is not None:
+        # Only an escape can hold half a pair; as bytes it is no UTF-8, and so no JSON either.
+        wanted = {"escaped": [half], "raw": [half, MALFORMED], "msgpack": [MALFORMED]}[form]
     elif any(len(text) > wire.MAX_TEXT_CHARS for item in items for text in item.values()):
-        wanted = (422, "text-too-long", 0)
+        wanted = [(422, "text-too-long", 0)]
     else:
         rewards = got.get("rewards", [])
         fine = answer.status == 200 and len(rewards) == len(items) and all(map(math.isfinite, rewards))
         return None if fine else f"no {len(items)} rewards but {answer.status} {_kind(got)}"
     seen = (answer.status, got.get("type", "").rpartition(":")[2], got.get("item"))
-    return None if seen == wanted else f"{seen}, not {wanted}"
+    return None if seen in wanted else f"{seen}, not {wanted}"
 
 
 def _is_text(text: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgpack
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -88,7 +89,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         wire.REWARDS_PATH,
         response_model=wire.RewardResponse,
-        responses=problems,
+        responses=problems | openapi.also(MSGPACK_TYPES[0], wire.RewardResponse),
         summary="Rewards for prompts and responses",
         openapi_extra=openapi.body([wire.RewardRequest], {"one": REWARDS_EXAMPLE}, MSGPACK_TYPES[0]),
     )
@@ -138,7 +139,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise ProblemError("not-ready", reason)
         return {"status": "ok"}
 
-    @app.get(METRICS_PATH, summary="Prometheus metrics")
+    @app.get(METRICS_PATH, response_class=PlainTextResponse, summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(engine.metrics.exposition(), headers={"content-type": Metrics.content_type})
 

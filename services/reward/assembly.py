@@ -15,6 +15,11 @@ from services.reward.settings import Settings
 from services.reward.tracing import provider_from_environment
 
 
+PRIMITIVES = "64"
+"""oneDNN keeps a compiled primitive for every shape it has met, up to 1024 of them, a hundred kilobytes and more each.
+Batches without padding have a new shape each time; keeping the last few is as fast, and memory stays flat."""
+
+
 def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -> FastAPI:
     """Load the model, start the engine, and put the application over it. Raises `ModelError` and `TracingError`.
 
@@ -22,6 +27,8 @@ def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -
     refused: for replicas of which a request reaches only one.
     """
     traces = provider_from_environment(os.environ)
+    # Read when the first primitive is made, so before the model is.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     scorer = load_scorer(settings)
