@@ -14,7 +14,6 @@ from services.reward.service import ServiceLimits
 from services.reward.settings import Settings
 from services.reward.tracing import provider_from_environment
 
-
 PRIMITIVES = "64"
 """oneDNN keeps a compiled primitive for every shape it has met, up to 1024 of them, a hundred kilobytes and more each.
 Batches without padding have a new shape each time; keeping the last few is as fast, and memory stays flat."""
