@@ -227,7 +227,11 @@ async def _client_gone_response(request: Request, error: Exception) -> Response:
 async def _http_exception_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     name = "method-not-allowed" if error.status_code == 405 else "not-found"
-    return problem_response(ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs"))
+    response = problem_response(
+        ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs")
+    )
+    response.headers.update(error.headers or {})  # a 405 says what is allowed
+    return response
 
 
 async def _internal_error_response(request: Request, error: Exception) -> Response:
