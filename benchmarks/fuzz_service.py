@@ -193,7 +193,7 @@ def by_texts(url: str, count: int, seed: int) -> Tally:
     """Rewards for texts of every kind, in JSON (escaped or not) and msgpack."""
     tally = Tally()
     connection = Connection(url, tally)
-    items = st.lists(st.fixed_dictionaries({"prompt": texts(), "response": texts()}), max_size=4)
+    items = st.lists(st.fixed_dictionaries({"prompt": texts(), "response": texts()}), max_size=3)
 
     def send(items: list[dict[str, str]], form: str) -> None:
         _send_texts(connection, items, form, tally)
@@ -339,9 +339,9 @@ def counted_by_the_service(url: str) -> Counter[str]:
 
 
 PARTS: dict[str, tuple[Callable[[str, int, int], Tally], float]] = {
-    "schema": (by_schema, 0.3),
-    "texts": (by_texts, 0.4),
-    "bytes": (by_bytes, 0.3),
+    "schema": (by_schema, 0.05),
+    "texts": (by_texts, 0.5),
+    "bytes": (by_bytes, 0.45),
 }
 """What makes the requests, and its share of them."""
 

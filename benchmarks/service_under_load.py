@@ -43,6 +43,8 @@ from services.reward.settings import Settings
 WORDS = "this movie film was great bad boring wonderful plot acting story and but not the worst best of it".split()  # noqa: SIM905
 LABEL = "POSITIVE"
 TOLERANCE = 1e-4
+KEPT_S = 30.0
+"""How long an idle connection is good for another request."""
 SAMPLE_S = 30.0
 """Between two looks at the service's memory."""
 FAILS, NOT_FINITE = "zqxfails", "zqxnan"
@@ -335,16 +337,15 @@ class Wire:
     def __init__(self, url: str) -> None:
         host, _, port = url.removeprefix("http://").partition(":")
         self._address = (host, int(port))
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, path: str, *, json: Any) -> httpx.Response:
         body = dumps(json).encode()
         headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         try:
-            connection = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
+            reader, writer = await self._connection()
         except OSError as error:
             raise httpx.ConnectError(str(error)) from error
-        reader, writer = connection
         try:
             writer.write(f"POST {path} HTTP/1.1\r\n{headers}".encode() + body)
             answer = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -354,11 +355,20 @@ class Wire:
         except (OSError, EOFError) as error:
             writer.close()
             raise httpx.ReadError(repr(error)) from error
-        self._idle.append(connection)
+        self._idle.append((time.monotonic(), reader, writer))
         return httpx.Response(int(answer.split()[1]), content=content)
 
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that was used last and not long ago, or a new one: the service closes what is idle for long."""
+        while self._idle:
+            since, reader, writer = self._idle.pop()
+            if not reader.at_eof() and time.monotonic() < since + KEPT_S:
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection(*self._address)
+
     async def close(self) -> None:
-        for _, writer in self._idle:
+        for _, _, writer in self._idle:
             writer.close()
             await writer.wait_closed()
 
@@ -376,11 +386,13 @@ class Overload:
     """Seconds by which each request left later than it should have: the load's own weakness."""
 
 
-async def overload(model: Path, *, seconds: float, share: float, flags: Sequence[str] = ()) -> Overload:
+async def overload(
+    model: Path, *, seconds: float, share: float, core: str | None = None, flags: Sequence[str] = ()
+) -> Overload:
     """Requests that come at `share` times the rate that can be served: the accepted are answered, the rest gets 429."""
     rewards = Rewards(some_texts())
     rewards.learn(model)
-    with Process(model, *flags) as service:
+    with Process(model, *flags, cores=core) as service:
         async with Load(service.url, rewards).running(32) as load:
             await load.answered(300)
             began, before = time.perf_counter(), load.tally.answered
@@ -429,13 +441,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of reload and poison")
     parser.add_argument("--minutes", type=float, default=10.0, help="of overload")
     parser.add_argument("--share", type=float, default=2.0, help="of capacity, for overload")
+    parser.add_argument("--core", help="where the service runs, for overload; run this with taskset on another")
     parser.add_argument("--flags", default="", help="further flags of the service, for overload")
     arguments = parser.parse_args()
     if arguments.scenario == "overload":
         seconds = arguments.minutes * 60
-        seen = asyncio.run(
-            overload(arguments.model, seconds=seconds, share=arguments.share, flags=arguments.flags.split())
-        )
+        settings = {"share": arguments.share, "core": arguments.core, "flags": arguments.flags.split()}
+        seen = asyncio.run(overload(arguments.model, seconds=seconds, **settings))
         tally = seen.tally
         print(
             f"capacity {seen.capacity:.0f} requests/s, offered {tally.sent / seconds:.0f} for {arguments.minutes:g} min"
