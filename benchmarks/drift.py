@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -88,9 +89,10 @@ def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=500)
+    parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     texts = some_texts(arguments.texts)
     print("| model | format | largest | mean | rank correlation | alone against in company |")
     print("| --- | --- | --- | --- | --- | --- |")
