@@ -14,9 +14,9 @@ from services.reward.service import ServiceLimits
 from services.reward.settings import Settings
 from services.reward.tracing import provider_from_environment
 
-PRIMITIVES = "64"
-"""oneDNN keeps a compiled primitive for every shape it has met, up to 1024 of them, a hundred kilobytes and more each.
-Batches without padding have a new shape each time; keeping the last few is as fast, and memory stays flat."""
+PRIMITIVES = "256"
+"""oneDNN keeps a compiled primitive for each shape it meets, unless told less up to 1024 of them, and each takes some
+hundred kilobytes. Where every batch has a shape of its own, memory would grow for long and nothing be faster."""
 
 
 def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -> FastAPI:
