@@ -458,7 +458,7 @@ def main() -> None:
         print(f"ms that the load itself was late: {percentiles(seen.behind)}")
         print(f"resident MiB every {SAMPLE_S:g} s: {', '.join(f'{mib:.0f}' for mib in seen.memory)}")
         sys.exit(not tally.complete)
-    until = time.monotonic() + arguments.seconds
+    enough = after(arguments.seconds)
     if arguments.scenario == "drain":
         tallies = [
             asyncio.run(drain(arguments.model, callers=arguments.callers, answers=500)) for _ in range(arguments.rounds)
@@ -466,16 +466,24 @@ def main() -> None:
         print(*tallies, sep="\n")
         print(f"drained within {max(tally.seconds[0] for tally in tallies)} s")
     elif arguments.scenario == "reload":
-        tally, happened = asyncio.run(
-            reload(arguments.model, callers=arguments.callers, answers=50, enough=lambda _: time.monotonic() > until)
-        )
+        tally, happened = asyncio.run(reload(arguments.model, callers=arguments.callers, answers=50, enough=enough))
         tallies = [tally]
         print(tally, dict(happened), "answers by revision", sorted(tally.by_revision.values()))
     else:
-        enough = lambda _: time.monotonic() > until  # noqa: E731
         tallies = [asyncio.run(poison(arguments.model, callers=arguments.callers, enough=enough))]
         print(tallies[0])
     sys.exit(not all(tally.complete for tally in tallies))
+
+
+def after(seconds: float) -> Callable[[object], bool]:
+    """Whether so much time has passed since it was first asked."""
+    until: list[float] = []
+
+    def over(_: object) -> bool:
+        until.append(time.monotonic() + seconds)
+        return time.monotonic() > until[0]
+
+    return over
 
 
 def percentiles(seconds: list[float]) -> str:
