@@ -480,7 +480,8 @@ def after(seconds: float) -> Callable[[object], bool]:
     until: list[float] = []
 
     def over(_: object) -> bool:
-        until.append(time.monotonic() + seconds)
+        if not until:
+            until.append(time.monotonic() + seconds)
         return time.monotonic() > until[0]
 
     return over
