@@ -80,10 +80,11 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     from services.reward.assembly import assemble
     from services.reward.problems import ProblemError
     from services.reward.server import Hooks, Server
+    from services.reward.tracing import TracingError, finish
 
     try:
         app = assemble(settings, keys)
-    except ModelError as error:
+    except (ModelError, TracingError) as error:
         raise StartError(str(error)) from None
     engine = app.state.service.engine
     url = _url(settings.host, listener.getsockname()[1])
@@ -101,13 +102,16 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
             _log("reload-failed", detail=problem.detail)
 
     Server(app, settings.grace_s, Hooks(announce, reload, _log)).run(sockets=[listener])
+    if app.state.traces is not None:
+        finish(app.state.traces)
     # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
-    sys.stdout.flush()
     os._exit(0)
 
 
 def _log(event: str, **details: object) -> None:
-    print(json.dumps({"event": event, **details}), flush=True)
+    # Whoever read the log may be gone; that is no reason to end otherwise.
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"event": event, **details}), flush=True)
 
 
 @contextlib.contextmanager

@@ -5,25 +5,31 @@ Handlers only parse, submit and wait; nothing here runs long enough to hold up t
 
 import json
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgpack
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from services import wire
-from services.reward import compat, openapi
+from services.reward import compat, openapi, tracing
 from services.reward.batching import Engine, Scorer
 from services.reward.cache import ScoreCache
-from services.reward.gate import Gate, problem_response
+from services.reward.gate import PUBLIC_PATHS, Gate, problem_response
 from services.reward.metrics import Metrics
 from services.reward.openapi import JSON_TYPE
 from services.reward.problems import ProblemError
 from services.reward.service import ClientGoneError, Service, ServiceLimits, server_timing, too_long, too_many
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 MAX_REPORTED_ERRORS = 10
 MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
 RELOAD_PATH = "/v1/model:reload"
+METRICS_PATH = "/metrics"
 DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
 
 Errors on `/v1` are `application/problem+json` documents; `type` says which. When the service has keys, every route but
@@ -42,10 +48,12 @@ def create_app(
     api_keys: Sequence[str] = (),
     cache: ScoreCache | None = None,
     reload: Callable[[], Scorer] | None = None,
+    traces: "TracerProvider | None" = None,
 ) -> FastAPI:
     """The ASGI application over a started engine. Without `api_keys` every caller is served.
 
-    `reload` loads the model anew, in a thread, for `POST /v1/model:reload`. `app.state.service` is the `Service`.
+    `reload` loads the model anew, in a thread, for `POST /v1/model:reload`. With `traces`, every request but probes
+    gets a span. `app.state.service` is the `Service`.
     """
     service = Service(engine, limits or ServiceLimits(), default_label, join, cache, reload)
     app = FastAPI(
@@ -55,7 +63,10 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    app.state.traces = traces
     app.add_middleware(Gate, keys=api_keys, engine=engine)
+    if traces is not None:
+        app.add_middleware(tracing.Traced, provider=traces, quiet=PUBLIC_PATHS | {METRICS_PATH})
     app.add_exception_handler(ProblemError, _problem_response)
     app.add_exception_handler(ClientGoneError, _client_gone_response)
     app.add_exception_handler(HTTPException, _http_exception_response)
@@ -78,7 +89,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         wire.REWARDS_PATH,
         response_model=wire.RewardResponse,
-        responses=problems,
+        responses=problems | openapi.also(MSGPACK_TYPES[0], wire.RewardResponse),
         summary="Rewards for prompts and responses",
         openapi_extra=openapi.body([wire.RewardRequest], {"one": REWARDS_EXAMPLE}, MSGPACK_TYPES[0]),
     )
@@ -128,7 +139,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             raise ProblemError("not-ready", reason)
         return {"status": "ok"}
 
-    @app.get("/metrics", summary="Prometheus metrics")
+    @app.get(METRICS_PATH, response_class=PlainTextResponse, summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(engine.metrics.exposition(), headers={"content-type": Metrics.content_type})
 
@@ -204,6 +215,7 @@ def _wants_msgpack(request: Request, content_type: str) -> bool:
 
 async def _problem_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)
+    tracing.note_problem(request.scope, error)
     request.app.state.service.engine.metrics.refused_requests.labels(error.name).inc()
     return problem_response(error)
 
@@ -215,7 +227,11 @@ async def _client_gone_response(request: Request, error: Exception) -> Response:
 async def _http_exception_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     name = "method-not-allowed" if error.status_code == 405 else "not-found"
-    return problem_response(ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs"))
+    response = problem_response(
+        ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs")
+    )
+    response.headers.update(error.headers or {})  # a 405 says what is allowed
+    return response
 
 
 async def _internal_error_response(request: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """From settings to an application whose engine runs: the same for a process and for a replica on a cluster."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,14 +12,22 @@ from services.reward.cache import ScoreCache
 from services.reward.scorer import load_scorer
 from services.reward.service import ServiceLimits
 from services.reward.settings import Settings
+from services.reward.tracing import provider_from_environment
+
+PRIMITIVES = "256"
+"""oneDNN keeps a compiled primitive for each shape it meets, unless told less up to 1024 of them, and each takes some
+hundred kilobytes. Where every batch has a shape of its own, memory would grow for long and nothing be faster."""
 
 
 def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -> FastAPI:
-    """Load the model, start the engine, and put the application over it. Raises `ModelError`.
+    """Load the model, start the engine, and put the application over it. Raises `ModelError` and `TracingError`.
 
     `app.state.service.engine` is the engine, to be closed at the end. Without `reloads`, `POST /v1/model:reload` is
     refused: for replicas of which a request reaches only one.
     """
+    traces = provider_from_environment(os.environ)
+    # Read when the first primitive is made, so before the model is.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     scorer = load_scorer(settings)
@@ -31,4 +40,5 @@ def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -
         api_keys=keys,
         cache=ScoreCache(settings.cache_items) if settings.cache_items else None,
         reload=(lambda: load_scorer(settings)) if reloads else None,
+        traces=traces,
     )

@@ -9,7 +9,7 @@ from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services import wire
-from services.reward import compat
+from services.reward import compat, tracing
 from services.reward.batching import Engine
 from services.reward.problems import ProblemError
 
@@ -52,6 +52,7 @@ class Gate:
             and not self._authorised(headers.get(b"authorization", b""))
         ):
             problem = ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
+            tracing.note_problem(scope, problem)
             self._metrics.refused_requests.labels(problem.name).inc()
             await problem_response(problem)(scope, receive, send_with_id)
             return

@@ -12,6 +12,7 @@ from services import wire
 
 JSON_TYPE = "application/json"
 REFERENCE = "#/components/schemas/{model}"
+PROBLEM = REFERENCE.format(model="Problem")
 
 
 def body(models: Sequence[type[BaseModel]], examples: Mapping[str, Any], *types: str) -> dict[str, Any]:
@@ -26,8 +27,18 @@ def body(models: Sequence[type[BaseModel]], examples: Mapping[str, Any], *types:
 
 
 def answer(example: Any, description: str = "As asked.") -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: what an answer looks like."""
-    return {200: {"description": description, "content": {JSON_TYPE: {"example": example}}}}
+    """For a foreign route's `responses`: what an answer looks like, and that errors have that protocol's own shape."""
+    errors: dict[str, Any] = {JSON_TYPE: {}, wire.PROBLEM_CONTENT_TYPE: {"schema": {"$ref": PROBLEM}}}
+    return {
+        200: {"description": description, "content": {JSON_TYPE: {"example": example}}},
+        "4XX": {"description": "Refused, in that protocol's own shape; a problem if it is the key.", "content": errors},
+        "5XX": {"description": "No score this time; 503 and 504 are worth another try.", "content": errors},
+    }
+
+
+def also(media_type: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: the answer comes in this form too."""
+    return {200: {"content": {media_type: {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}}}}
 
 
 def refusals(**by_status: str) -> dict[int | str, dict[str, Any]]:
@@ -35,7 +46,7 @@ def refusals(**by_status: str) -> dict[int | str, dict[str, Any]]:
     return {
         status.removeprefix("s"): {
             "description": when,
-            "content": {wire.PROBLEM_CONTENT_TYPE: {"schema": {"$ref": REFERENCE.format(model="Problem")}}},
+            "content": {wire.PROBLEM_CONTENT_TYPE: {"schema": {"$ref": PROBLEM}}},
         }
         for status, when in by_status.items()
     }

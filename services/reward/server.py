@@ -111,7 +111,7 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             listener.close()
         service.turn_away()
-        await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
+        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + STRAGGLER_S)
         for connection in list(state.connections):
             connection.shutdown()
         # What is left now are answers that their clients don't read.

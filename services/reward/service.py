@@ -6,7 +6,9 @@ Wrong here would be a score computed for nobody, or two protocols that disagree 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from services import wire
+from services.reward import tracing
 from services.reward.batching import Engine, Job, Scored, Scorer, Text
 from services.reward.cache import CachedScore, ScoreCache
 from services.reward.model_files import ModelError
@@ -110,6 +113,13 @@ class Service:
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
         """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        try:
+            return await self._score(texts, request)
+        except ProblemError as problem:
+            tracing.note_problem(request.scope, problem)
+            raise
+
+    async def _score(self, texts: Sequence[Text], request: Request) -> Scored:
         if self.cache is None:
             return await self._run(texts, request)
         known = self.cache.lookup(self.engine.scorer, texts)
@@ -138,6 +148,7 @@ class Service:
             raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
         finally:
             gone.cancel()
+            tracing.note_job(request.scope, job)
             self.engine.abandon(job)
             self.accepted.discard(job)
 
@@ -159,13 +170,15 @@ class Service:
         """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
         if self.reload is None:
             raise ProblemError("not-found", "this service was started without a way to reload")
-        async with self.reloading:
-            try:
-                scorer = await asyncio.to_thread(self.reload)
-                self.engine.replace(scorer)
-            except (ModelError, ValueError) as error:
-                raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
-            return scorer
+        self.engine.require_open()
+        with self.unaccepted():
+            async with self.reloading:
+                try:
+                    scorer = await _in_thread(self.reload)
+                    self.engine.replace(scorer)
+                except (ModelError, ValueError) as error:
+                    raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
+                return scorer
 
     def info(self) -> wire.ModelInfo:
         scorer = self.engine.scorer
@@ -202,6 +215,27 @@ class Service:
                 labels=list(scorer.labels),
             )
         return scorer.labels.index(wanted)
+
+
+async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
+    """`load()` in a thread that the end of the process doesn't wait for, as it would for one of `asyncio`'s."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Scorer] = loop.create_future()
+
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not loaded.done():
+            set_outcome()
+
+    def run() -> None:
+        try:
+            outcome = functools.partial(loaded.set_result, load())
+        except Exception as error:
+            outcome = functools.partial(loaded.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, daemon=True, name="reload").start()
+    return await loaded
 
 
 class ClientGoneError(Exception):

@@ -12,7 +12,13 @@ DType = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class Settings(BaseSettings):
-    """Serve a sequence classifier's logits as rewards over HTTP."""
+    # The first line is as far in as the others, so that --help shows all of them at its margin.
+    """
+    Serve a sequence classifier's logits as rewards over HTTP.
+
+    Every flag is also a variable: --max-tokens is REWARD_MAX_TOKENS. SIGHUP reads the model again, SIGTERM answers what
+    was accepted and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/reward-service.md.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="REWARD_",
@@ -38,7 +44,7 @@ class Settings(BaseSettings):
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     """Longest token sequence; the model's own limit unless given."""
     dtype: DType = "fp32"
-    """Number format of weights and arithmetic. int8 is dynamic quantisation, for CPUs; docs/wire.md has the drift."""
+    """Number format of weights and arithmetic; docs/reward-service.md has the drift. int8 is dynamic, and for CPUs."""
     devices: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)] = ("cpu",)
     """torch devices, comma separated, a replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share their weights."""
     deterministic: bool = False
@@ -47,8 +53,8 @@ class Settings(BaseSettings):
     """CPU threads of the forward pass; torch's own choice unless given."""
     batch_tokens: Annotated[int, Field(gt=0)] = 1024
     """Tokens in one batch, padding included. More helps a GPU; a CPU gains nothing above about 512."""
-    max_queue_tokens: Annotated[int, Field(gt=0)] = 262_144
-    """Tokens that may wait before requests are refused with 429."""
+    max_queue_tokens: Annotated[int, Field(gt=0)] = 65_536
+    """Tokens that may wait before requests are refused with 429. No more than callers care to wait for."""
     max_items: Annotated[int, Field(gt=0, le=wire.MAX_ITEMS_PER_REQUEST)] = wire.MAX_ITEMS_PER_REQUEST
     """Items one request may hold."""
     max_text_chars: Annotated[int, Field(gt=0, le=wire.MAX_TEXT_CHARS)] = wire.MAX_TEXT_CHARS
@@ -60,6 +66,7 @@ class Settings(BaseSettings):
     api_key_file: Path | None = None
     """File with the accepted bearer keys, one a line. REWARD_API_KEY in the environment holds a single one."""
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 picks a free port; --ready-file says which."""
     ready_file: Path | None = None

@@ -86,6 +86,12 @@ class RewardService:
         event: dict[str, Any] = json.loads(line)
         return event
 
+    def close_log(self) -> None:
+        """Read no more of what the process logs."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
     def wait(self) -> int:
         """Wait for the end; the exit code."""
         assert self._process is not None

@@ -72,8 +72,9 @@ def router(service: Service) -> APIRouter:
 
     ready: dict[str, Any] = {
         "summary": "200 when work is welcome",
+        "response_class": Response,
         "responses": {
-            200: {"description": "Ready.", "content": {}},
+            200: {"description": "Ready."},
             503: {"description": "Not ready; `error` says why."},
         },
     }

@@ -219,7 +219,8 @@ def test_the_model_route_tells_labels_and_limits(ask: Callable[..., httpx.Respon
 
 def test_unknown_routes_and_methods_are_problems_too(ask: Callable[..., httpx.Response]) -> None:
     assert problem_of(ask(path="/nowhere")).status == 404
-    assert problem_of(ask(method="GET")).status == 405
+    refused = ask(method="GET")
+    assert (problem_of(refused).status, refused.headers["allow"]) == (405, "POST")
 
 
 def test_the_metrics_count_what_happened(make_engine: Callable[..., Engine], client_of: Callable[..., Any]) -> None:

@@ -4,6 +4,8 @@ import json
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +17,31 @@ import pytest
 
 from tests.support.reward_service import RewardService
 
+ENDLESS_RELOAD = """
+import socket, threading
+from services.reward.app import create_app
+from services.reward.batching import Engine
+from services.reward.problems import ProblemError
+from services.reward.server import Hooks, Server
+from tests.support.scorers import FakeScorer
+
+def load():
+    print("loading", flush=True)
+    threading.Event().wait()
+
+async def reload():
+    try:
+        await app.state.service.load_again()
+    except ProblemError as problem:
+        print(problem.name, flush=True)
+
+engine = Engine(FakeScorer(), batch_tokens=1, max_queue_tokens=1).start()
+app = create_app(engine, reload=load)
+listener = socket.create_server(("127.0.0.1", 0))
+ready = lambda: print(listener.getsockname()[1], flush=True)
+Server(app, 600.0, Hooks(ready, reload, lambda event, **details: print(event, flush=True))).run(sockets=[listener])
+"""
+"""The real server whose reload never ends."""
 BODY = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 
 
@@ -92,3 +119,38 @@ def test_whatever_clients_do_the_accepted_are_answered_and_the_process_ends(serv
         drained = service.next_event()
         assert service.wait() == 0
     assert (drained["event"], drained["accepted"], drained["answered"]) == ("drained", 1, 1)
+
+
+@pytest.fixture
+def endless_reload() -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen([sys.executable, "-c", ENDLESS_RELOAD], stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_a_reload_that_was_asked_for_does_not_hold_up_the_end(endless_reload: "subprocess.Popen[str]") -> None:
+    assert endless_reload.stdout is not None
+    port = int(endless_reload.stdout.readline())
+    with socket.create_connection(("127.0.0.1", port)) as asks:
+        asks.sendall(b"POST /v1/model:reload HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert endless_reload.stdout.readline() == "loading\n"
+        endless_reload.send_signal(signal.SIGTERM)
+        status, problem = answer_of(asks)
+    assert (status, problem["type"]) == (503, "urn:plaudit:problem:draining")
+    assert endless_reload.wait(60) == 0
+
+
+def test_a_reload_by_signal_does_not_hold_up_the_end(endless_reload: "subprocess.Popen[str]") -> None:
+    assert endless_reload.stdout is not None
+    endless_reload.stdout.readline()
+    endless_reload.send_signal(signal.SIGHUP)
+    assert endless_reload.stdout.readline() == "loading\n"
+    endless_reload.send_signal(signal.SIGTERM)
+    assert endless_reload.wait(60) == 0
+    assert endless_reload.stdout.read() == "draining\ndrained\n"
+
+
+def test_a_log_that_nobody_reads_does_not_change_the_end(classifier_dir: Path) -> None:
+    service = RewardService(classifier_dir, "--label", "POSITIVE")
+    service.close_log()
+    assert service.kill(signal.SIGTERM) == 0
