@@ -19,6 +19,7 @@ TEXTS = [
     "the worst plot i hate it . " * 4,
     "a wonderful story !",
     "\0",
+    "a good [PAD] movie",
     "movie " * 500,
 ]
 
