@@ -4,26 +4,27 @@ Only the first token is read after the last layer, so that layer works out nothi
 whose reward depends on its company, or one that differs from what transformers says of it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import embedding, gelu, layer_norm, linear
 
 FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
 """Encoders whose classifier reads the first token. The names are transformers' `model_type`."""
 NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
-ROWS_AT_ONCE = 256
-"""Tokens that go through a feed-forward together: what lies between its two products then stays in the cache."""
-
+ROWS_AT_ONCE = 128
+"""Tokens that go through a layer's products together: what lies between two products then stays in the cache."""
 INT8_MAX = 127
+U8_ZERO = 128
 TINY = 1e-12
 """Keeps a row of zeros from a scale of zero."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""[rows, in] to [rows, out], bias included."""
+"""[rows, in] to [rows, out], bias included, and GELU where it was asked for."""
 
 
 def can_pack(config: Any) -> bool:
@@ -55,9 +56,14 @@ class _Layer:
     output: Product
     attention_norm: _Norm
     up: Product
-    activation: Product
+    """With its activation."""
     down: Product
     output_norm: _Norm
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention, for rows `hidden` that it led to `attended`."""
+        middle = self.attention_norm(self.output(attended).add_(hidden))
+        return self.output_norm(self.down(self.up(middle)).add_(middle))
 
 
 class PackedEncoder:
@@ -77,23 +83,21 @@ class PackedEncoder:
         # These number their positions from the padding id on, and a padding token within a text has no position.
         self._padding = config.pad_token_id if config.model_type in NUMBERED_FROM_PADDING else None
         parts = [_parts(layer, config.model_type) for layer in _layers(base)]
-        self._layers = [_layer(part, product, last=part is parts[-1]) for part in parts]
+        self._layers = [_layer(part, self._heads, product, last=part is parts[-1]) for part in parts]
         self._head = _head_of(model)
 
     @torch.inference_mode()
     def __call__(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None) -> torch.Tensor:
-        """Logits [texts, labels] in the order of `ids`. No text may be empty."""
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-        lengths = [len(ids[index]) for index in order]
-        hidden = self._embed(
-            [ids[index] for index in order], None if type_ids is None else [type_ids[index] for index in order]
-        )
+        """Logits [texts, labels]. No text may be empty."""
+        ends = list(accumulate(map(len, ids)))
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        hidden = self._embed(ids, type_ids)
         for layer in self._layers[:-1]:
-            hidden = self._through(layer, hidden, lengths)
-        logits = self._head(self._through_last(self._layers[-1], hidden, lengths))
-        return torch.empty_like(logits).index_copy_(0, torch.tensor(order), logits)
+            hidden = self._through(layer, hidden, bounds)
+        logits: torch.Tensor = self._head(self._through_last(self._layers[-1], hidden, bounds))
+        return logits
 
-    def _embed(self, ids: list[Sequence[int]], type_ids: list[Sequence[int]] | None) -> torch.Tensor:
+    def _embed(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None) -> torch.Tensor:
         flat = torch.tensor([token for text in ids for token in text])
         hidden = embedding(flat, self._words)
         hidden += embedding(torch.tensor([place for text in ids for place in self._places(text)]), self._positions)
@@ -114,64 +118,77 @@ class PackedEncoder:
         counted = accumulate(token != padding for token in ids)
         return [padding if token == padding else padding + place for token, place in zip(ids, counted, strict=True)]
 
-    def _through(self, layer: _Layer, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _through(self, layer: _Layer, hidden: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor:
         assert layer.query_key_value is not None
-        query, key, value = layer.query_key_value(hidden).view(len(hidden), 3, self._heads, -1).unbind(1)
-        return self._finish(layer, hidden, _attention(query, key, value, lengths))
+        mixed = _in_pieces(layer.query_key_value, hidden)
+        query, key, value = mixed.view(len(hidden), 3, self._heads, -1).unbind(1)
+        return _in_pieces(layer.finish, hidden, _attention(query, key, value, bounds))
 
-    def _through_last(self, layer: _Layer, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def _through_last(self, layer: _Layer, hidden: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor:
+        """The last hidden state of each text's first token, [texts, size]."""
         assert layer.query is not None
         assert layer.key_value is not None
-        firsts = torch.tensor([0, *accumulate(lengths[:-1])])
-        first = hidden[firsts]
-        key, value = layer.key_value(hidden).view(len(hidden), 2, self._heads, -1).unbind(1)
-        query = layer.query(first).view(len(first), self._heads, -1)
-        return self._finish(layer, first, _attention(query, key, value, lengths, queries=1))
+        first = hidden[[start for start, _ in bounds]]
+        key, value = _in_pieces(layer.key_value, hidden).view(len(hidden), 2, self._heads, -1).unbind(1)
+        query = _in_pieces(layer.query, first).view(len(first), self._heads, -1)
+        return _in_pieces(layer.finish, first, _attention(query, key, value, bounds, one_query=True))
 
-    def _finish(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What follows attention, in pieces of `ROWS_AT_ONCE`."""
-        done = torch.empty_like(hidden)
-        for start in range(0, len(hidden), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
-            middle = layer.attention_norm(layer.output(attended[rows]).add_(hidden[rows]))
-            done[rows] = layer.output_norm(layer.down(layer.activation(layer.up(middle))).add_(middle))
-        return done
+
+def _in_pieces(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function` of all rows, worked out for about `ROWS_AT_ONCE` at a time."""
+    count = math.ceil(len(inputs[0]) / ROWS_AT_ONCE)
+    if count == 1:
+        return function(*inputs)
+    return torch.cat([function(*piece) for piece in zip(*(each.tensor_split(count) for each in inputs), strict=True)])
 
 
 def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], queries: int | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[tuple[int, int]],
+    *,
+    one_query: bool = False,
 ) -> torch.Tensor:
     """Attention of each text to itself alone: [rows, heads, size] in, [query rows, heads * size] out.
 
-    `lengths` are in ascending order, so that texts of one length are neighbours and share a call. `queries` is how many
-    rows of `query` a text has, its length unless given.
+    Queries come scaled. With `one_query` a text has one row of `query`, otherwise as many as of `key`.
     """
-    attended = query.new_empty(query.shape)
-    start = query_start = 0
-    for length, count in _runs(lengths):
-        wanted = queries or length
-        end, query_end = start + count * length, query_start + count * wanted
-        inputs = (
-            query[query_start:query_end].view(count, wanted, *query.shape[1:]).transpose(1, 2),
-            key[start:end].view(count, length, *key.shape[1:]).transpose(1, 2),
-            value[start:end].view(count, length, *value.shape[1:]).transpose(1, 2),
-        )
-        result = scaled_dot_product_attention(*inputs).transpose(1, 2)
-        attended[query_start:query_end].view(count, wanted, *query.shape[1:]).copy_(result)
-        start, query_start = end, query_end
+    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    query, into = query.transpose(0, 1), attended.transpose(0, 1)
+    keys, value = key.permute(1, 2, 0), value.transpose(0, 1)
+    for index, (start, end) in enumerate(bounds):
+        rows = slice(index, index + 1) if one_query else slice(start, end)
+        weights = torch.bmm(query[:, rows], keys[:, :, start:end]).softmax(-1)
+        into[:, rows] = torch.bmm(weights, value[:, start:end])
     return attended.flatten(1)
 
 
-def _runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
-    for length, same in groupby(lengths):
-        yield length, sum(1 for _ in same)
+def _float_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
+    if not _prepacks(weight.dtype):
+        return lambda rows: gelu(linear(rows, weight, bias)) if with_gelu else linear(rows, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    # As inductor calls it: the last argument names the exact GELU.
+    after, algorithm = ("gelu", "none") if with_gelu else ("none", "")
+    return lambda rows: multiply(rows, packed, bias, after, [], algorithm)
 
 
-def _float_product(weight: torch.Tensor, bias: torch.Tensor) -> Product:
-    return lambda rows: linear(rows, weight, bias)
+def _prepacks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes weights in a layout of its own: it saves laying them out for each product."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float32:
+        return True
+    supported: bool = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
+    return supported
 
 
-def _int8_product(weight: torch.Tensor, bias: torch.Tensor) -> Product:
+def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
     """Weights with a scale for each output channel, inputs with one for each row: no row knows of another.
 
     The integers' product is exact, so a row's result doesn't depend on the shape of the batch either.
@@ -180,16 +197,26 @@ def _int8_product(weight: torch.Tensor, bias: torch.Tensor) -> Product:
     whole = (weight / channel_scale[:, None]).round().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(whole, None)
     no_shift = torch.zeros(len(weight), dtype=torch.int32)
+    multiply = torch.ops.onednn.qlinear_pointwise
 
     def product(rows: torch.Tensor) -> torch.Tensor:
-        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(TINY) / INT8_MAX
-        quantised = (rows / row_scale).round_().to(torch.int8)
-        result = torch.ops.onednn.qlinear_pointwise(
-            quantised, 1.0, 0, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
+        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(INT8_MAX)
+        # To unsigned by way of signed, and the sign bit flipped: the direct conversion is four times slower.
+        signed = (rows * row_scale.reciprocal()).round_().to(torch.int8)
+        unsigned = signed.view(torch.uint8).bitwise_xor_(U8_ZERO)
+        result: torch.Tensor = multiply(
+            unsigned, 1.0, U8_ZERO, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return torch.addcmul(bias, result, row_scale)
+        result.mul_(row_scale).add_(bias)
+        return gelu(result) if with_gelu else result
 
     return product
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    weight: torch.Tensor
+    bias: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -239,22 +266,35 @@ def _parts(layer: Any, family: str) -> _Parts:
     )
 
 
-def _layer(parts: _Parts, product: Callable[..., Product], *, last: bool) -> _Layer:
+def _layer(parts: _Parts, heads: int, product: Callable[..., Product], *, last: bool) -> _Layer:
     def of(*modules: Any) -> Product:
-        weight = torch.cat([module.weight for module in modules]).detach()
-        return product(weight, torch.cat([module.bias for module in modules]).detach())
+        return product(*joined(modules))
 
+    def joined(modules: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.cat([module.weight for module in modules]).detach()
+        return weight, torch.cat([module.bias for module in modules]).detach()
+
+    scale = (parts.query.out_features // heads) ** -0.5
+    query = _Scaled(parts.query.weight * scale, parts.query.bias * scale)
+    activation = parts.activation
+    fused = _is_gelu(activation)
+    plain_up = product(*joined([parts.up]), with_gelu=fused)
     return _Layer(
-        query_key_value=None if last else of(parts.query, parts.key, parts.value),
-        query=of(parts.query) if last else None,
+        query_key_value=None if last else of(query, parts.key, parts.value),
+        query=of(query) if last else None,
         key_value=of(parts.key, parts.value) if last else None,
         output=of(parts.output),
         attention_norm=_norm(parts.attention_norm),
-        up=of(parts.up),
-        activation=parts.activation,
+        up=plain_up if fused else lambda rows: activation(plain_up(rows)),
         down=of(parts.down),
         output_norm=_norm(parts.output_norm),
     )
+
+
+def _is_gelu(activation: Product) -> bool:
+    """Whether it is the exact GELU, which oneDNN can work out along with a product."""
+    probe = torch.linspace(-4, 4, 101)
+    return torch.equal(activation(probe), gelu(probe))
 
 
 def _norm(module: Any) -> _Norm:
