@@ -5,9 +5,9 @@ whose reward depends on its company, or one that differs from what transformers 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
 NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
 ROWS_AT_ONCE = 128
 """Tokens that go through a layer's products together: what lies between two products then stays in the cache."""
+ROWS_STEP = 16
+"""Matrices have a multiple of so many rows, the last of them of no meaning. oneDNN compiles a product for each shape it
+meets; so it meets few."""
 INT8_MAX = 127
 U8_ZERO = 128
 TINY = 1e-12
@@ -91,22 +94,29 @@ class PackedEncoder:
         """Logits [texts, labels]. No text may be empty."""
         ends = list(accumulate(map(len, ids)))
         bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-        hidden = self._embed(ids, type_ids)
+        hidden = self._embed(ids, type_ids, _whole_steps(ends[-1]))
         for layer in self._layers[:-1]:
             hidden = self._through(layer, hidden, bounds)
-        logits: torch.Tensor = self._head(self._through_last(self._layers[-1], hidden, bounds))
+        first = self._through_last(self._layers[-1], hidden, bounds)
+        logits: torch.Tensor = self._head(first[: len(ids)])
         return logits
 
-    def _embed(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None) -> torch.Tensor:
-        flat = torch.tensor([token for text in ids for token in text])
-        hidden = embedding(flat, self._words)
-        hidden += embedding(torch.tensor([place for text in ids for place in self._places(text)]), self._positions)
+    def warm_up(self) -> None:
+        """Meet every shape of a product once, so that no request waits for it to be compiled."""
+        for rows in range(ROWS_STEP, ROWS_AT_ONCE + 1, ROWS_STEP):
+            self([[0]] * rows, None)
+
+    def _embed(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None, rows: int) -> torch.Tensor:
+        def flat(texts: Iterable[Sequence[int]]) -> torch.Tensor:
+            numbers = torch.zeros(rows, dtype=torch.int64)
+            joined = torch.tensor(list(chain.from_iterable(texts)))
+            numbers[: len(joined)] = joined
+            return numbers
+
+        hidden = embedding(flat(ids), self._words)
+        hidden += embedding(flat(map(self._places, ids)), self._positions)
         if self._types is not None:
-            hidden += (
-                self._types[0]
-                if type_ids is None
-                else embedding(torch.tensor([kind for text in type_ids for kind in text]), self._types)
-            )
+            hidden += self._types[0] if type_ids is None else embedding(flat(type_ids), self._types)
         return self._embedding_norm(hidden)
 
     def _places(self, ids: Sequence[int]) -> Sequence[int]:
@@ -128,18 +138,26 @@ class PackedEncoder:
         """The last hidden state of each text's first token, [texts, size]."""
         assert layer.query is not None
         assert layer.key_value is not None
-        first = hidden[[start for start, _ in bounds]]
+        first = hidden.new_zeros(_whole_steps(len(bounds)), hidden.shape[1])
+        first[: len(bounds)] = hidden[[start for start, _ in bounds]]
         key, value = _in_pieces(layer.key_value, hidden).view(len(hidden), 2, self._heads, -1).unbind(1)
         query = _in_pieces(layer.query, first).view(len(first), self._heads, -1)
         return _in_pieces(layer.finish, first, _attention(query, key, value, bounds, one_query=True))
 
 
+def _whole_steps(rows: int) -> int:
+    return math.ceil(rows / ROWS_STEP) * ROWS_STEP
+
+
 def _in_pieces(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function` of all rows, worked out for about `ROWS_AT_ONCE` at a time."""
-    count = math.ceil(len(inputs[0]) / ROWS_AT_ONCE)
+    """`function` of all rows, worked out for at most `ROWS_AT_ONCE` at a time, in pieces of about the same size."""
+    rows = len(inputs[0])
+    count = math.ceil(rows / ROWS_AT_ONCE)
     if count == 1:
         return function(*inputs)
-    return torch.cat([function(*piece) for piece in zip(*(each.tensor_split(count) for each in inputs), strict=True)])
+    steps = rows // ROWS_STEP
+    cuts = [steps * piece // count * ROWS_STEP for piece in range(1, count)]
+    return torch.cat([function(*piece) for piece in zip(*(each.tensor_split(cuts) for each in inputs), strict=True)])
 
 
 def _attention(
@@ -154,7 +172,8 @@ def _attention(
 
     Queries come scaled. With `one_query` a text has one row of `query`, otherwise as many as of `key`.
     """
-    attended = torch.empty_like(query, memory_format=torch.contiguous_format)
+    attended = query.new_empty(query.shape)
+    attended[len(bounds) if one_query else bounds[-1][1] :] = 0
     query, into = query.transpose(0, 1), attended.transpose(0, 1)
     keys, value = key.permute(1, 2, 0), value.transpose(0, 1)
     for index, (start, end) in enumerate(bounds):

@@ -150,8 +150,10 @@ class TransformersScorer:
         return logits
 
     def warm_up(self) -> None:
-        """One forward pass, so that the first caller doesn't pay for lazy initialisation, and a broken model shows."""
+        """A forward pass, so that the first caller doesn't pay for lazy initialisation, and a broken model shows."""
         try:
+            if self.packed:
+                self._models[0].warm_up()
             rows = self.score(self.encode([("warm up", None), ("warm up the model", None)]), 0)
         except Exception as error:
             raise ModelError(f"{self.id} loads but does not run: {type(error).__name__}: {error}") from error
