@@ -55,6 +55,7 @@ def create_app(
         description=DESCRIPTION,
         version="1",
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     refusals = {ProblemError: _problem_response, ClientGoneError: _client_gone_response}

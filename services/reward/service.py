@@ -4,11 +4,10 @@ Wrong here would be a score computed for nobody, or two protocols that disagree 
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,21 +86,9 @@ class Service:
             raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
         return chunk, not message.get("more_body", False)
 
-    @contextlib.contextmanager
-    def unaccepted(self) -> Generator[None, None, None]:
+    def unaccepted(self) -> "_Unaccepted":
         """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
-        task = asyncio.current_task()
-        assert task is not None
-        self.waiting.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.engine.draining:
-                raise
-            task.uncancel()
-            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
-        finally:
-            self.waiting.discard(task)
+        return _Unaccepted(self)
 
     def turn_away(self) -> None:
         """Answer 503 to every request of which nothing has been accepted."""
@@ -128,15 +115,24 @@ class Service:
         job = self.engine.submit(texts, deadline=deadline)
         self.accepted.add(job)
         gone = asyncio.ensure_future(request.receive())
-        either: set[asyncio.Future[Any]] = {job.future, gone}
+        # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
+        # cancels it.
+        gone.add_done_callback(lambda _: job.future.cancel())
+        timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
         try:
-            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if job.future.done():
-                return job.future.result()
+            return await job.future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if task.cancelling():
+                raise
             if gone.done():
-                raise ClientGoneError
-            raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
+                raise ClientGoneError from None
+            detail = f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves"
+            raise ProblemError("deadline-exceeded", detail) from None
         finally:
+            if timer is not None:
+                timer.cancel()
             gone.cancel()
             self.engine.abandon(job)
             self.accepted.discard(job)
@@ -202,6 +198,23 @@ class Service:
                 labels=list(scorer.labels),
             )
         return scorer.labels.index(wanted)
+
+
+class _Unaccepted:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._service.waiting.add(task)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._service.waiting.discard(self._task)
+        if kind is asyncio.CancelledError and self._service.engine.draining:
+            self._task.uncancel()
+            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
 
 
 class ClientGoneError(Exception):
