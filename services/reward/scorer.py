@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from services.reward.batching import Encoded, Logits, ScorerLostError, Text
 from services.reward.model_files import WEIGHTS_LIKE, ModelError, content_revision, file_stamps, model_directory
 from services.reward.packed import NUMBERED_FROM_PADDING, PackedEncoder, can_pack
+from services.reward.padded import PaddedModel
 from services.reward.settings import Settings
 
 CHARS_PER_TOKEN_LIMIT = 64
@@ -63,17 +64,21 @@ class TransformersScorer:
         # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
         self.packed = _all_on_cpu(settings) and can_pack(config)
         self._deterministic = settings.deterministic
+        self._batch_tokens = settings.batch_tokens
         self._takes_type_ids = "token_type_ids" in tokenizer.model_input_names
         # A decoder pools at the last token that isn't padding. Without a padding token it can't tell, so texts of one
         # length share a forward pass and no id counts as padding.
         self._same_length_only = config.pad_token_id is None
         if self._same_length_only:
             config.pad_token_id = -1
-        self._pad_id = config.pad_token_id
         if self.packed:
             self._models: list[Any] = [PackedEncoder(model, int8=settings.dtype == "int8")] * len(self._devices)
         else:
-            self._models = _replicas(model, self._devices)
+            pad_id, takes = config.pad_token_id, self._takes_type_ids
+            self._models = [
+                PaddedModel(replica, device, pad_id=pad_id, takes_type_ids=takes)
+                for replica, device in zip(_replicas(model, self._devices), self._devices, strict=True)
+            ]
         self.replicas = len(self._models)
         self._backend = _fast_backend(tokenizer, self.max_tokens, settings.truncation_side)
         self._tokenizer = tokenizer
@@ -107,7 +112,7 @@ class TransformersScorer:
         try:
             for group in self._groups(batch):
                 encodings = [batch[index] for index in group]
-                logits = self._packed(encodings, replica) if self.packed else self._padded(encodings, replica)
+                logits = self._packed(encodings, replica) if self.packed else self._models[replica](encodings)
                 rows |= zip(group, map(tuple, logits.float().tolist()), strict=True)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -127,23 +132,6 @@ class TransformersScorer:
             return list(by_length.values())
         return [list(range(len(batch)))]
 
-    @torch.inference_mode()
-    def _padded(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
-        width = max(len(encoded.ids) for encoded in batch)
-        device = self._devices[replica]
-
-        def tensor(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows]).to(device, non_blocking=True)
-
-        inputs = {
-            "input_ids": tensor([encoded.ids for encoded in batch], self._pad_id),
-            "attention_mask": tensor([[1] * len(encoded.ids) for encoded in batch], 0),
-        }
-        if self._takes_type_ids:
-            inputs["token_type_ids"] = tensor([_type_ids(encoded) for encoded in batch], 0)
-        logits: torch.Tensor = self._models[replica](**inputs).logits
-        return logits
-
     def _packed(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
         type_ids = [_type_ids(encoded) for encoded in batch] if self._takes_type_ids else None
         logits: torch.Tensor = self._models[replica]([encoded.ids for encoded in batch], type_ids)
@@ -154,6 +142,9 @@ class TransformersScorer:
         try:
             if self.packed:
                 self._models[0].warm_up()
+            else:
+                for model in self._models:
+                    model.warm_up(self.max_tokens, self._batch_tokens)
             rows = self.score(self.encode([("warm up", None), ("warm up the model", None)]), 0)
         except Exception as error:
             raise ModelError(f"{self.id} loads but does not run: {type(error).__name__}: {error}") from error
