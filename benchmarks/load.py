@@ -81,10 +81,17 @@ class Measured:
     refused: list[float] = field(default_factory=list)
     """Latency of each 429."""
     errors: Counter[str] = field(default_factory=Counter)
+    cpu_s: float = math.nan
+    """CPU time of the server, where the caller knows it."""
 
     @property
     def rps(self) -> float:
         return len(self.ok) / self.elapsed
+
+    @property
+    def per_cpu_s(self) -> float:
+        """Requests for each second of the server's CPU time."""
+        return len(self.ok) / self.cpu_s
 
     def percentile(self, percent: int, *, refused: bool = False) -> float:
         seconds = sorted(self.refused if refused else self.ok)

@@ -10,7 +10,8 @@
 The model is a random DistilBERT-base. Servers have core 0 (one torch thread), the load has core 1; only the server that
 is measured runs, the others are stopped (SIGSTOP) meanwhile. `closed` has callers that each send their next text when
 they have their last answer; `open` sends texts as they come (Poisson) at shares of what a closed loop of 64 got.
-Rounds are interleaved, so that a slow minute of the machine hits every server. Peers are named with the Python of their
+Rounds are interleaved, so that a slow minute of the machine hits every server; requests for each second of the server's
+own CPU time tell what it does on a core that nobody else uses. Peers are named with the Python of their
 own environment; docs/reward-speed.md says how to make them.
 """
 
@@ -20,6 +21,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -241,7 +243,7 @@ def main() -> None:
 
 def closed(started: list[Server], arguments: argparse.Namespace) -> None:
     print(
-        f"{'lengths':12} {'callers':>7} {'server':19} {'rps':>7} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} errors ratio"
+        "lengths      callers server                  rps  a CPU s   p50 ms   p95 ms   p99 ms errors  to best peer, CPU s"
     )
     for kind in arguments.lengths:
         for callers in arguments.callers:
@@ -250,19 +252,32 @@ def closed(started: list[Server], arguments: argparse.Namespace) -> None:
                 with held(arguments.lock):
                     for server in started:
                         with server.awake():
-                            draw = server.draw(kind, number)
-                            rounds[server.name].append(run(closed_loop(server.url, draw, callers, arguments.seconds)))
+                            before = server.cpu_s()
+                            work = closed_loop(server.url, server.draw(kind, number), callers, arguments.seconds)
+                            result = run(work)
+                            result.cpu_s = server.cpu_s() - before
+                            rounds[server.name].append(result)
             peers = [name for name in rounds if not name.startswith("ours")]
-            best = max((median_of(rounds[name], lambda each: each.rps) for name in peers), default=float("nan"))
+            best = max((median_of(rounds[name], rps) for name in peers), default=math.nan)
+            best_per_cpu_s = max((median_of(rounds[name], per_cpu_s) for name in peers), default=math.nan)
             for name, results in rounds.items():
-                rps = median_of(results, lambda each: each.rps)
+                got, got_per_cpu_s = median_of(results, rps), median_of(results, per_cpu_s)
                 cells = [median_of(results, lambda each, q=q: each.percentile(q)) * 1000 for q in (50, 95, 99)]
                 failed = sum(each.errors.total() + len(each.refused) for each in results)
-                milliseconds = " ".join(f"{cell:8.0f}" for cell in cells)
                 print(
-                    f"{kind:12} {callers:7} {name:19} {rps:7.1f} {milliseconds} {failed:6} {rps / best:5.2f}",
+                    f"{kind:12} {callers:7} {name:19} {got:7.1f} {got_per_cpu_s:8.1f} "
+                    f"{' '.join(f'{cell:8.0f}' for cell in cells)} {failed:6} "
+                    f"{got / best:6.2f} {got_per_cpu_s / best_per_cpu_s:6.2f}",
                     flush=True,
                 )
+
+
+def rps(measured: Measured) -> float:
+    return measured.rps
+
+
+def per_cpu_s(measured: Measured) -> float:
+    return measured.per_cpu_s
 
 
 def open_(started: list[Server], arguments: argparse.Namespace) -> None:
@@ -356,10 +371,13 @@ def offline(rounds: int, count: int = 128, tokens: int = 2048) -> None:
             for number in range(rounds):
                 for dtype, scorer in scorers.items():
                     encoded = scorer.encode([(text, None) for text in texts(kind, count, number)])
-                    started = time.perf_counter()
+                    started = time.process_time()
                     for batch in batches(encoded, tokens):
                         scorer.score(batch, 0)
-                    print(f"{kind:12} {dtype} {count / (time.perf_counter() - started):6.1f} texts/s", flush=True)
+                    print(
+                        f"{kind:12} {dtype} {count / (time.process_time() - started):6.1f} texts a CPU second",
+                        flush=True,
+                    )
 
 
 def drift(count: int = 256) -> None:
