@@ -223,11 +223,11 @@ def main() -> None:
     arguments = parser.parse_args()
     pythons = dict(peer.split("=", 1) for peer in arguments.peer)
     names = [*arguments.servers, *(name for name in pythons if name not in arguments.servers)]
-    os.sched_setaffinity(0, {LOAD_CORE})
+    if arguments.what not in {"offline", "drift"}:
+        os.sched_setaffinity(0, {LOAD_CORE})
     if arguments.what == "front":
         front(arguments.seconds, arguments.rounds)
     elif arguments.what == "offline":
-        os.sched_setaffinity(0, {SERVER_CORE})
         offline(arguments.rounds)
     elif arguments.what == "drift":
         drift()
@@ -242,9 +242,7 @@ def main() -> None:
 
 
 def closed(started: list[Server], arguments: argparse.Namespace) -> None:
-    print(
-        "lengths      callers server                  rps  a CPU s   p50 ms   p95 ms   p99 ms errors  to best peer, CPU s"
-    )
+    print("lengths      callers server                  rps  a CPU s   p50 ms   p95 ms   p99 ms errors  ratio, CPU s")
     for kind in arguments.lengths:
         for callers in arguments.callers:
             rounds: dict[str, list[Measured]] = {server.name: [] for server in started}

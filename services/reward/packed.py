@@ -7,6 +7,7 @@ whose reward depends on its company, or one that differs from what transformers 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -214,22 +215,48 @@ def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool =
     """
     channel_scale = weight.abs().amax(dim=1).clamp_min(TINY) / INT8_MAX
     whole = (weight / channel_scale[:, None]).round().to(torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(whole, None)
-    no_shift = torch.zeros(len(weight), dtype=torch.int32)
-    multiply = torch.ops.onednn.qlinear_pointwise
+    multiply = _fast_integers(whole, channel_scale) if _has_exact_int8() else _slow_integers(whole, channel_scale)
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(INT8_MAX)
-        # To unsigned by way of signed, and the sign bit flipped: the direct conversion is four times slower.
-        signed = (rows * row_scale.reciprocal()).round_().to(torch.int8)
-        unsigned = signed.view(torch.uint8).bitwise_xor_(U8_ZERO)
-        result: torch.Tensor = multiply(
-            unsigned, 1.0, U8_ZERO, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
-        )
+        result = multiply((rows * row_scale.reciprocal()).round_().to(torch.int8))
         result.mul_(row_scale).add_(bias)
         return gelu(result) if with_gelu else result
 
     return product
+
+
+def _fast_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
+    """int8 rows times `whole`, then the channels' scales, by oneDNN."""
+    packed = torch.ops.onednn.qlinear_prepack(whole, None)
+    no_shift = torch.zeros(len(whole), dtype=torch.int32)
+    multiply = torch.ops.onednn.qlinear_pointwise
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        # oneDNN is fast for unsigned input alone. Flipping the sign bit adds 128, its zero point.
+        unsigned = rows.view(torch.uint8).bitwise_xor(U8_ZERO)
+        result: torch.Tensor = multiply(
+            unsigned, 1.0, U8_ZERO, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return result
+
+    return product
+
+
+def _slow_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
+    """The same in floats, which hold the integers: for processors that would round or that oneDNN doesn't know."""
+    floats = whole.float()
+    return lambda rows: linear(rows.float(), floats).mul_(channel_scale)
+
+
+@cache
+def _has_exact_int8() -> bool:
+    """Whether oneDNN's integers are exact here. Without VNNI, sums of two products may saturate at 16 bits."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    largest = torch.full((ROWS_STEP, 64), INT8_MAX, dtype=torch.int8)
+    product = _fast_integers(largest, torch.ones(ROWS_STEP))(largest)
+    return torch.equal(product, torch.full_like(product, 64.0 * INT8_MAX**2))
 
 
 @dataclass(frozen=True)

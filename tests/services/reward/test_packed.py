@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config
 
+from services.reward import packed
 from services.reward.packed import ROWS_AT_ONCE, PackedEncoder, can_pack
 from tests.support.tiny_models import tiny_classifier_dir
 
@@ -38,6 +39,16 @@ def test_in_int8_a_text_scores_the_same_in_any_company(directory: Path) -> None:
     together = encoder(IDS, None)
     for ids, row in zip(IDS, together, strict=True):
         torch.testing.assert_close(encoder([ids], None)[0], row, atol=1e-5, rtol=0)
+
+
+def test_int8_is_the_same_on_a_processor_without_exact_integers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    here = PackedEncoder(model, int8=True)(IDS, None)
+    monkeypatch.setattr(packed, "_has_exact_int8", lambda: False)
+    there = PackedEncoder(model, int8=True)(IDS, None)
+    torch.testing.assert_close(there, here, atol=1e-5, rtol=2e-6)
 
 
 def test_only_encoders_that_read_the_first_token_are_packed() -> None:
