@@ -5,6 +5,7 @@ Handlers only parse, submit and wait; nothing here runs long enough to hold up t
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -18,6 +19,7 @@ from services.reward import compat, openapi, tracing
 from services.reward.batching import Engine, Scorer
 from services.reward.cache import ScoreCache
 from services.reward.gate import PUBLIC_PATHS, Gate, problem_response
+from services.reward.hot import HotRoute
 from services.reward.metrics import Metrics
 from services.reward.openapi import JSON_TYPE
 from services.reward.problems import ProblemError
@@ -61,14 +63,17 @@ def create_app(
         description=DESCRIPTION,
         version="1",
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.service = service
     app.state.traces = traces
+    refusals = {ProblemError: _problem_response, ClientGoneError: _client_gone_response}
+    app.add_middleware(HotRoute, path=wire.REWARDS_PATH, handler=partial(answer_rewards, service), refusals=refusals)
     app.add_middleware(Gate, keys=api_keys, engine=engine)
     if traces is not None:
         app.add_middleware(tracing.Traced, provider=traces, quiet=PUBLIC_PATHS | {METRICS_PATH})
-    app.add_exception_handler(ProblemError, _problem_response)
-    app.add_exception_handler(ClientGoneError, _client_gone_response)
+    for kind, refuse in refusals.items():
+        app.add_exception_handler(kind, refuse)
     app.add_exception_handler(HTTPException, _http_exception_response)
     app.add_exception_handler(Exception, _internal_error_response)
     _add_routes(app, service)
@@ -94,24 +99,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         openapi_extra=openapi.body([wire.RewardRequest], {"one": REWARDS_EXAMPLE}, MSGPACK_TYPES[0]),
     )
     async def rewards(request: Request) -> Response:
-        content_type = _content_type(request)
-        body = await service.read_body(request)
-        wanted = parse_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
-        index = service.label_index(engine.scorer, wanted.label)
-        scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
-        answer = wire.RewardResponse(
-            rewards=[row[index] for row in scored.logits],
-            model=scored.scorer.id,
-            revision=scored.scorer.revision,
-            label=scored.scorer.labels[index],
-            truncated=scored.truncated,
-        )
-        headers = {"server-timing": server_timing(scored)}
-        if _wants_msgpack(request, content_type):
-            # Logits are float32 to begin with, so half the bytes lose nothing.
-            packed = msgpack.packb(answer.model_dump(), use_single_float=True)
-            return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
-        return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
+        return await answer_rewards(service, request)
 
     @app.get(
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
@@ -142,6 +130,28 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get(METRICS_PATH, response_class=PlainTextResponse, summary="Prometheus metrics")
     async def metrics() -> Response:
         return Response(engine.metrics.exposition(), headers={"content-type": Metrics.content_type})
+
+
+async def answer_rewards(service: Service, request: Request) -> Response:
+    """What `POST /v1/rewards` does, by whichever way it came in."""
+    content_type = _content_type(request)
+    body = await service.read_body(request)
+    wanted = parse_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
+    index = service.label_index(service.engine.scorer, wanted.label)
+    scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
+    answer = wire.RewardResponse(
+        rewards=[row[index] for row in scored.logits],
+        model=scored.scorer.id,
+        revision=scored.scorer.revision,
+        label=scored.scorer.labels[index],
+        truncated=scored.truncated,
+    )
+    headers = {"server-timing": server_timing(scored)}
+    if _wants_msgpack(request, content_type):
+        # Logits are float32 to begin with, so half the bytes lose nothing.
+        packed = msgpack.packb(answer.model_dump(), use_single_float=True)
+        return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
+    return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
 
 
 def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:

@@ -262,6 +262,7 @@ class Engine:
             threading.Thread(target=self._guard, args=(self._score_loop, replica), daemon=True, name=f"score-{replica}")
             for replica in range(scorer.replicas)
         ]
+        self._observe = [self.metrics.phase.labels(phase).observe for phase in ("tokenize", "queue", "inference")]
         self.metrics.queue_items.set_function(lambda: self._queued_items)
         self.metrics.queue_tokens.set_function(lambda: self._queued_tokens)
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
@@ -461,6 +462,7 @@ class Engine:
             middle = len(batch) // 2
             return self._score(batch[:middle], replica) + self._score(batch[middle:], replica)
         outcomes: list[tuple[Job, ProblemError | None]] = []
+        scored: list[_Item] = []
         for item, row in zip(batch, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self.metrics.failed_items.inc()
@@ -470,12 +472,13 @@ class Engine:
                 outcomes.append((item.job, problem))
                 continue
             item.logits = tuple(row)
-            self.metrics.scored_items.inc()
-            with self._lock:
+            scored.append(item)
+        self.metrics.scored_items.inc(len(scored))
+        with self._lock:
+            for item in scored:
                 item.job.open_items -= 1
-                complete = item.job.open_items == 0
-            if complete:
-                outcomes.append((item.job, None))
+                if item.job.open_items == 0:
+                    outcomes.append((item.job, None))
         return outcomes
 
     def _record(self, batch: list[_Item], elapsed_s: float) -> None:
@@ -518,9 +521,10 @@ class Engine:
             queue_s=first_batch_at - job.tokenized_at,
             inference_s=now - first_batch_at,
         )
-        self.metrics.phase.labels("tokenize").observe(scored.tokenize_s)
-        self.metrics.phase.labels("queue").observe(scored.queue_s)
-        self.metrics.phase.labels("inference").observe(scored.inference_s)
+        observe_tokenize, observe_queue, observe_inference = self._observe
+        observe_tokenize(scored.tokenize_s)
+        observe_queue(scored.queue_s)
+        observe_inference(scored.inference_s)
         return scored
 
     def _fail_everything(self, problem: ProblemError) -> None:

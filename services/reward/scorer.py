@@ -8,18 +8,19 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from services.reward.batching import Encoded, Logits, ScorerLostError, Text
 from services.reward.model_files import WEIGHTS_LIKE, ModelError, content_revision, file_stamps, model_directory
+from services.reward.packed import NUMBERED_FROM_PADDING, PackedEncoder, can_pack
+from services.reward.padded import PaddedModel
 from services.reward.settings import Settings
 
 CHARS_PER_TOKEN_LIMIT = 64
@@ -27,9 +28,6 @@ CHARS_PER_TOKEN_LIMIT = 64
 otherwise hold the tokenizer for a second. English has about 4 characters a token."""
 FALLBACK_MAX_TOKENS = 512
 """For a model that names no limit of its own."""
-PACKED_FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
-"""Encoders that pool at the first token and pass attention arguments through, so that they run without padding."""
-PACKED_ATTENTION = "plaudit_packed"
 
 
 def load_scorer(settings: Settings) -> "TransformersScorer":
@@ -64,20 +62,23 @@ class TransformersScorer:
         self.truncation_side = settings.truncation_side
         self._devices = [torch.device(name) for name in settings.devices]
         # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
-        on_cpu = all(device.type == "cpu" for device in self._devices)
-        self.packed = on_cpu and config.model_type in PACKED_FAMILIES and not getattr(config, "is_decoder", False)
-        if self.packed:
-            model.set_attn_implementation(PACKED_ATTENTION)
-        self._first_position = _first_position(config)
+        self.packed = _all_on_cpu(settings) and can_pack(config)
         self._deterministic = settings.deterministic
+        self._batch_tokens = settings.batch_tokens
         self._takes_type_ids = "token_type_ids" in tokenizer.model_input_names
         # A decoder pools at the last token that isn't padding. Without a padding token it can't tell, so texts of one
         # length share a forward pass and no id counts as padding.
         self._same_length_only = config.pad_token_id is None
         if self._same_length_only:
             config.pad_token_id = -1
-        self._pad_id = config.pad_token_id
-        self._models = _replicas(model, self._devices)
+        if self.packed:
+            self._models: list[Any] = [PackedEncoder(model, int8=settings.dtype == "int8")] * len(self._devices)
+        else:
+            pad_id, takes = config.pad_token_id, self._takes_type_ids
+            self._models = [
+                PaddedModel(replica, device, pad_id=pad_id, takes_type_ids=takes)
+                for replica, device in zip(_replicas(model, self._devices), self._devices, strict=True)
+            ]
         self.replicas = len(self._models)
         self._backend = _fast_backend(tokenizer, self.max_tokens, settings.truncation_side)
         self._tokenizer = tokenizer
@@ -111,7 +112,7 @@ class TransformersScorer:
         try:
             for group in self._groups(batch):
                 encodings = [batch[index] for index in group]
-                logits = self._packed(encodings, replica) if self.packed else self._padded(encodings, replica)
+                logits = self._packed(encodings, replica) if self.packed else self._models[replica](encodings)
                 rows |= zip(group, map(tuple, logits.float().tolist()), strict=True)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -131,41 +132,19 @@ class TransformersScorer:
             return list(by_length.values())
         return [list(range(len(batch)))]
 
-    @torch.inference_mode()
-    def _padded(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
-        width = max(len(encoded.ids) for encoded in batch)
-        device = self._devices[replica]
-
-        def tensor(rows: list[Sequence[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows]).to(device, non_blocking=True)
-
-        inputs = {
-            "input_ids": tensor([encoded.ids for encoded in batch], self._pad_id),
-            "attention_mask": tensor([[1] * len(encoded.ids) for encoded in batch], 0),
-        }
-        if self._takes_type_ids:
-            inputs["token_type_ids"] = tensor([_type_ids(encoded) for encoded in batch], 0)
-        logits: torch.Tensor = self._models[replica](**inputs).logits
+    def _packed(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
+        type_ids = [_type_ids(encoded) for encoded in batch] if self._takes_type_ids else None
+        logits: torch.Tensor = self._models[replica]([encoded.ids for encoded in batch], type_ids)
         return logits
 
-    @torch.inference_mode()
-    def _packed(self, batch: Sequence[Encoded], replica: int) -> torch.Tensor:
-        lengths = [len(encoded.ids) for encoded in batch]
-        ends = list(accumulate(lengths))
-        starts = [end - length for end, length in zip(ends, lengths, strict=True)]
-        inputs = {
-            "input_ids": torch.tensor([list(chain.from_iterable(encoded.ids for encoded in batch))]),
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None] + self._first_position,
-        }
-        if self._takes_type_ids:
-            inputs["token_type_ids"] = torch.tensor([list(chain.from_iterable(map(_type_ids, batch)))])
-        model = self._models[replica]
-        hidden = model.base_model(**inputs, bounds=list(zip(starts, ends, strict=True))).last_hidden_state
-        return _head(model, hidden[0, starts].unsqueeze(1))
-
     def warm_up(self) -> None:
-        """One forward pass, so that the first caller doesn't pay for lazy initialisation, and a broken model shows."""
+        """A forward pass, so that the first caller doesn't pay for lazy initialisation, and a broken model shows."""
         try:
+            if self.packed:
+                self._models[0].warm_up()
+            else:
+                for model in self._models:
+                    model.warm_up(self.max_tokens, self._batch_tokens)
             rows = self.score(self.encode([("warm up", None), ("warm up the model", None)]), 0)
         except Exception as error:
             raise ModelError(f"{self.id} loads but does not run: {type(error).__name__}: {error}") from error
@@ -198,7 +177,7 @@ def _load(directory: Path, settings: Settings) -> tuple[Any, Any]:
     # The weights may be a view of the file. Whoever writes another model over it would change this one, or crash it.
     for tensor in chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
-    if settings.dtype == "int8":
+    if settings.dtype == "int8" and not can_pack(config):
         with warnings.catch_warnings():
             # torch points at torchao, whose dynamic quantisation needs a further package for the same arithmetic.
             warnings.simplefilter("ignore")
@@ -210,6 +189,10 @@ def _load(directory: Path, settings: Settings) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def _all_on_cpu(settings: Settings) -> bool:
+    return all(torch.device(name).type == "cpu" for name in settings.devices)
+
+
 def _replicas(model: Any, devices: list[torch.device]) -> list[Any]:
     """One model for each device. Replicas on the CPU share their weights."""
     try:
@@ -218,50 +201,13 @@ def _replicas(model: Any, devices: list[torch.device]) -> list[Any]:
         raise ModelError(f"--devices {','.join(map(str, devices))} can't be used: {_one_line(error)}") from error
 
 
-def _packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    bounds: list[tuple[int, int]],
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of each text to itself alone. Queries, keys, values are [1, heads, all tokens, head size]."""
-    outputs = [
-        scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale=scaling
-        )
-        for start, end in bounds
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(PACKED_ATTENTION, _packed_attention)
-
-
-def _head(model: Any, first: torch.Tensor) -> torch.Tensor:
-    """Logits [n, labels] from the first token's hidden states [n, 1, size]."""
-    family = model.config.model_type
-    if family == "distilbert":
-        pooled = torch.relu(model.pre_classifier(first[:, 0]))
-    elif family == "bert":
-        pooled = model.bert.pooler(first)
-    else:
-        pooled = first  # the RoBERTa families' head pools on its own
-    logits: torch.Tensor = model.classifier(pooled)
-    return logits
-
-
 def _type_ids(encoded: Encoded) -> Sequence[int]:
     return encoded.type_ids if encoded.type_ids is not None else [0] * len(encoded.ids)
 
 
 def _first_position(config: Any) -> int:
     """The RoBERTa families number their positions from the padding id on."""
-    return config.pad_token_id + 1 if config.model_type in {"camembert", "roberta", "xlm-roberta"} else 0
+    return config.pad_token_id + 1 if config.model_type in NUMBERED_FROM_PADDING else 0
 
 
 def _one_line(error: Exception) -> str:

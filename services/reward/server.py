@@ -56,6 +56,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 timeout_keep_alive=KEEP_ALIVE_S,
                 server_header=False,
+                proxy_headers=False,
             )
         )
         self._service: Service = app.state.service

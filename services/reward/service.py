@@ -10,7 +10,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,21 +90,9 @@ class Service:
             raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
         return chunk, not message.get("more_body", False)
 
-    @contextlib.contextmanager
-    def unaccepted(self) -> Generator[None, None, None]:
+    def unaccepted(self) -> "_Unaccepted":
         """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
-        task = asyncio.current_task()
-        assert task is not None
-        self.waiting.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self.engine.draining:
-                raise
-            task.uncancel()
-            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
-        finally:
-            self.waiting.discard(task)
+        return _Unaccepted(self)
 
     def turn_away(self) -> None:
         """Answer 503 to every request of which nothing has been accepted."""
@@ -138,15 +126,24 @@ class Service:
         job = self.engine.submit(texts, deadline=deadline)
         self.accepted.add(job)
         gone = asyncio.ensure_future(request.receive())
-        either: set[asyncio.Future[Any]] = {job.future, gone}
+        # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
+        # cancels it.
+        gone.add_done_callback(lambda _: job.future.cancel())
+        timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
         try:
-            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if job.future.done():
-                return job.future.result()
+            return await job.future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if task.cancelling():
+                raise
             if gone.done():
-                raise ClientGoneError
-            raise ProblemError("deadline-exceeded", f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves")
+                raise ClientGoneError from None
+            detail = f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves"
+            raise ProblemError("deadline-exceeded", detail) from None
         finally:
+            if timer is not None:
+                timer.cancel()
             gone.cancel()
             tracing.note_job(request.scope, job)
             self.engine.abandon(job)
@@ -236,6 +233,23 @@ async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
 
     threading.Thread(target=run, daemon=True, name="reload").start()
     return await loaded
+
+
+class _Unaccepted:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._service.waiting.add(task)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._service.waiting.discard(self._task)
+        if kind is asyncio.CancelledError and self._service.engine.draining:
+            self._task.uncancel()
+            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
 
 
 class ClientGoneError(Exception):

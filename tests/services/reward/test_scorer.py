@@ -19,6 +19,7 @@ TEXTS = [
     "the worst plot i hate it . " * 4,
     "a wonderful story !",
     "\0",
+    "a good [PAD] movie",
     "movie " * 500,
 ]
 
@@ -28,8 +29,9 @@ def scorer_of(directory: Path, **settings: Any) -> TransformersScorer:
 
 
 def transformers_logits(directory: Path, *text: str) -> list[float]:
+    """In double precision: in single, transformers' own rounding is as large as ours."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float64).eval()
     with torch.inference_mode():
         logits: list[float] = model(**tokenizer(*text, truncation=True, return_tensors="pt")).logits[0].tolist()
     return logits

@@ -1,0 +1,359 @@
+"""BERT-like encoders on a CPU without padding: a batch is one matrix with a row for each token; no text sees another.
+
+Only the first token is read after the last layer, so that layer works out nothing else. Wrong here would be a text
+whose reward depends on its company, or one that differs from what transformers says of it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, gelu, layer_norm, linear
+
+FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
+"""Encoders whose classifier reads the first token. The names are transformers' `model_type`."""
+NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
+ROWS_AT_ONCE = 128
+"""Tokens that go through a layer's products together: what lies between two products then stays in the cache."""
+ROWS_STEP = 16
+"""Matrices have a multiple of so many rows, the last of them of no meaning. oneDNN compiles a product for each shape it
+meets; so it meets few."""
+INT8_MAX = 127
+U8_ZERO = 128
+TINY = 1e-12
+"""Keeps a row of zeros from a scale of zero."""
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, in] to [rows, out], bias included, and GELU where it was asked for."""
+
+
+def can_pack(config: Any) -> bool:
+    """Whether `PackedEncoder` runs this model."""
+    return (
+        config.model_type in FAMILIES
+        and not getattr(config, "is_decoder", False)
+        and getattr(config, "position_embedding_type", "absolute") == "absolute"
+    )
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return layer_norm(rows, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One transformer layer. In the last one `query` stands alone, because few rows want it."""
+
+    query_key_value: Product | None
+    query: Product | None
+    key_value: Product | None
+    output: Product
+    attention_norm: _Norm
+    up: Product
+    """With its activation."""
+    down: Product
+    output_norm: _Norm
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention, for rows `hidden` that it led to `attended`."""
+        middle = self.attention_norm(self.output(attended).add_(hidden))
+        return self.output_norm(self.down(self.up(middle)).add_(middle))
+
+
+class PackedEncoder:
+    """A sequence classifier of one of `FAMILIES`, its weights laid out anew; the model it is made from may go."""
+
+    def __init__(self, model: Any, *, int8: bool = False) -> None:
+        config = model.config
+        product = _int8_product if int8 else _float_product
+        base = model.base_model
+        embeddings = base.embeddings
+        self._words = embeddings.word_embeddings.weight.detach()
+        self._positions = embeddings.position_embeddings.weight.detach()
+        types = getattr(embeddings, "token_type_embeddings", None)
+        self._types = None if types is None else types.weight.detach()
+        self._embedding_norm = _norm(embeddings.LayerNorm)
+        self._heads = config.num_attention_heads
+        # These number their positions from the padding id on, and a padding token within a text has no position.
+        self._padding = config.pad_token_id if config.model_type in NUMBERED_FROM_PADDING else None
+        parts = [_parts(layer, config.model_type) for layer in _layers(base)]
+        self._layers = [_layer(part, self._heads, product, last=part is parts[-1]) for part in parts]
+        self._head = _head_of(model)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None) -> torch.Tensor:
+        """Logits [texts, labels]. No text may be empty."""
+        ends = list(accumulate(map(len, ids)))
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        hidden = self._embed(ids, type_ids, _whole_steps(ends[-1]))
+        for layer in self._layers[:-1]:
+            hidden = self._through(layer, hidden, bounds)
+        first = self._through_last(self._layers[-1], hidden, bounds)
+        logits: torch.Tensor = self._head(first[: len(ids)])
+        return logits
+
+    def warm_up(self) -> None:
+        """Meet every shape of a product once, so that no request waits for it to be compiled."""
+        for rows in range(ROWS_STEP, ROWS_AT_ONCE + 1, ROWS_STEP):
+            self([[0]] * rows, None)
+
+    def _embed(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]] | None, rows: int) -> torch.Tensor:
+        def flat(texts: Iterable[Sequence[int]]) -> torch.Tensor:
+            numbers = torch.zeros(rows, dtype=torch.int64)
+            joined = torch.tensor(list(chain.from_iterable(texts)))
+            numbers[: len(joined)] = joined
+            return numbers
+
+        hidden = embedding(flat(ids), self._words)
+        hidden += embedding(flat(map(self._places, ids)), self._positions)
+        if self._types is not None:
+            hidden += self._types[0] if type_ids is None else embedding(flat(type_ids), self._types)
+        return self._embedding_norm(hidden)
+
+    def _places(self, ids: Sequence[int]) -> Sequence[int]:
+        padding = self._padding
+        if padding is None:
+            return range(len(ids))
+        if padding not in ids:
+            return range(padding + 1, padding + 1 + len(ids))
+        counted = accumulate(token != padding for token in ids)
+        return [padding if token == padding else padding + place for token, place in zip(ids, counted, strict=True)]
+
+    def _through(self, layer: _Layer, hidden: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor:
+        assert layer.query_key_value is not None
+        mixed = _in_pieces(layer.query_key_value, hidden)
+        query, key, value = mixed.view(len(hidden), 3, self._heads, -1).unbind(1)
+        return _in_pieces(layer.finish, hidden, _attention(query, key, value, bounds))
+
+    def _through_last(self, layer: _Layer, hidden: torch.Tensor, bounds: list[tuple[int, int]]) -> torch.Tensor:
+        """The last hidden state of each text's first token, [texts, size]."""
+        assert layer.query is not None
+        assert layer.key_value is not None
+        first = hidden.new_zeros(_whole_steps(len(bounds)), hidden.shape[1])
+        first[: len(bounds)] = hidden[[start for start, _ in bounds]]
+        key, value = _in_pieces(layer.key_value, hidden).view(len(hidden), 2, self._heads, -1).unbind(1)
+        query = _in_pieces(layer.query, first).view(len(first), self._heads, -1)
+        return _in_pieces(layer.finish, first, _attention(query, key, value, bounds, one_query=True))
+
+
+def _whole_steps(rows: int) -> int:
+    return math.ceil(rows / ROWS_STEP) * ROWS_STEP
+
+
+def _in_pieces(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """`function` of all rows, worked out for at most `ROWS_AT_ONCE` at a time, in pieces of about the same size."""
+    rows = len(inputs[0])
+    count = math.ceil(rows / ROWS_AT_ONCE)
+    if count == 1:
+        return function(*inputs)
+    steps = rows // ROWS_STEP
+    cuts = [steps * piece // count * ROWS_STEP for piece in range(1, count)]
+    return torch.cat([function(*piece) for piece in zip(*(each.tensor_split(cuts) for each in inputs), strict=True)])
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[tuple[int, int]],
+    *,
+    one_query: bool = False,
+) -> torch.Tensor:
+    """Attention of each text to itself alone: [rows, heads, size] in, [query rows, heads * size] out.
+
+    Queries come scaled. With `one_query` a text has one row of `query`, otherwise as many as of `key`.
+    """
+    attended = query.new_empty(query.shape)
+    attended[len(bounds) if one_query else bounds[-1][1] :] = 0
+    query, into = query.transpose(0, 1), attended.transpose(0, 1)
+    keys, value = key.permute(1, 2, 0), value.transpose(0, 1)
+    for index, (start, end) in enumerate(bounds):
+        rows = slice(index, index + 1) if one_query else slice(start, end)
+        weights = torch.bmm(query[:, rows], keys[:, :, start:end]).softmax(-1)
+        into[:, rows] = torch.bmm(weights, value[:, start:end])
+    return attended.flatten(1)
+
+
+def _float_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
+    if not _prepacks(weight.dtype):
+        return lambda rows: gelu(linear(rows, weight, bias)) if with_gelu else linear(rows, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    # As inductor calls it: the last argument names the exact GELU.
+    after, algorithm = ("gelu", "none") if with_gelu else ("none", "")
+    return lambda rows: multiply(rows, packed, bias, after, [], algorithm)
+
+
+def _prepacks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes weights in a layout of its own: it saves laying them out for each product."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float32:
+        return True
+    supported: bool = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    )
+    return supported
+
+
+def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
+    """Weights with a scale for each output channel, inputs with one for each row: no row knows of another.
+
+    The integers' product is exact, so a row's result doesn't depend on the shape of the batch either.
+    """
+    channel_scale = weight.abs().amax(dim=1).clamp_min(TINY) / INT8_MAX
+    whole = (weight / channel_scale[:, None]).round().to(torch.int8)
+    multiply = _fast_integers(whole, channel_scale) if _has_exact_int8() else _slow_integers(whole, channel_scale)
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(INT8_MAX)
+        result = multiply((rows * row_scale.reciprocal()).round_().to(torch.int8))
+        result.mul_(row_scale).add_(bias)
+        return gelu(result) if with_gelu else result
+
+    return product
+
+
+def _fast_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
+    """int8 rows times `whole`, then the channels' scales, by oneDNN."""
+    packed = torch.ops.onednn.qlinear_prepack(whole, None)
+    no_shift = torch.zeros(len(whole), dtype=torch.int32)
+    multiply = torch.ops.onednn.qlinear_pointwise
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        # oneDNN is fast for unsigned input alone. Flipping the sign bit adds 128, its zero point.
+        unsigned = rows.view(torch.uint8).bitwise_xor(U8_ZERO)
+        result: torch.Tensor = multiply(
+            unsigned, 1.0, U8_ZERO, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return result
+
+    return product
+
+
+def _slow_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
+    """The same in floats, which hold the integers: for processors that would round or that oneDNN doesn't know."""
+    floats = whole.float()
+    return lambda rows: linear(rows.float(), floats).mul_(channel_scale)
+
+
+@cache
+def _has_exact_int8() -> bool:
+    """Whether oneDNN's integers are exact here. Without VNNI, sums of two products may saturate at 16 bits."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    largest = torch.full((ROWS_STEP, 64), INT8_MAX, dtype=torch.int8)
+    product = _fast_integers(largest, torch.ones(ROWS_STEP))(largest)
+    return torch.equal(product, torch.full_like(product, 64.0 * INT8_MAX**2))
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The modules of a layer by what they do; families name them differently."""
+
+    query: Any
+    key: Any
+    value: Any
+    output: Any
+    attention_norm: Any
+    up: Any
+    activation: Any
+    down: Any
+    output_norm: Any
+
+
+def _layers(base: Any) -> Any:
+    return base.transformer.layer if hasattr(base, "transformer") else base.encoder.layer
+
+
+def _parts(layer: Any, family: str) -> _Parts:
+    if family == "distilbert":
+        attention, feed = layer.attention, layer.ffn
+        return _Parts(
+            attention.q_lin,
+            attention.k_lin,
+            attention.v_lin,
+            attention.out_lin,
+            layer.sa_layer_norm,
+            feed.lin1,
+            feed.activation,
+            feed.lin2,
+            layer.output_layer_norm,
+        )
+    attention, output = layer.attention.self, layer.attention.output
+    return _Parts(
+        attention.query,
+        attention.key,
+        attention.value,
+        output.dense,
+        output.LayerNorm,
+        layer.intermediate.dense,
+        layer.intermediate.intermediate_act_fn,
+        layer.output.dense,
+        layer.output.LayerNorm,
+    )
+
+
+def _layer(parts: _Parts, heads: int, product: Callable[..., Product], *, last: bool) -> _Layer:
+    def of(*modules: Any) -> Product:
+        return product(*joined(modules))
+
+    def joined(modules: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = torch.cat([module.weight for module in modules]).detach()
+        return weight, torch.cat([module.bias for module in modules]).detach()
+
+    scale = (parts.query.out_features // heads) ** -0.5
+    query = _Scaled(parts.query.weight * scale, parts.query.bias * scale)
+    activation = parts.activation
+    fused = _is_gelu(activation)
+    plain_up = product(*joined([parts.up]), with_gelu=fused)
+    return _Layer(
+        query_key_value=None if last else of(query, parts.key, parts.value),
+        query=of(query) if last else None,
+        key_value=of(parts.key, parts.value) if last else None,
+        output=of(parts.output),
+        attention_norm=_norm(parts.attention_norm),
+        up=plain_up if fused else lambda rows: activation(plain_up(rows)),
+        down=of(parts.down),
+        output_norm=_norm(parts.output_norm),
+    )
+
+
+def _is_gelu(activation: Product) -> bool:
+    """Whether it is the exact GELU, which oneDNN can work out along with a product."""
+    probe = torch.linspace(-4, 4, 101)
+    return torch.equal(activation(probe), gelu(probe))
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight.detach(), module.bias.detach(), module.eps)
+
+
+def _head_of(model: Any) -> Product:
+    """Logits [texts, labels] from the first tokens' hidden states."""
+    family, classifier = model.config.model_type, model.classifier
+    if family == "distilbert":
+        before = model.pre_classifier
+        return lambda first: classifier(torch.relu(before(first)))
+    if family == "bert":
+        pooler = model.bert.pooler
+        return lambda first: classifier(pooler(first.unsqueeze(1)))
+    return lambda first: classifier(first.unsqueeze(1))  # the RoBERTa families' head pools on its own
