@@ -14,7 +14,7 @@ from services.reward.service import ServiceLimits
 from services.reward.settings import Settings
 from services.reward.tracing import provider_from_environment
 
-PRIMITIVES = "256"
+PRIMITIVES = "128"
 """oneDNN keeps a compiled primitive for each shape it meets, unless told less up to 1024 of them, and each takes some
 hundred kilobytes. Where every batch has a shape of its own, memory would grow for long and nothing be faster."""
 
