@@ -23,6 +23,7 @@ RUN = ROOT / "runs" / RUN_NAME
 PRESET = ROOT / "runs" / f"{RUN_NAME}.yaml"
 STEPS = 30
 WAIT_S = 600.0
+OBSERVABILITY = ("--profile", "observability")
 CALLER = os.getuid() or 4321
 """Whose the results are to be; root stands for somebody else, since what belongs to root shows nothing."""
 
@@ -145,7 +146,7 @@ def stack() -> Iterator[Stack]:
         yield stack
     finally:
         print(stack.compose("logs", "--no-color", "--tail=40"))
-        stack.compose("down", "--volumes", "--remove-orphans")
+        stack.compose(*OBSERVABILITY, "down", "--volumes", "--remove-orphans")
         PRESET.unlink()
 
 
@@ -165,7 +166,7 @@ def test_a_killed_replica_and_a_stopped_trainer_cost_nothing(stack: Stack) -> No
     assert stopped_after < STEPS
     assert (RUN / "ppo" / "checkpoints" / f"step-{stopped_after:06d}" / "manifest.json").is_file()
 
-    stack.compose("up", "-d", "--no-recreate", "--scale", "reward=2", "trainer")
+    stack.compose("up", "-d", "--no-recreate", "trainer")
     until(lambda: len(steps()) > stopped_after, "a step of the resumed trainer")
     more_lost, more_asked = stack.kill_and_restart(second)
     print(f"{lost + more_lost} of {asked + more_asked} requests of other callers lost, with each replica killed once")
@@ -200,15 +201,16 @@ def test_the_balancer_answers_for_the_service_on_a_port_of_the_host(stack: Stack
 
 
 def test_prometheus_scrapes_every_replica_the_balancer_and_the_trainer(stack: Stack) -> None:
-    profile = ("--profile", "observability")
-    image = next(word for word in stack.compose(*profile, "config").split() if word.startswith("prom/prometheus:"))
+    image = next(
+        word for word in stack.compose(*OBSERVABILITY, "config").split() if word.startswith("prom/prometheus:")
+    )
     tag = {}
     if not answers("docker", "image", "inspect", image) and not answers("docker", "pull", image):
         print(f"{image} can't be had here: Prometheus of Debian's packages instead")
         docker("build", "-t", "prom/prometheus:debian", str(Path(__file__).parent / "prometheus"))
         tag = {"PROMETHEUS_TAG": "debian"}
     services = ("reward", "exporter", "prometheus")
-    stack.compose(*profile, "up", "-d", "--no-recreate", "--scale", "reward=2", *services, **tag)
+    stack.compose(*OBSERVABILITY, "up", "-d", "--no-recreate", "--scale", "reward=2", *services, **tag)
     prometheus = Prometheus(f"http://127.0.0.1:{stack.prometheus}")
 
     def scraped() -> bool:
@@ -227,7 +229,7 @@ def test_prometheus_scrapes_every_replica_the_balancer_and_the_trainer(stack: St
 
 
 def test_a_remote_endpoint_needs_the_trainer_alone_and_a_stop_ends_the_wait_for_it(stack: Stack) -> None:
-    stack.compose("down")
+    stack.compose(*OBSERVABILITY, "down")
     remote = {"REWARD_URL": "https://rewards.example", "RUN_NAME": f"{RUN_NAME}/alone"}
     stack.compose("up", "-d", "trainer", **remote)
     (trainer,) = docker("ps", "-aq", "-f", "label=com.docker.compose.project=plaudit-test").split()
