@@ -51,15 +51,12 @@ def curve_of(config: PPOConfig, seed: int, directory: Path) -> Curve:
 
 
 def print_table(curves: dict[int, Curve], samples_per_step: int) -> None:
-    print(
-        f"| seed | samples | reward, first step | reward, last {LAST_STEPS} steps | KL, last {LAST_STEPS} | seconds |"
-    )
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print(f"| seed | samples | reward, first step | reward, last {LAST_STEPS} steps | KL, last {LAST_STEPS} steps |")
+    print("| --- | ---: | ---: | ---: | ---: |")
     for seed, curve in curves.items():
-        seconds = sum(step["time/step_s"] for step in curve)
         print(
             f"| {seed} | {len(curve) * samples_per_step:,} | {curve[0][REWARD_MEAN]:+.2f} | "
-            f"{at_the_end(curve, REWARD_MEAN):+.2f} | {at_the_end(curve, KL):.2f} | {seconds:.0f} |"
+            f"{at_the_end(curve, REWARD_MEAN):+.2f} | {at_the_end(curve, KL):.2f} |"
         )
 
 

@@ -151,7 +151,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
             f"cannot resume with other settings: {'; '.join(refused)}. "
             "Give the checkpoint's values, or start a new run in another --output-dir"
         )
-    return list(lines.values())
+    # Where to go on from is no setting of the run.
+    return [line for name, line in lines.items() if name != "resume"]
 
 
 def _trainable(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:

@@ -152,6 +152,8 @@ def _quiet_libraries() -> None:
     stamina.instrumentation.set_on_retry_hooks([])
     # What TensorBoard's thread can't write, its next call raises.
     threading.excepthook = _except_of_tensorboard
+    # A quantised GPT-2 has no Conv1D, but the weights that its adapters are merged into have: peft sees to it.
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     # peft asks transformers by the name that it had before.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 

@@ -144,7 +144,7 @@ def test_a_directory_without_its_manifest_is_no_checkpoint(tmp_path: Path) -> No
 
 def test_harmless_differences_are_told_and_others_refused_with_both_values() -> None:
     saved = {"steps": 10, "reward": {"url": ["a"]}, "ppo": {"gamma": 1.0}}
-    assert checkpoints.check_same_run(saved, {**saved, "steps": 20}) == ["steps: 10 -> 20"]
+    assert checkpoints.check_same_run(saved, {**saved, "steps": 20, "resume": "auto"}) == ["steps: 10 -> 20"]
     assert checkpoints.check_same_run(saved, {**saved, "reward": {"url": ["b"]}}) == ["reward.url: ['a'] -> ['b']"]
     with pytest.raises(ConfigError, match=r"ppo\.gamma: 1\.0 -> 0\.9"):
         checkpoints.check_same_run(saved, {**saved, "ppo": {"gamma": 0.9}})
