@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, PPOConfig, to_dict
 from trainer.models import Policy
 from trainer.storage import sync, writing
 from trainer.update import PPOStepper
@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "log_samples_every",
     "trackers",
     "collective_timeout_s",
+    "merge",
     "device",
     "generation.static_cache",
     "ppo.micro_batch_size",
@@ -142,7 +143,9 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     Raises:
         ConfigError: a difference that would make the resumed run another run; all of them are named.
     """
-    before, after = _flat(saved), _flat(current)
+    # A setting that is younger than the checkpoint had its default.
+    defaults = _flat(to_dict(PPOConfig()))
+    before, after = defaults | _flat(saved), defaults | _flat(current)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
     refused = [line for name, line in lines.items() if not name.startswith(FREE_TO_CHANGE)]

@@ -125,8 +125,8 @@ class GenerationSettings:
     batch_size: int = 128
     """Prompts generated at once; also the size of the chunks sent to the reward service."""
     static_cache: bool | None = None
-    """Keep every shape fixed, so that a GPU replays a recorded graph for each token. Left out: on GPUs, where the model
-    allows it. Slower on CPUs."""
+    """Sample with CUDA graphs and a key-value cache of fixed size. By default on GPUs, where the model can; slower on
+    CPUs. `plaudit evaluate` does without."""
 
     def __post_init__(self) -> None:
         _require(

@@ -57,8 +57,9 @@ def keep_freed_memory(mib: int = 1024) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):
         return
-    mallopt(M_TRIM_THRESHOLD, mib * 2**20)
-    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_MIB * 2**20)
+    # glibc took no more than 32 MiB here until some years ago. Refused, it would now be worse off than untouched.
+    if mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_MIB * 2**20) or mallopt(M_MMAP_THRESHOLD, 32 * 2**20):
+        mallopt(M_TRIM_THRESHOLD, mib * 2**20)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

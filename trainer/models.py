@@ -274,10 +274,11 @@ class Policy(nn.Module):
 
     def merge(self, directory: Path) -> None:
         """Writes the model with its adapters folded in, as a directory that plain transformers loads."""
+        directory.mkdir(parents=True, exist_ok=True)
         if not self.has_adapters:
             self.save(directory)
             return
-        with tempfile.TemporaryDirectory() as adapters:
+        with tempfile.TemporaryDirectory(dir=directory) as adapters:
             self.save(Path(adapters))
             merge_adapters(Path(adapters), directory)
 

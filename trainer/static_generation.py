@@ -9,6 +9,7 @@ a graph that goes on with weights of an earlier step. Weights are therefore only
 from collections.abc import Sequence
 from typing import Any
 
+import bitsandbytes
 import torch
 from torch import Tensor
 from transformers import StaticCache
@@ -28,14 +29,14 @@ class StaticGenerator:
     """`generate` for one model, as it is when first called: the same adapters, on the same device, for good."""
 
     def __init__(self, model: Any, settings: GenerationSettings, tokenizer: Any) -> None:
-        """Raises `ConfigError` if the model's attention has no cache of fixed size (see `supports`)."""
+        """Raises `ConfigError` for a model that can't (see `supports`)."""
         if not supports(model):
             raise ConfigError(
-                f"generation.static_cache=True: {type(model).__name__} has no key-value cache of fixed size; "
+                f"generation.static_cache=True: {type(model).__name__} does not generate with fixed shapes; "
                 "leave the setting out"
             )
         self._model, self._settings, self._tokenizer = model, settings, tokenizer
-        self._decoders: dict[tuple[int, int], Decoder] = {}
+        self._decoders: dict[int, Decoder] = {}
 
     @torch.no_grad()
     def __call__(self, queries: Sequence[Sequence[int]], draws: Draws) -> Samples:
@@ -44,36 +45,50 @@ class StaticGenerator:
         device = next(self._model.parameters()).device
         samples = Samples.from_lists(queries, [[0]] * len(queries), self._tokenizer.pad_token_id, device)
         width = -(-samples.query_ids.shape[1] // QUERY_TOKENS) * QUERY_TOKENS
-        tokens, written = self.decoder(len(queries), width).decode(samples, draws)
+        tokens, written = self._decoder(len(queries), width).decode(samples, draws)
         longest = int(written.max())
         mask = torch.arange(longest, device=device) < written.unsqueeze(1)
         filled = tokens[:, :longest].masked_fill(~mask, self._tokenizer.pad_token_id)
         return Samples(samples.query_ids, samples.query_mask, filled, mask)
 
-    def decoder(self, rows: int, width: int) -> "Decoder":
-        """The one for so many queries of so many tokens."""
-        if (rows, width) not in self._decoders:
-            device = next(self._model.parameters()).device
-            self._decoders[rows, width] = Decoder(
-                self._model, self._settings, rows, width, eos=self._tokenizer.eos_token_id, device=device
-            )
-        return self._decoders[rows, width]
+    def _decoder(self, rows: int, width: int) -> "Decoder":
+        """The one for so many queries, wide enough. One is kept for each number of rows, since each holds a cache."""
+        decoder = self._decoders.get(rows)
+        if decoder is None or decoder.width < width:
+            self._decoders.pop(rows, None)
+            decoder = Decoder(self._model, self._settings, rows, width, eos=self._tokenizer.eos_token_id)
+            self._decoders[rows] = decoder
+        return decoder
 
 
+@torch.no_grad()
 def supports(model: Any) -> bool:
-    """Whether every layer keeps all keys and values, and its attention takes a mask of booleans."""
+    """Whether the model generates with fixed shapes: two tokens are tried, since no attribute tells.
+
+    8-bit layers look at their inputs on the host, which a recorded graph can't do.
+    """
+    if any(isinstance(module, bitsandbytes.nn.Linear8bitLt) for module in model.modules()):
+        return False
     layers = StaticCache(config=model.config, max_cache_len=1).layers
-    return model.config._attn_implementation == "sdpa" and all(type(layer) is StaticLayer for layer in layers)
+    if model.config._attn_implementation != "sdpa" or any(type(layer) is not StaticLayer for layer in layers):
+        return False
+    settings = GenerationSettings(min_new_tokens=2, max_new_tokens=2)
+    samples = Samples.from_lists([[1, 1]], [[0]], 0, next(model.parameters()).device)
+    decoder = Decoder(model, settings, 1, 2, eos=None)
+    try:
+        decoder.prefill(samples, Draws.of(settings, 1, seed=0, step=0))
+        decoder.advance()
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
 
 
 class Decoder:
     """Everything a token reads and writes, at fixed addresses, for B queries of up to Q tokens."""
 
-    def __init__(
-        self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None, device: torch.device
-    ) -> None:
-        self._model, self._settings, self._eos, self._width = model, settings, -1 if eos is None else eos, width
-        steps = settings.max_new_tokens
+    def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None) -> None:
+        self._model, self._settings, self._eos, self.width = model, settings, -1 if eos is None else eos, width
+        steps, device = settings.max_new_tokens, next(model.parameters()).device
         self._cache = StaticCache(config=model.config, max_cache_len=width + steps)
         self._seen = torch.zeros(rows, 1, 1, width + steps, dtype=torch.bool, device=device)
         self._last = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -101,7 +116,7 @@ class Decoder:
 
     def prefill(self, samples: Samples, draws: Draws) -> None:
         """Forgets the last batch, reads the queries and samples the first token."""
-        skip = self._width - samples.query_ids.shape[1]
+        skip = self.width - samples.query_ids.shape[1]
         real = torch.nn.functional.pad(samples.query_mask, (skip, 0))
         ids = torch.nn.functional.pad(samples.query_ids, (skip, 0))
         if self._cache.is_initialized:
@@ -110,11 +125,11 @@ class Decoder:
             buffer.zero_()
         self._lengths.copy_(draws.lengths)
         self._uniforms.copy_(draws.uniforms)
-        self._seen[..., : self._width] = real[:, None, None]
+        self._seen[..., : self.width] = real[:, None, None]
         self._position.copy_(samples.query_lengths.unsqueeze(1) - 1)
-        causal = torch.ones(self._width, self._seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
         # A padding token sees itself: a softmax over nothing is no number.
-        own = torch.eye(self._width, self._seen.shape[-1], dtype=torch.bool, device=ids.device)
+        own = torch.eye(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device)
         self._choose(self._logits(ids, (self._seen & causal) | own, (real.cumsum(1) - 1).clamp(min=0)))
 
     def advance(self) -> None:
@@ -141,7 +156,7 @@ class Decoder:
         # The chosen token is read next; its keys and values go into the cell that is seen from now on.
         self._last.copy_(chosen.unsqueeze(1))
         self._position.add_(1)
-        self._seen.view(len(chosen), -1).scatter_(1, self._step + self._width, True)
+        self._seen.view(len(chosen), -1).scatter_(1, self._step + self.width, True)
         self._step.add_(1)
 
     def _record(self) -> torch.cuda.CUDAGraph:
@@ -152,6 +167,7 @@ class Decoder:
             self.advance()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may use the device meanwhile: a reward function.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.advance()
         return graph

@@ -6,6 +6,7 @@ What would be wrong here: half a file under the name of a whole one, or a full d
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,11 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         NotWritten: with the path, the reason, and the room that is left.
     """
+    earlier = sys.exception()
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _reason(error)
+        reason = _reason(error, earlier)
         if reason is None:
             raise
         raise NotWritten(f"cannot write {path}: {reason}; {_remedy(path)}") from error
@@ -78,16 +80,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(error: Exception) -> str | None:
-    """What the operating system said, wherever a library has put it; None if it isn't the disk's doing."""
+def _reason(error: Exception, earlier: BaseException | None) -> str | None:
+    """What the operating system said, wherever a library has put it; None if it isn't the disk's doing.
+
+    `earlier` is what was being handled before the write began; it and its causes say nothing about the disk.
+    """
+    if isinstance(error, SafetensorError):
+        return re.sub(r"^.*I/O error: (.*) \(os error \d+\)$", r"\1", " ".join(str(error).split()))
     cause: BaseException | None = error
-    while cause is not None:  # torch.save raises a RuntimeError over it
+    while cause is not None and cause is not earlier:  # torch.save raises a RuntimeError over it
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__
-    if not isinstance(error, SafetensorError):
-        return None
-    return re.sub(r"^.*I/O error: (.*) \(os error \d+\)$", r"\1", " ".join(str(error).split()))
+    return None
 
 
 def _remedy(path: Path) -> str:

@@ -26,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 after a clean drain, 2 when the settings can't work."""
     # Until there is something to drain, SIGTERM just ends the process; as process 1 of a container it would be ignored.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # Before and after there is a model to read again, it asks for nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
         keys = api_keys(settings)
@@ -102,6 +104,8 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
             _log("reload-failed", detail=problem.detail)
 
     Server(app, settings.grace_s, Hooks(announce, reload, _log)).run(sockets=[listener])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
     if app.state.traces is not None:
         finish(app.state.traces)
     # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.

@@ -18,7 +18,7 @@ from services import wire
 from services.reward import compat, openapi, tracing
 from services.reward.batching import Engine, Scorer
 from services.reward.cache import ScoreCache
-from services.reward.gate import PUBLIC_PATHS, Gate, problem_response
+from services.reward.gate import INTERNAL_ERROR, PUBLIC_PATHS, Gate, problem_response
 from services.reward.hot import HotRoute
 from services.reward.metrics import Metrics
 from services.reward.openapi import JSON_TYPE
@@ -225,8 +225,7 @@ def _wants_msgpack(request: Request, content_type: str) -> bool:
 
 async def _problem_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, ProblemError)
-    tracing.note_problem(request.scope, error)
-    request.app.state.service.engine.metrics.refused_requests.labels(error.name).inc()
+    request.app.state.service.refused(request, error)
     return problem_response(error)
 
 
@@ -237,12 +236,12 @@ async def _client_gone_response(request: Request, error: Exception) -> Response:
 async def _http_exception_response(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     name = "method-not-allowed" if error.status_code == 405 else "not-found"
-    response = problem_response(
-        ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs")
-    )
+    problem = ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs")
+    request.app.state.service.refused(request, problem)
+    response = problem_response(problem)
     response.headers.update(error.headers or {})  # a 405 says what is allowed
     return response
 
 
 async def _internal_error_response(request: Request, error: Exception) -> Response:
-    return problem_response(ProblemError("internal-error", "the service failed; its log says where"))
+    return problem_response(INTERNAL_ERROR)

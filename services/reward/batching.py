@@ -380,21 +380,25 @@ class Engine:
                 if self._closing:
                     return
                 jobs = self._take_arrived()
-            started = time.monotonic()
-            done = [job for job in jobs if self._tokenize(job, started)]
-            finished = time.monotonic()
-            with self._lock:
-                for job in done:
-                    job.tokenized_at = finished
-                    job.tokenize_s = finished - job.admitted_at
-                    exact = sum(item.length for item in job.items)
-                    self._queued_tokens += exact - job.tokens
-                    job.tokens = exact
-                    for item in job.items:
-                        self._order += 1
-                        item.order = self._order
-                        self._waiting.add(item)
-                self._to_score.notify_all()
+            self._tokenize_jobs(jobs)
+            del jobs  # while this thread is idle, they would keep the model in memory that they were for
+
+    def _tokenize_jobs(self, jobs: list[Job]) -> None:
+        started = time.monotonic()
+        done = [job for job in jobs if self._tokenize(job, started)]
+        finished = time.monotonic()
+        with self._lock:
+            for job in done:
+                job.tokenized_at = finished
+                job.tokenize_s = finished - job.admitted_at
+                exact = sum(item.length for item in job.items)
+                self._queued_tokens += exact - job.tokens
+                job.tokens = exact
+                for item in job.items:
+                    self._order += 1
+                    item.order = self._order
+                    self._waiting.add(item)
+            self._to_score.notify_all()
 
     def _take_arrived(self) -> list[Job]:
         """About one batch of jobs: more would keep the model waiting for texts that it can't use yet."""
@@ -435,17 +439,22 @@ class Engine:
                     if batch or dropped:
                         break
                     self._to_score.wait()
-                started = time.monotonic()
-                for item in batch:
-                    if item.job.first_batch_at is None:
-                        item.job.first_batch_at = started
-            if dropped:
-                self.metrics.dropped_items.inc(len(dropped))
-                late = ProblemError("deadline-exceeded", "the deadline passed before the model ran")
-                self._settle([(job, late) for job in dict.fromkeys(item.job for item in dropped)])
-            if batch:
-                self._settle(self._score(batch, replica))
-                self._record(batch, time.monotonic() - started)
+            self._run(batch, dropped, replica)
+            del batch, dropped  # as in the other thread
+
+    def _run(self, batch: list[_Item], dropped: list[_Item], replica: int) -> None:
+        started = time.monotonic()
+        with self._lock:
+            for item in batch:
+                if item.job.first_batch_at is None:
+                    item.job.first_batch_at = started
+        if dropped:
+            self.metrics.dropped_items.inc(len(dropped))
+            late = ProblemError("deadline-exceeded", "the deadline passed before the model ran")
+            self._settle([(job, late) for job in dict.fromkeys(item.job for item in dropped)])
+        if batch:
+            self._settle(self._score(batch, replica))
+            self._record(batch, time.monotonic() - started)
 
     def _score(self, batch: list[_Item], replica: int) -> list[tuple[Job, ProblemError | None]]:
         """Run the model, and halve a batch that fails until the texts that make it fail stand alone."""

@@ -15,6 +15,7 @@ from services.reward.problems import ProblemError
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
 """What answers without a key: health, and nothing else."""
+INTERNAL_ERROR = ProblemError("internal-error", "the service failed; its log says where")
 CONTROLS = bytes([*range(32), 127])
 """Bytes that a header may not hold."""
 
@@ -39,8 +40,12 @@ class Gate:
             :128
         ] or b"%032x" % self._ids.getrandbits(128)
 
+        begun = False
+
         async def send_with_id(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"].append((b"x-request-id", request_id))
                 if self._engine.draining:
                     # A kept connection would be cut at the end; told so, its client sends the next request elsewhere.
@@ -60,7 +65,12 @@ class Gate:
             self._metrics.refused_requests.labels(problem.name).inc()
             await problem_response(problem)(scope, receive, send_with_id)
             return
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            if not begun:
+                await problem_response(INTERNAL_ERROR)(scope, receive, send_with_id)
+            raise
 
     def _authorised(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")

@@ -17,8 +17,10 @@ GPU_WIDTH_STEP = 8
 class PaddedModel:
     """A transformers classifier on one device. Calls must not overlap: they share the memory that batches use."""
 
-    def __init__(self, model: Any, device: torch.device, *, pad_id: int, takes_type_ids: bool) -> None:
+    def __init__(self, model: Any, device: torch.device, *, pad_id: int, max_tokens: int, takes_type_ids: bool) -> None:
+        """A negative `pad_id` is no token: all texts of a batch then have one length."""
         self._model = model
+        self._max_tokens = max_tokens
         self._device = device
         self._pad_id = pad_id
         self._inputs = ("input_ids", "attention_mask", "token_type_ids")[: 3 if takes_type_ids else 2]
@@ -29,18 +31,18 @@ class PaddedModel:
     def __call__(self, batch: Sequence[Encoded]) -> torch.Tensor:
         """Logits [texts, labels] in fp32, on the CPU."""
         width = max(len(encoded.ids) for encoded in batch)
-        if self._on_gpu:
-            width = -(-width // GPU_WIDTH_STEP) * GPU_WIDTH_STEP
+        if self._on_gpu and self._pad_id >= 0:
+            width = max(width, min(-(-width // GPU_WIDTH_STEP) * GPU_WIDTH_STEP, self._max_tokens))
         staged = self._stage(batch, width).to(self._device, non_blocking=True)
         logits: torch.Tensor = self._model(**dict(zip(self._inputs, staged, strict=True))).logits
         # The one wait for the device. After it the staging memory may be written again.
         return logits.float().cpu()
 
-    def warm_up(self, max_tokens: int, batch_tokens: int) -> None:
+    def warm_up(self, batch_tokens: int) -> None:
         """On a GPU, meet batches of every order of length, so that no request waits for kernels to be chosen."""
         width = GPU_WIDTH_STEP
-        while self._on_gpu and width < 2 * max_tokens:
-            length = min(width, max_tokens)
+        while self._on_gpu and width < 2 * self._max_tokens:
+            length = min(width, self._max_tokens)
             self([Encoded([0] * length)] * max(1, batch_tokens // length))
             width *= 2
 

@@ -36,7 +36,10 @@ def load_scorer(settings: Settings) -> "TransformersScorer":
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
     directory = model_directory(settings.model)
-    scorer = TransformersScorer(directory, settings)
+    try:
+        scorer = TransformersScorer(directory, settings)
+    except (OSError, KeyError) as error:
+        raise ModelError(f"{settings.model} can't be read: {_one_line(error)}") from error
     if settings.label is not None and settings.label not in scorer.labels:
         raise ModelError(f"{settings.model} has no label {settings.label!r}; its labels are {', '.join(scorer.labels)}")
     scorer.warm_up()
@@ -76,7 +79,7 @@ class TransformersScorer:
         else:
             pad_id, takes = config.pad_token_id, self._takes_type_ids
             self._models = [
-                PaddedModel(replica, device, pad_id=pad_id, takes_type_ids=takes)
+                PaddedModel(replica, device, pad_id=pad_id, max_tokens=self.max_tokens, takes_type_ids=takes)
                 for replica, device in zip(_replicas(model, self._devices), self._devices, strict=True)
             ]
         self.replicas = len(self._models)
@@ -144,7 +147,7 @@ class TransformersScorer:
                 self._models[0].warm_up()
             else:
                 for model in self._models:
-                    model.warm_up(self.max_tokens, self._batch_tokens)
+                    model.warm_up(self._batch_tokens)
             rows = self.score(self.encode([("warm up", None), ("warm up the model", None)]), 0)
         except Exception as error:
             raise ModelError(f"{self.id} loads but does not run: {type(error).__name__}: {error}") from error

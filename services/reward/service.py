@@ -52,6 +52,7 @@ class Service:
     """Jobs that the engine took and whose answers aren't written yet: a drain waits for them."""
     waiting: "set[asyncio.Task[Any]]" = field(default_factory=set)
     """Handlers of requests that nobody has accepted yet: a drain turns them away."""
+    turned_away: asyncio.Event = field(default_factory=asyncio.Event)
 
     def text(self, prompt: str, response: str) -> Text:
         """Prompt and response as the model wants them."""
@@ -94,20 +95,19 @@ class Service:
         """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
         return _Unaccepted(self)
 
+    def refused(self, request: Request, problem: ProblemError) -> None:
+        """Count a request that is answered with `problem`, by whatever protocol, and note it in its trace."""
+        tracing.note_problem(request.scope, problem)
+        self.engine.metrics.refused_requests.labels(problem.name).inc()
+
     def turn_away(self) -> None:
-        """Answer 503 to every request of which nothing has been accepted."""
+        """Answer 503 to every request of which nothing has been accepted, now and from now on."""
+        self.turned_away.set()
         for task in list(self.waiting):
             task.cancel()
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
         """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
-        try:
-            return await self._score(texts, request)
-        except ProblemError as problem:
-            tracing.note_problem(request.scope, problem)
-            raise
-
-    async def _score(self, texts: Sequence[Text], request: Request) -> Scored:
         if self.cache is None:
             return await self._run(texts, request)
         known = self.cache.lookup(self.engine.scorer, texts)
@@ -242,6 +242,8 @@ class _Unaccepted:
     def __enter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if self._service.turned_away.is_set():
+            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
         self._task = task
         self._service.waiting.add(task)
 

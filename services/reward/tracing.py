@@ -86,6 +86,8 @@ def provider_from_environment(environment: Mapping[str, str]) -> "TracerProvider
             f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}; traces are sent by http/protobuf (most collectors' port 4318)"
         )
     try:
+        # It looks for the propagators that OTEL_PROPAGATORS names; requests find it loaded.
+        from opentelemetry import propagate  # noqa: F401
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -94,6 +96,8 @@ def provider_from_environment(environment: Mapping[str, str]) -> "TracerProvider
         raise TracingError(
             f"traces are asked for and {error.name} is missing; {INSTALL}, or set OTEL_TRACES_EXPORTER=none"
         ) from None
+    except ValueError as error:
+        raise TracingError(f"OTEL_PROPAGATORS is {asked('OTEL_PROPAGATORS')}: {error}") from None
     is_named = asked("OTEL_SERVICE_NAME") or f"{SERVICE_NAME}=" in asked("OTEL_RESOURCE_ATTRIBUTES")
     named = {} if is_named else {SERVICE_NAME: "plaudit-reward"}
     # Not the global provider: that would make FastAPI send spans of its own for the same requests.

@@ -15,7 +15,7 @@ from tests.support.disks import fill, small_disk
 from tests.support.runs import assert_same
 from tests.support.tiny_models import tiny_gpt2
 from trainer import checkpoint as checkpoints
-from trainer.config import ConfigError, LoraSettings, PPOHyperparameters
+from trainer.config import ConfigError, LoraSettings, ModelSettings, PPOConfig, PPOHyperparameters, to_dict
 from trainer.models import Policy, add_lora
 from trainer.storage import NotWritten
 from trainer.update import PPOStepper
@@ -148,3 +148,11 @@ def test_harmless_differences_are_told_and_others_refused_with_both_values() -> 
     assert checkpoints.check_same_run(saved, {**saved, "reward": {"url": ["b"]}}) == ["reward.url: ['a'] -> ['b']"]
     with pytest.raises(ConfigError, match=r"ppo\.gamma: 1\.0 -> 0\.9"):
         checkpoints.check_same_run(saved, {**saved, "ppo": {"gamma": 0.9}})
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default() -> None:
+    saved = to_dict(PPOConfig())
+    del saved["model"]["compile"]
+    assert checkpoints.check_same_run(saved, to_dict(PPOConfig())) == []
+    with pytest.raises(ConfigError, match=r"model\.compile: False -> True"):
+        checkpoints.check_same_run(saved, to_dict(PPOConfig(model=ModelSettings(compile=True))))

@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import FalconConfig, FalconForCausalLM
 
 from tests.support.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 from trainer.config import ConfigError, GenerationSettings
 from trainer.generation import Draws, decode_responses, generate, sample_tokens
 from trainer.samples import Samples
-from trainer.static_generation import StaticGenerator
+from trainer.static_generation import Decoder, StaticGenerator
 
 QUERIES = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33]]
 SETTINGS = GenerationSettings(min_new_tokens=4, max_new_tokens=16, batch_size=2)
@@ -137,14 +138,25 @@ def test_fixed_shapes_follow_weights_that_an_optimizer_moves() -> None:
 def test_a_token_of_fixed_shape_reads_nothing_back_to_the_host(architecture: str) -> None:
     # A recorded graph can't. Tensors on the meta device have no data, so that whoever reads some fails here as well.
     model = ARCHITECTURES[architecture]().to("meta")
-    static = StaticGenerator(model, SETTINGS, TOKENIZER)
     samples = Samples.from_lists(QUERIES, [[0]] * len(QUERIES), 0, "meta")
-    decoder = static.decoder(len(QUERIES), 8)
+    decoder = Decoder(model, SETTINGS, len(QUERIES), 8, eos=0)
     decoder.prefill(samples, draws())
     decoder.advance()
 
 
-def test_a_model_without_a_cache_of_fixed_size_is_refused_by_name() -> None:
-    model = tiny_gpt2(attn_implementation="eager")
-    with pytest.raises(ConfigError, match="static_cache=True: GPT2LMHeadModel"):
-        StaticGenerator(model, SETTINGS, TOKENIZER)
+def test_queries_of_any_width_share_one_cache_for_each_number_of_rows() -> None:
+    model = tiny_gpt2()
+    static = StaticGenerator(model, SETTINGS, TOKENIZER)
+    for queries in (QUERIES, [[7] * 20, *QUERIES[1:]], QUERIES, QUERIES[:2]):
+        drawn = draws().rows(0, len(queries))
+        assert rows(static(queries, drawn)) == rows(generate(model, queries, drawn, SETTINGS, TOKENIZER))
+    assert {count: decoder.width for count, decoder in static._decoders.items()} == {5: 24, 2: 8}
+
+
+def test_a_model_that_does_not_generate_with_fixed_shapes_is_refused_by_name() -> None:
+    alibi = FalconForCausalLM(
+        FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+    )
+    for model in (tiny_gpt2(attn_implementation="eager"), alibi.eval()):
+        with pytest.raises(ConfigError, match=f"static_cache=True: {type(model).__name__}"):
+            StaticGenerator(model, SETTINGS, TOKENIZER)

@@ -35,9 +35,13 @@ class RewardRejected(RewardError):
         self.exchange = exchange
 
     def leave_in(self, directory: Path) -> None:
-        """`save`, where there were a request and an answer, and say so in a note."""
-        if self.exchange is not None:
+        """`save`, where there were a request and an answer, and say in a note where they are, or why they are not."""
+        if self.exchange is None:
+            return
+        try:
             self.add_note(f"the request and the answer are in {self.save(directory)}")
+        except OSError as error:
+            self.add_note(f"the request and the answer could not be written to {directory}: {error.strerror}")
 
     def save(self, directory: Path) -> Path:
         """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path."""

@@ -36,11 +36,12 @@ from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailabl
 from trainer.rollout import Collected, Sampler, collect, sampler
 from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.samples import Rollout
-from trainer.storage import NotWritten, files_of, write_text, writing
+from trainer.storage import NotWritten, files_of, write_text
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "run.json"
+MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,13 @@ def run(config: PPOConfig) -> PPOResult:
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
             sample = sampler(policy, config.generation, tokenizer)
+            log: list[MetricsLog] = []
             processes.on_main(lambda: _prepare_directory(config, stepper.steps_done))
+            processes.on_main(lambda: log.append(held.enter_context(_open_log(config, stepper.steps_done))))
             loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
-                metrics = _train_and_write(loop, steps)
+                metrics = _train_and_write(loop, steps, log[0])
             else:
                 metrics = loop.train(steps, None)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
@@ -111,24 +114,26 @@ def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
         print(f"dropped {dropped}: its steps are taken again")
 
 
-def _train_and_write(loop: "_Loop", steps: int) -> dict[str, float]:
-    """The main process's part: training, and everything that goes into the output directory."""
-    config, done = loop.config, loop.stepper.steps_done
+def _open_log(config: PPOConfig, steps_done: int) -> MetricsLog:
     directory = config.output_dir
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
-    with (
-        MetricsLog(directory, resume_from=done, tensorboard=tensorboard, trackers=others) as log,
-        loop.progress.showing(),
-    ):
+    return MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
+
+
+def _train_and_write(loop: "_Loop", steps: int, log: MetricsLog) -> dict[str, float]:
+    """The main process's part: training, and everything that goes into the output directory."""
+    config, directory = loop.config, loop.config.output_dir
+    with loop.progress.showing():
         metrics = loop.train(steps, log)
     with files_of(directory) as beside:
         loop.policy.save(beside)
         loop.tokenizer.save_pretrained(beside)
-        if config.merge:
-            loop.policy.merge(beside / "merged")
-            loop.tokenizer.save_pretrained(beside / "merged")
     write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
+    if config.merge:
+        with files_of(directory / MERGED) as beside:
+            loop.policy.merge(beside)
+            loop.tokenizer.save_pretrained(beside)
     print(f"trained {steps} steps; adapters, value head and metrics are in {directory}")
     return metrics
 
@@ -170,11 +175,13 @@ class _Loop:
                     self._save_checkpoint()
                 self.processes.together(self.stop.check)
         except (RewardUnavailable, RewardRejected, StopRequested) as error:
-            saved = self._save_checkpoint()
             if isinstance(error, RewardRejected) and self.processes.is_main:
-                with writing(self.config.output_dir):
-                    error.leave_in(self.config.output_dir)
-            error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
+                error.leave_in(self.config.output_dir)
+            try:
+                saved = self._save_checkpoint()
+                error.add_note(f"checkpoint {saved.directory} written, for --resume auto to go on from")
+            except NotWritten as unsaved:
+                error.add_note(f"no checkpoint of the last step: {unsaved}")
             raise
         return metrics
 

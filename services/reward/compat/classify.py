@@ -74,6 +74,7 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
             return JSONResponse(await _answer_vllm(service, parsed(VllmRequest, body), request))
         except ProblemError as problem:
+            service.refused(request, problem)
             return openai_error(problem)
 
     @routes.post(
@@ -87,6 +88,7 @@ def router(service: Service) -> APIRouter:
             body = await read_json(service, request)
             return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
         except ProblemError as problem:
+            service.refused(request, problem)
             return openai_error(problem)
 
     return routes

@@ -116,6 +116,7 @@ def router(service: Service) -> APIRouter:
         try:
             return unknown(model) or await _infer(service, model, request)
         except ProblemError as problem:
+            service.refused(request, problem)
             status = 400 if problem.status == 422 else problem.status
             return JSONResponse({"error": problem.detail}, status, headers=problem.headers())
 

@@ -44,6 +44,7 @@ def router(service: Service) -> APIRouter:
             # With several URLs this client sends some of them nothing, and wants nothing back.
             rewards = await _rewards(service, wanted.query, request) if wanted.query else []
         except ProblemError as problem:
+            service.refused(request, problem)
             return JSONResponse({"error": problem.detail}, problem.status, headers=problem.headers())
         extra: dict[str, Any] = {}
         return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": extra})

@@ -48,6 +48,7 @@ def router(service: Service) -> APIRouter:
             wanted = parsed(PoolingRequest, await read_json(service, request))
             return JSONResponse(await _answer(service, wanted, request))
         except ProblemError as problem:
+            service.refused(request, problem)
             return openai_error(problem)
 
     return routes

@@ -65,6 +65,7 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_hub(service, parsed(HubRequest, body), request))
             return JSONResponse(await _answer_tei(service, parsed(PredictRequest, body), request))
         except ProblemError as problem:
+            service.refused(request, problem)
             error_type = ERROR_TYPES.get(problem.status, "Backend")
             return JSONResponse(
                 {"error": problem.detail, "error_type": error_type}, problem.status, headers=problem.headers()

@@ -18,6 +18,7 @@ from services.reward.app import create_app
 from services.reward.batching import Engine
 from services.reward.cache import ScoreCache
 from services.reward.model_files import ModelError
+from services.reward.problems import ProblemError
 from services.reward.service import ClientGoneError, ServiceLimits
 from tests.support.scorers import FakeScorer
 
@@ -378,3 +379,35 @@ def test_any_text_gets_one_finite_reward_for_each_item(
         assert all(map(math.isfinite, answer.json()["rewards"]))
     else:
         assert problem_of(answer).item is not None
+
+
+def test_a_defect_is_answered_with_an_id_and_counted_like_any_answer(make_engine: Callable[..., Engine]) -> None:
+    app = create_app(make_engine())
+
+    @app.get("/defect")
+    async def defect() -> None:
+        raise RuntimeError("a defect")
+
+    async def run() -> tuple[httpx.Response, str]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://reward") as http:
+            return await http.get("/defect", headers={"x-request-id": "mine"}), (await http.get("/metrics")).text
+
+    answer, metrics = asyncio.run(run())
+    assert problem_of(answer).type.endswith("internal-error")
+    assert "a defect" not in answer.text
+    assert answer.headers["x-request-id"] == "mine"
+    assert 'status="500"' in metrics
+
+
+def test_what_has_not_been_accepted_when_a_drain_turns_away_is_refused_from_then_on(
+    make_engine: Callable[..., Engine],
+) -> None:
+    service = create_app(make_engine()).state.service
+
+    async def run() -> None:
+        service.turn_away()
+        with pytest.raises(ProblemError, match="shutting down"), service.unaccepted():
+            pytest.fail("it was let in")
+
+    asyncio.run(run())

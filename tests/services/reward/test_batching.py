@@ -1,7 +1,9 @@
 """The engine with a scorer that a test can hold, fail and watch."""
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -230,3 +232,16 @@ def test_a_request_is_judged_by_the_model_that_was_there_when_it_came(make_engin
         return [(one.scorer.revision, one.logits[0][0]) for one in scored]
 
     assert asyncio.run(run()) == [("sha256:fake", 1), ("sha256:fake", 2), ("sha256:new", 3)]
+
+
+def test_an_idle_service_lets_go_of_the_model_that_a_reload_replaced(make_engine: Callable[..., Engine]) -> None:
+    async def run() -> None:
+        old = FakeScorer()
+        engine = make_engine(old)
+        assert await score(engine, "ab") == [2]
+        engine.replace(FakeScorer())
+        gone = weakref.ref(old)
+        del old
+        await until(lambda: gc.collect() >= 0 and gone() is None)
+
+    asyncio.run(run())

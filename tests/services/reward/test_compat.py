@@ -203,3 +203,17 @@ def test_infinity_classify_honours_raw_scores(post: Callable[..., httpx.Response
     answer = post(path, {"input": ["hi"], "model": "any", "raw_scores": True}).json()
     assert answer["object"] == "classify"
     assert answer["data"] == [[{"score": 2, "label": "LENGTH"}, {"score": -2, "label": "MINUS"}]]
+
+
+@pytest.mark.parametrize(
+    "path", ["/predict", "/classify", "/infinity/classify", "/pooling", "/get_reward", "/v2/models/fake/infer"]
+)
+def test_a_refusal_is_counted_whatever_protocol_it_was_told_in(
+    path: str, make_engine: Callable[..., Engine], client_of: Callable[..., Any]
+) -> None:
+    async def run() -> str:
+        async with client_of(make_engine()) as http:
+            assert (await http.post(path, content=b"[")).status_code == 400
+            return str((await http.get("/metrics")).text)
+
+    assert 'refused_requests_total{reason="malformed-body"} 1.0' in asyncio.run(run())

@@ -162,3 +162,12 @@ def test_files_that_change_while_they_are_read_are_no_model(tmp_path: Path, monk
     monkeypatch.setattr(scorer_module, "_load", load_and_write)
     with pytest.raises(ModelError, match="changed while it was being read"):
         scorer_of(directory)
+
+
+def test_files_that_cannot_be_read_are_told_in_a_line(family_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path / "model.safetensors"))
+
+    monkeypatch.setattr(scorer_module, "content_revision", unreadable)
+    with pytest.raises(ModelError, match=r"can't be read: PermissionError: .*Permission denied.*model\.safetensors"):
+        scorer_of(family_dir)

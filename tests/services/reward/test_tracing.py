@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -118,7 +119,7 @@ def test_a_failed_batch_is_an_error_with_its_reason(spans_of: Callable[..., list
     [
         (wire.REWARDS_PATH, {"items": []}, 422, "empty-items"),
         ("/predict", {"inputs": "poison"}, 500, "scoring-failed"),
-        ("/nowhere", {}, 404, None),
+        ("/nowhere", {}, 404, "not-found"),
     ],
 )
 def test_a_refusal_is_named_and_only_the_service_s_own_are_errors(
@@ -189,6 +190,20 @@ def test_nobody_is_traced_who_did_not_ask(environment: dict[str, str]) -> None:
 def test_what_cannot_be_sent_is_said_at_the_start(environment: dict[str, str], said: str) -> None:
     with pytest.raises(TracingError, match=said):
         provider_from_environment(environment)
+
+
+def test_a_propagator_that_is_not_there_is_said_at_the_start() -> None:
+    script = (
+        "import os\n"
+        "from services.reward.tracing import TracingError, provider_from_environment\n"
+        "try:\n"
+        "    provider_from_environment(os.environ)\n"
+        "except TracingError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:4318", "OTEL_PROPAGATORS": "b3"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("OTEL_PROPAGATORS is b3: Propagator b3 not found")
 
 
 def test_a_missing_sdk_is_said_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
