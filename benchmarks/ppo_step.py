@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--lora-r", type=int, default=16, help="0 trains every parameter")
     parser.add_argument("--classic-python", help="Python of the environment with trl 0.11.4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="ours only; the classic recipe stays in fp32")
     parser.add_argument("--compile", action="store_true", help="ours only; the first step compiles")
     arguments = parser.parse_args()
 

@@ -5,7 +5,6 @@
     python -m benchmarks.reward_server offline
     python -m benchmarks.reward_server front
     python -m benchmarks.reward_server idle --peer ...
-    python -m benchmarks.reward_server drift
 
 The model is a random DistilBERT-base. Servers have core 0 (one torch thread), the load has core 1; only the server that
 is measured runs, the others are stopped (SIGSTOP) meanwhile. `closed` has callers that each send their next text when
@@ -211,7 +210,7 @@ def servers(names: Sequence[str], pythons: dict[str, str]) -> Iterator[list[Serv
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["closed", "open", "offline", "front", "idle", "drift"])
+    parser.add_argument("what", choices=["closed", "open", "offline", "front", "idle"])
     parser.add_argument("--seconds", type=float, default=12.0, help="length of one measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 16, 64])
@@ -225,14 +224,12 @@ def main() -> None:
     arguments = parser.parse_args()
     pythons = dict(peer.split("=", 1) for peer in arguments.peer)
     names = [*arguments.servers, *(name for name in pythons if name not in arguments.servers)]
-    if arguments.what not in {"offline", "drift"}:
+    if arguments.what != "offline":
         os.sched_setaffinity(0, {LOAD_CORE})
     if arguments.what == "front":
         front(arguments.seconds, arguments.rounds)
     elif arguments.what == "offline":
         offline(arguments.rounds)
-    elif arguments.what == "drift":
-        drift()
     else:
         with servers(names, pythons) as started:
             if arguments.what == "idle":
@@ -378,32 +375,6 @@ def offline(rounds: int, count: int = 128, tokens: int = 2048) -> None:
                         f"{kind:12} {dtype} {count / (time.process_time() - started):6.1f} texts a CPU second",
                         flush=True,
                     )
-
-
-def drift(count: int = 256) -> None:
-    """How far each number format's logits are from fp32's, in shares of the logits' standard deviation."""
-    import torch
-
-    from services.reward.scorer import load_scorer
-    from services.reward.settings import Settings
-
-    with tempfile.TemporaryDirectory() as folder:
-        for model in (random_distilbert(Path(folder) / "model"), Path("models/imdb-distilbert-mini")):
-            rows = {}
-            for dtype in ("fp32", "bf16", "fp16", "int8"):
-                scorer = load_scorer(Settings(model=str(model), dtype=dtype))
-                encoded = scorer.encode([(text, None) for text in texts("long-tailed", count)])
-                rows[dtype] = torch.tensor([row for text in encoded for row in scorer.score([text], 0)])
-                pieces = [encoded[start : start + 16] for start in range(0, count, 16)]
-                together = torch.tensor([row for piece in pieces for row in scorer.score(piece, 0)])
-                off = (rows[dtype] - rows["fp32"]).abs()
-                spread = rows["fp32"].std(0).mean()
-                print(
-                    f"{model.name:22} {dtype} against fp32: mean {off.mean():.2e} max {off.max():.2e} "
-                    f"({off.max() / spread:.1%} of a standard deviation); alone against in company: "
-                    f"{(rows[dtype] - together).abs().max():.1e}",
-                    flush=True,
-                )
 
 
 def random_distilbert(path: Path, layers: int = 6) -> Path:
