@@ -49,7 +49,7 @@ def main() -> None:
     print(f"plaudit --help: {seconds_of_help():.2f} s")
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
-        with reward_service(REWARD_MODEL, directory / "service") as url:
+        with reward_service(REWARD_MODEL, directory / "service", ready_timeout_s=120.0) as url:
             (service,) = psutil.Process().children()
             run(url, service, directory / "run", arguments.steps)
 
