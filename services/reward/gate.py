@@ -3,7 +3,7 @@
 import hashlib
 import hmac
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,6 +30,7 @@ class Gate:
         self._ids = random.Random()
         self._engine = engine
         self._metrics = engine.metrics
+        self._count: dict[tuple[str, int], Callable[[], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +53,10 @@ class Gate:
                     message["headers"].append((b"connection", b"close"))
                 route = scope.get("route")
                 path = route.path if route is not None else "unknown"
-                self._metrics.responses.labels(path, message["status"]).inc()
+                counted = path, message["status"]
+                if counted not in self._count:
+                    self._count[counted] = self._metrics.responses.labels(*counted).inc
+                self._count[counted]()
             await send(message)
 
         if (

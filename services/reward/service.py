@@ -24,6 +24,8 @@ from services.reward.model_files import ModelError
 from services.reward.problems import RETRY_AFTER_DRAIN_S, ProblemError
 
 TIMEOUT_HEADER = "x-request-timeout"
+WATCH_AFTER_S = 0.02
+"""When to begin to look whether the client has gone. Most answers are there sooner, and looking costs a task."""
 BODY_TIMEOUT_S = 60.0
 """How long a body may take to arrive. A client that sends no more holds memory and a connection for nothing."""
 
@@ -125,10 +127,10 @@ class Service:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = self.engine.submit(texts, deadline=deadline)
         self.accepted.add(job)
-        gone = asyncio.ensure_future(request.receive())
         # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
         # cancels it.
-        gone.add_done_callback(lambda _: job.future.cancel())
+        client = _Client(request, job.future.cancel)
+        watch = job.loop.call_later(WATCH_AFTER_S, client.watch)
         timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
         try:
             return await job.future
@@ -137,14 +139,15 @@ class Service:
             assert task is not None
             if task.cancelling():
                 raise
-            if gone.done():
+            if client.gone:
                 raise ClientGoneError from None
             detail = f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves"
             raise ProblemError("deadline-exceeded", detail) from None
         finally:
             if timer is not None:
                 timer.cancel()
-            gone.cancel()
+            watch.cancel()
+            client.forget()
             tracing.note_job(request.scope, job)
             self.engine.abandon(job)
             self.accepted.discard(job)
@@ -233,6 +236,26 @@ async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
 
     threading.Thread(target=run, daemon=True, name="reload").start()
     return await loaded
+
+
+class _Client:
+    """Whoever waits for an answer; `left` is called when it closes its connection."""
+
+    def __init__(self, request: Request, left: Callable[[], object]) -> None:
+        self._request, self._left = request, left
+        self._receiving: asyncio.Future[Any] | None = None
+
+    def watch(self) -> None:
+        self._receiving = asyncio.ensure_future(self._request.receive())
+        self._receiving.add_done_callback(lambda _: self._left())
+
+    @property
+    def gone(self) -> bool:
+        return self._receiving is not None and self._receiving.done()
+
+    def forget(self) -> None:
+        if self._receiving is not None:
+            self._receiving.cancel()
 
 
 class _Unaccepted:
