@@ -79,6 +79,7 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
         raise StartError(str(error)) from None
 
     # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
+    from services.reward import collector
     from services.reward.assembly import assemble
     from services.reward.problems import ProblemError
     from services.reward.server import Hooks, Server
@@ -92,6 +93,7 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     url = _url(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
+        collector.settle()
         if settings.ready_file is not None:
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
         _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision)

@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from services import wire
-from services.reward import tracing
+from services.reward import collector, tracing
 from services.reward.batching import Engine, Job, Scored, Scorer, Text
 from services.reward.cache import CachedScore, ScoreCache
 from services.reward.model_files import ModelError
@@ -176,6 +176,8 @@ class Service:
                 try:
                     scorer = await _in_thread(self.reload)
                     self.engine.replace(scorer)
+                    collector.unsettle()
+                    asyncio.get_running_loop().call_later(collector.SETTLE_S, collector.settle)
                 except (ModelError, ValueError) as error:
                     raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
                 return scorer

@@ -1,8 +1,10 @@
 """What the service answers, and how it refuses."""
 
 import asyncio
+import gc
 import json
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services import wire
+from services.reward import collector
 from services.reward.app import create_app
 from services.reward.batching import Engine
 from services.reward.cache import ScoreCache
@@ -411,3 +414,21 @@ def test_what_has_not_been_accepted_when_a_drain_turns_away_is_refused_from_then
             pytest.fail("it was let in")
 
     asyncio.run(run())
+
+
+def test_the_collector_looks_again_at_a_model_that_a_reload_replaced(make_engine: Callable[..., Engine]) -> None:
+    old = FakeScorer()
+    old.itself = old  # type: ignore[attr-defined]  # only the collector can tell that nobody else holds it
+    gone = weakref.ref(old)
+    engine = make_engine(old)
+    service = create_app(engine, reload=FakeScorer).state.service
+    collector.settle()
+    try:
+        assert gc.get_freeze_count() > 0
+        del old
+        asyncio.run(service.load_again())
+        assert gc.get_freeze_count() == 0
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
