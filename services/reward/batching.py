@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.reward.metrics import Metrics
-from services.reward.problems import RETRY_AFTER_DRAIN_S, ProblemError
+from services.reward.problems import RETRY_AFTER_DRAIN_S, ProblemError, draining
 
 Text = tuple[str, str | None]
 """One text to judge, or a pair that the tokenizer joins."""
@@ -286,9 +286,7 @@ class Engine:
 
     def fail_open_jobs(self) -> None:
         """Answer with 503 whatever has been admitted and isn't done."""
-        self._fail_everything(
-            ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
-        )
+        self._fail_everything(draining())
 
     @property
     def idle(self) -> bool:
@@ -312,7 +310,7 @@ class Engine:
         if self.failure is not None:
             raise ProblemError("not-ready", self.failure, retry_after_s=RETRY_AFTER_DRAIN_S)
         if self.draining:
-            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
+            raise draining()
 
     def replace(self, scorer: Scorer) -> None:
         """Let `scorer` judge everything admitted from now on; what was admitted before keeps its model."""

@@ -64,3 +64,8 @@ class ProblemError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+
+def draining() -> ProblemError:
+    """What is said to whoever comes, or still waits, while the service shuts down."""
+    return ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)

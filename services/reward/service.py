@@ -21,7 +21,7 @@ from services.reward import collector, tracing
 from services.reward.batching import Engine, Job, Scored, Scorer, Text
 from services.reward.cache import CachedScore, ScoreCache
 from services.reward.model_files import ModelError
-from services.reward.problems import RETRY_AFTER_DRAIN_S, ProblemError
+from services.reward.problems import ProblemError, draining
 
 TIMEOUT_HEADER = "x-request-timeout"
 WATCH_AFTER_S = 0.02
@@ -268,7 +268,7 @@ class _Unaccepted:
         task = asyncio.current_task()
         assert task is not None
         if self._service.turned_away.is_set():
-            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)
+            raise draining()
         self._task = task
         self._service.waiting.add(task)
 
@@ -276,7 +276,7 @@ class _Unaccepted:
         self._service.waiting.discard(self._task)
         if kind is asyncio.CancelledError and self._service.engine.draining:
             self._task.uncancel()
-            raise ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S) from None
+            raise draining() from None
 
 
 class ClientGoneError(Exception):
