@@ -12,6 +12,7 @@ SETTLE_S = 60.0
 
 def settle() -> None:
     """Collect what is garbage now, and never look again at what isn't."""
+    gc.unfreeze()  # what was still in use the last time, after two reloads in a row
     gc.collect()
     gc.freeze()
 
