@@ -1,13 +1,17 @@
 """Several endpoints, several rewards, functions, headers and TLS."""
 
 import asyncio
+import gc
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
@@ -252,6 +256,41 @@ def test_a_function_that_hangs_is_unavailable_after_the_timeout() -> None:
         with pytest.raises(RewardUnavailable, match=r"took more than 0\.2 s"):
             client.score(PROMPTS[:4], RESPONSES[:4])
     never.set()
+
+
+closing = (threading.Event(), threading.Event())
+"""The function has been called; `close` has begun."""
+
+
+async def starts_a_task_while_the_client_closes(prompts: list[str], responses: list[str]) -> list[float]:
+    called, closes = closing
+    called.set()
+    closes.wait()
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    async with anyio.create_task_group() as group:
+        group.start_soon(anyio.sleep, 0)
+    return [0.0] * len(responses)
+
+
+def test_closing_leaves_the_tasks_of_a_library_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cancelled before it began would be a coroutine that was never awaited, found when the collector comes by."""
+    called, closes = closing
+    client = RewardClient(RewardSettings(function="my_rewards:starts_a_task_while_the_client_closes"))
+    client.connect()
+    future = client.submit(PROMPTS, RESPONSES)
+    called.wait()
+    schedule = client._loop.call_soon_threadsafe
+
+    def scheduled(*arguments: Any, **options: Any) -> asyncio.Handle:
+        handle = schedule(*arguments, **options)
+        closes.set()
+        return handle
+
+    monkeypatch.setattr(client._loop, "call_soon_threadsafe", scheduled)
+    client.close()
+    assert future.cancelled()
+    gc.collect()
 
 
 @pytest.mark.parametrize("name", ["my_rewards:missing", "no_such_module:f", "my_rewards:EXPECTED"])

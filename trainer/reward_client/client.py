@@ -65,6 +65,7 @@ class RewardClient:
 
         self._sources = [open_source(component) for component in self._components]
         self._closed = False
+        self._under_way: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
         self._thread.start()
@@ -121,6 +122,8 @@ class RewardClient:
         if self._closed:
             return
         self._closed = True
+        for future in list(self._under_way):
+            future.cancel()
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(CLOSE_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -155,11 +158,10 @@ class RewardClient:
         )
 
     async def _shut(self) -> None:
-        under_way = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in under_way:
-            task.cancel()
-        if under_way:
-            await asyncio.wait(under_way, timeout=CLOSE_TIMEOUT_S / 2)
+        # What was started has been cancelled, and cancels what it started itself: a library's own tasks are its own.
+        ending = asyncio.all_tasks() - {asyncio.current_task()}
+        if ending:
+            await asyncio.wait(ending, timeout=CLOSE_TIMEOUT_S / 2)
         for http in self._clients.values():
             await http.aclose()
 
@@ -167,7 +169,10 @@ class RewardClient:
         if self._closed:
             work.close()
             raise RuntimeError("the reward client is closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
 
 async def _in_chunks(source: Source | FunctionSource, items: Sequence[RewardItem]) -> list[float]:
