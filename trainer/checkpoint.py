@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trainer.config import ConfigError, PPOConfig, to_dict
 from trainer.models import Policy
+from trainer.sharding import as_split, whole
 from trainer.storage import sync, writing
 from trainer.update import PPOStepper
 
@@ -58,22 +60,32 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
 
+    All processes of the run call this; the main one writes, and what it fails with all of them raise.
+
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    step = stepper.steps_done
-    final = root / f"step-{step:06d}"
-    beside = root / f".{final.name}.writing"
-    replaced = root / f"{final.name}.replaced"
+    manifest = {"format": FORMAT, "step": stepper.steps_done, "config": config, "reward_revision": reward_revision}
+    weights = {name: whole(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
+    state = stepper.state_dict()
+    checkpoint = Checkpoint(root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision)
+    stepper.processes.on_main(lambda: _write(checkpoint.directory, manifest, weights, state, keep=keep))
+    return checkpoint
+
+
+def _write(
+    final: Path, manifest: dict[str, Any], weights: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> None:
+    beside = final.with_name(f".{final.name}.writing")
+    replaced = final.with_name(f"{final.name}.replaced")
     _remove(beside)
     with writing(beside):
         try:
             beside.mkdir(parents=True)
-            save_file({name: p.detach().contiguous() for name, p in _trainable(policy)}, beside / WEIGHTS)
+            save_file(weights, beside / WEIGHTS)
             # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
             with (beside / STATE).open("wb") as file:
-                torch.save(stepper.state_dict(), file)
-            manifest = {"format": FORMAT, "step": step, "config": config, "reward_revision": reward_revision}
+                torch.save(state, file)
             (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             for written in (*beside.iterdir(), beside):
                 sync(written)
@@ -86,11 +98,10 @@ def save_checkpoint(
             _remove(replaced)
             final.rename(replaced)
         beside.rename(final)
-        sync(root)
+        sync(final.parent)
     _remove(replaced)
-    for old in list_checkpoints(root)[:-keep]:
+    for old in list_checkpoints(final.parent)[:-keep]:
         _remove(old.directory)
-    return Checkpoint(final, step, config, reward_revision)
 
 
 def forget_checkpoints_after(root: Path, step: int) -> list[Path]:
@@ -133,7 +144,7 @@ def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None
         )
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(as_split(saved[name], parameter))
     stepper.load_state_dict(torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu"))
 
 

@@ -1,4 +1,4 @@
-"""Several processes, one run: each holds the whole policy, takes a share of every batch, and computes the same numbers.
+"""Several processes, one run: each takes a share of every batch, and computes the same numbers.
 
 What would be wrong here: an average of averages where one process has one average, so rows are put together before
 anything is computed from them; or a process that waits for one that has failed, so whoever fails says so to the others.
@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from trainer.config import ConfigError
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -45,6 +44,10 @@ class Processes:
         start = self.rank * size + min(self.rank, longer)
         return range(start, start + size + (self.rank < longer))
 
+    def largest_share(self, rows: int) -> int:
+        """How many of so many rows the process with the most of them has."""
+        return -(-rows // self.count)
+
     def together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gave in each process, in their order. If it failed in one, all of them raise that one's error.
 
@@ -58,8 +61,7 @@ class Processes:
         except Exception as error:
             outcome = _Failed.of(error)
         outcomes: list[Any] = [None] * self.count
-        with _naming_lost_processes():
-            dist.all_gather_object(outcomes, outcome)
+        dist.all_gather_object(outcomes, outcome)
         for rank, other in enumerate(outcomes):
             if isinstance(other, _Failed):
                 failure = outcome.error if rank == self.rank and isinstance(outcome, _Failed) else other.error
@@ -79,18 +81,18 @@ class Processes:
         whole = own.new_zeros(own.shape[0], *shape)
         whole[:, rows.start : rows.stop, : own.shape[2]] = own
         # Every row is somebody's and zero elsewhere, so the sum is exact.
-        with _naming_lost_processes():
-            dist.all_reduce(whole)
+        dist.all_reduce(whole)
         return whole
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up each parameter's gradient over the processes, in place."""
+        """Adds up each parameter's gradient over the processes, in place. Those of sharded ones are sums already."""
         if self.count == 1:
             return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if not gradients:
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        with _naming_lost_processes():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
@@ -98,9 +100,8 @@ class Processes:
         """Gives every process the main one's parameters."""
         if self.count == 1:
             return
-        with _naming_lost_processes():
-            for parameter in parameters:
-                dist.broadcast(parameter.data, src=0)
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
 
 
 def device_named(name: str | None) -> torch.device:
@@ -112,22 +113,18 @@ def device_named(name: str | None) -> torch.device:
 def joined(device: str | None, *, timeout_s: float) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that `accelerate launch` or `torchrun` started, and this one's device; else this one alone.
 
-    `device` None is the GPU if there is one. Nothing waits longer than `timeout_s` for another process.
+    `device` None is the GPU if there is one. Nothing waits longer than `timeout_s` for another process. Raises
+    `ProcessLost` when one doesn't answer.
     """
     chosen = device_named(device)
     if max(int(os.environ.get(name, "1")) for name in WORLD_SIZES) == 1:
         yield Processes(), chosen
         return
-    for engine in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise ConfigError(
-                f"accelerate's configuration asks for {engine}, which splits the policy's weights; every process of "
-                "PPO holds all of them: choose multi-GPU (or multi-CPU) in `accelerate config`"
-            )
     from accelerate import PartialState
 
     state = PartialState(cpu=chosen.type == "cpu", timeout=timedelta(seconds=timeout_s))
-    yield Processes(state.process_index, state.num_processes), state.device
+    with _naming_lost_processes():
+        yield Processes(state.process_index, state.num_processes), state.device
     # Not after an error: one that has died would be waited for.
     state.destroy_process_group()
 
@@ -153,6 +150,9 @@ def _naming_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # gloo has no error of its own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         reason = " ".join(str(error).split())
         raise ProcessLost(
             f"another process of this run has ended or does not answer ({reason:.120}); see its message, and go on "

@@ -24,10 +24,14 @@ LARGEST_KEPT_MIB = 256
 
 
 class Fitting:
-    """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good."""
+    """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good.
 
-    def __init__(self, at_most: int) -> None:
+    Not if `fixed`: then the error says what to do.
+    """
+
+    def __init__(self, at_most: int, *, fixed: bool = False) -> None:
         self.samples = at_most
+        self._fixed = fixed
 
     def run(self, work: Callable[[int], T]) -> T:
         """What `work(samples at once)` gives. It is started again from nothing after running out of memory."""
@@ -36,6 +40,9 @@ class Fitting:
                 return work(self.samples)
             except RuntimeError as error:
                 if self.samples == 1 or not is_out_of_memory(error):
+                    raise
+                if self._fixed:
+                    error.add_note(f"give --ppo.micro-batch-size less than {self.samples}, and --resume auto")
                     raise
                 self.samples = (self.samples + 1) // 2
                 warnings.warn(

@@ -48,6 +48,17 @@ class ResponseOutputs:
     """[B, T] fp32, of the distribution each token was drawn from."""
 
 
+@dataclass(frozen=True)
+class PolicyWeights:
+    """Whole tensors by their names, as `Policy.save` writes them."""
+
+    model: dict[str, Tensor]
+    """Of the adapters, or of the whole model where there are none."""
+    value_head: dict[str, Tensor]
+    value_model: dict[str, Tensor]
+    """Empty where there is none."""
+
+
 class Policy(nn.Module):
     """A causal language model, adapters if it has any, and a value head.
 
@@ -99,7 +110,12 @@ class Policy(nn.Module):
     @property
     def language_model(self) -> Any:
         """The Hugging Face model itself, for `generate` and its configuration; adapters stay active in it."""
-        return self.model.get_base_model() if self.has_adapters else self.model
+        return _bare(self.model)
+
+    @property
+    def transformers(self) -> list[Any]:
+        """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
+        return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +220,7 @@ class Policy(nn.Module):
         hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
         try:
             with self.autocasting():
-                logits = model(**given.arguments, use_cache=False).logits
+                logits = _bare(model)(**given.arguments, use_cache=False).logits
         finally:
             hook.remove()
         return logits.squeeze(0), seen[0]
@@ -245,7 +261,7 @@ class Policy(nn.Module):
 
     @staticmethod
     def _head_of(model: Any) -> Any:
-        return (model.get_base_model() if isinstance(model, peft.PeftModel) else model).get_output_embeddings()
+        return _bare(model).get_output_embeddings()
 
     def trainable_parameters_line(self) -> str:
         """How much of the policy learns, in the words of peft; tied weights count once."""
@@ -261,26 +277,36 @@ class Policy(nn.Module):
         mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
         return f"every parameter learns, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
 
-    def save(self, directory: Path) -> None:
-        """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head."""
-        self.model.save_pretrained(directory)
+    def save(self, directory: Path, weights: PolicyWeights | None = None) -> None:
+        """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head.
+
+        `weights` are its own; give them where it holds only a part of each (`sharding.whole_weights`).
+        """
+        self.model.save_pretrained(directory, state_dict=weights and weights.model)
         if self.value_model is not None:
-            self.value_model.save_pretrained(directory / VALUE_MODEL_DIRECTORY)
-        save_file({name: t.contiguous() for name, t in self.v_head.state_dict().items()}, directory / VALUE_HEAD_FILE)
+            own = directory / VALUE_MODEL_DIRECTORY
+            self.value_model.save_pretrained(own, state_dict=weights and weights.value_model)
+        head = self.v_head.state_dict() if weights is None else weights.value_head
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, directory / VALUE_HEAD_FILE)
 
     def load_value_head(self, directory: Path) -> None:
         """The value head that `save` wrote."""
         self.v_head.load_state_dict(load_file(directory / VALUE_HEAD_FILE))
 
-    def merge(self, directory: Path) -> None:
+    def merge(self, directory: Path, weights: PolicyWeights | None = None) -> None:
         """Writes the model with its adapters folded in, as a directory that plain transformers loads."""
         directory.mkdir(parents=True, exist_ok=True)
         if not self.has_adapters:
-            self.save(directory)
+            self.save(directory, weights)
             return
         with tempfile.TemporaryDirectory(dir=directory) as adapters:
-            self.save(Path(adapters))
+            self.save(Path(adapters), weights)
             merge_adapters(Path(adapters), directory)
+
+
+def _bare(model: Any) -> Any:
+    """The Hugging Face model in a model that may have adapters. They act in it; only their switches are outside."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 def _sampling_logits(logits: Tensor, samples: Samples, temperature: float, support: Tensor | None) -> Tensor:

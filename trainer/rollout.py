@@ -19,6 +19,7 @@ from trainer.generation import Draws, decode_responses, generate
 from trainer.models import Policy
 from trainer.reward_client import Scores
 from trainer.samples import Evaluation, Rollout, Samples
+from trainer.sharding import is_sharded
 from trainer.static_generation import StaticGenerator, supports
 from trainer.update import PPOStepper
 
@@ -71,7 +72,8 @@ def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any) -> Sam
     """How a run samples from its policy: with fixed shapes where settings or device ask for it."""
     model, static = policy.language_model, settings.static_cache
     if static is None:
-        static = policy.device.type == "cuda" and supports(model)
+        # Graphs remember where weights lie, and gathered ones lie elsewhere every time.
+        static = policy.device.type == "cuda" and supports(model) and not is_sharded(policy)
     if static:
         return StaticGenerator(model, settings, tokenizer)
     return functools.partial(generate, model, settings=settings, tokenizer=tokenizer)

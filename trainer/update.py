@@ -6,7 +6,7 @@ from any source. Wrong here would be a weight that moves on a skipped mini-batch
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from trainer.ppo import kl, losses, rewards
 from trainer.ppo.advantages import gae
 from trainer.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 from trainer.samples import Evaluation, Rollout, Samples, stack_rows
+from trainer.sharding import as_split, is_sharded, whole
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -137,7 +138,8 @@ class PPOStepper:
         self.kl_coef = config.init_kl_coef
         self.moments = rewards.RunningMoments()
         self.steps_done = 0
-        self.fitting = Fitting(config.micro_batch_size or config.mini_batch_size)
+        # With sharded weights, one process that tried again would be out of step with the others.
+        self.fitting = Fitting(config.micro_batch_size or config.mini_batch_size, fixed=is_sharded(policy))
         self._shuffles = torch.Generator().manual_seed(seed)
 
     def step(
@@ -304,7 +306,7 @@ class PPOStepper:
         if all(statistics["ppo/skipped"] for statistics in history):
             return history
         self.processes.sum_gradients(self._parameters())
-        norm = nn.utils.clip_grad_norm_(self._parameters(), config.max_grad_norm or math.inf)
+        norm = whole(nn.utils.clip_grad_norm_(self._parameters(), config.max_grad_norm or math.inf))
         if not bool(norm.isfinite()):
             raise self._non_finite(f"gradient norm is {norm.item()}", rollout, rows, epoch)
         for statistics in history:
@@ -320,7 +322,7 @@ class PPOStepper:
         old = _Minibatch.of(rollout, advantages, returns, rows)
         before = [parameter.grad for parameter in self._parameters()]
         own = self.processes.share(len(rows))
-        outputs = self.fitting.run(lambda size: self._backward(old.rows(own), size, tokens=old.mask.sum()))
+        outputs = self.fitting.run(lambda size: self._backward(old, own, size))
         new = ResponseOutputs(*self.processes.complete(outputs, own, old.mask.shape))
         statistics, skipped = self._statistics(old, new)
         if not skipped and not math.isfinite(statistics["ppo/loss/total"]):
@@ -332,15 +334,21 @@ class PPOStepper:
                 parameter.grad += earlier
         return statistics
 
-    def _backward(self, old: "_Minibatch", size: int, *, tokens: Tensor) -> Tensor:
-        """The gradient of this process's rows, in groups that fit into memory, and their outputs [3, b, T].
+    def _backward(self, minibatch: "_Minibatch", own: range, size: int) -> Tensor:
+        """The gradient of this process's `own` rows, in groups that fit into memory, and their outputs [3, b, T].
 
-        The loss is a mean over the `tokens` of the whole mini-batch, so the groups' gradients add up to its gradient.
+        The loss is a mean over all tokens of the mini-batch, so the groups' gradients add up to its gradient.
         """
         self.optimizer.zero_grad()
+        divisor = minibatch.mask.sum() * self.config.gradient_accumulation_steps
         groups = []
-        for start in range(0, len(old), size):
-            group = old.rows(range(start, min(start + size, len(old))))
+        for start in range(0, self.processes.largest_share(len(minibatch)), size):
+            rows = own[start : start + size]
+            if not rows and is_sharded(self.policy):
+                self._idle_pass(minibatch)
+            if not rows:
+                continue
+            group = minibatch.rows(rows)
             new: ResponseOutputs = self.policy(
                 group.samples,
                 temperature=self.sampling.temperature,
@@ -350,10 +358,16 @@ class PPOStepper:
             losses = policy_losses + self.config.vf_coef * value_losses
             if self.config.entropy_coef != 0:
                 losses = losses - self.config.entropy_coef * new.entropy
-            loss = masked_sum(losses, group.mask) / (tokens * self.config.gradient_accumulation_steps)
+            loss = masked_sum(losses, group.mask) / divisor
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
         return stack_rows(groups, dim=2)
+
+    def _idle_pass(self, minibatch: "_Minibatch") -> None:
+        """A pass for nothing: other processes have a group more, and gather the weights with everybody's help."""
+        new: ResponseOutputs = self.policy(minibatch.rows(range(1)).samples)
+        loss = 0.0 * (new.logprobs.sum() + new.values.sum())
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def _losses(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -412,9 +426,13 @@ class PPOStepper:
         return NonFiniteUpdate(what, step=self.steps_done, epoch=epoch, rows=rows, samples=rollout.samples.select(rows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the policy's weights that the next step depends on."""
+        """Everything but the policy's weights that the next step depends on.
+
+        Where those are sharded, all processes must call this.
+        """
+        optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {**optimizer, "state": _tensors(optimizer["state"], lambda _, moment: whole(moment))},
             "kl_coef": self.kl_coef,
             "moments": (self.moments.count, self.moments.mean, self.moments.var),
             "steps_done": self.steps_done,
@@ -423,7 +441,9 @@ class PPOStepper:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, to the bit."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved, parameters = state["optimizer"], self._parameters()
+        own = _tensors(saved["state"], lambda i, moment: as_split(moment, parameters[i]) if moment.ndim else moment)
+        self.optimizer.load_state_dict({**saved, "state": own})
         self.kl_coef = state["kl_coef"]
         self.moments = rewards.RunningMoments(*state["moments"])
         self.steps_done = state["steps_done"]
@@ -456,6 +476,13 @@ def learning_rate_factor(
     assert total_steps is not None
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _tensors(
+    states: Mapping[int, Mapping[str, Tensor]], change: Callable[[int, Tensor], Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """An optimizer's state, `change` applied to each parameter's number and each of its tensors."""
+    return {i: {name: change(i, tensor) for name, tensor in state.items()} for i, state in states.items()}
 
 
 def _std(values: Tensor) -> float:

@@ -33,7 +33,11 @@ def numbers(directory: Path) -> list[dict[str, float]]:
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     """Everything that the run trained."""
-    return load_file(directory / "adapter_model.safetensors") | load_file(directory / "value_head.safetensors")
+    return {
+        f"{file.relative_to(directory)}/{name}": tensor
+        for file in (*directory.glob("*.safetensors"), *directory.glob("value_model/*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -117,13 +121,17 @@ def preset_of(config: PPOConfig) -> Path:
     return preset
 
 
-def start_ranks(config: PPOConfig, count: int, *flags: str) -> list[TrainerProcess]:
+def start_ranks(
+    config: PPOConfig, count: int, *flags: str, environment: dict[str, str] | None = None
+) -> list[TrainerProcess]:
     """The processes of one run, as a launcher starts them but without one that would end the others."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     return [
-        TrainerProcess(config, *flags, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        TrainerProcess(
+            config, *flags, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
+        )
         for rank in range(count)
     ]
 

@@ -4,7 +4,8 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from trainer.metrics import (
     read_metrics,
 )
 from trainer.model_card import write_model_card
-from trainer.models import Policy, load_policy, load_tokenizer
+from trainer.models import Policy, PolicyWeights, load_policy, load_tokenizer
 from trainer.post_mortem import save_non_finite_batch
 from trainer.ppo.rewards import penalise_length, penalise_missing_eos
 from trainer.progress import StepProgress, WaitingLine
@@ -36,6 +37,7 @@ from trainer.reward_client import RewardClient, RewardRejected, RewardUnavailabl
 from trainer.rollout import Collected, Sampler, collect, sampler
 from trainer.runtime import StopRequested, StopSignal, exclusive
 from trainer.samples import Rollout
+from trainer.sharding import shard, sharding_for, whole_weights
 from trainer.storage import NotWritten, files_of, write_text
 from trainer.update import NonFiniteUpdate, PPOStepper, Sampling
 
@@ -68,11 +70,18 @@ def run(config: PPOConfig) -> PPOResult:
         contextlib.ExitStack() as held,
         StopSignal().listening() as stop,
     ):
+        sharding = sharding_for(config) if processes.count > 1 else None
         processes.on_main(lambda: held.enter_context(exclusive(config.output_dir)))
         resumed = processes.on_main(lambda: _checkpoint_to_resume(config))
         tokenizer = load_tokenizer(config.policy)
         policy = load_policy(config.policy, config.lora, config.model, device=device)
         processes.copy_from_main(parameter for parameter in policy.parameters() if parameter.requires_grad)
+        gathered: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        if sharding is not None:
+            sharded = shard(policy, sharding, count=processes.count)
+            gathered = sharded.gathered
+            if processes.is_main:
+                print(sharded)
         prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
         schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
         steps = config.steps if config.steps is not None else schedule.steps_per_epoch
@@ -96,12 +105,18 @@ def run(config: PPOConfig) -> PPOResult:
             log: list[MetricsLog] = []
             processes.on_main(lambda: _prepare_directory(config, stepper.steps_done))
             processes.on_main(lambda: log.append(held.enter_context(_open_log(config, stepper.steps_done))))
-            loop = _Loop(config, tokenizer, policy, sample, stepper, schedule, client, stop, processes, progress)
+            loop = _Loop(
+                config, tokenizer, policy, gathered, sample, stepper, schedule, client, stop, processes, progress
+            )
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
-                metrics = _train_and_write(loop, steps, log[0])
+                with progress.showing():
+                    metrics = loop.train(steps, log[0])
             else:
                 metrics = loop.train(steps, None)
+            weights = whole_weights(policy)
+            if processes.is_main:
+                _write_results(loop, weights)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
 
 
@@ -121,21 +136,18 @@ def _open_log(config: PPOConfig, steps_done: int) -> MetricsLog:
     return MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
 
 
-def _train_and_write(loop: "_Loop", steps: int, log: MetricsLog) -> dict[str, float]:
-    """The main process's part: training, and everything that goes into the output directory."""
+def _write_results(loop: "_Loop", weights: PolicyWeights) -> None:
+    """Everything that a finished run leaves beside its metrics and checkpoints."""
     config, directory = loop.config, loop.config.output_dir
-    with loop.progress.showing():
-        metrics = loop.train(steps, log)
     with files_of(directory) as beside:
-        loop.policy.save(beside)
+        loop.policy.save(beside, weights)
         loop.tokenizer.save_pretrained(beside)
     write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
     if config.merge:
         with files_of(directory / MERGED) as beside:
-            loop.policy.merge(beside)
+            loop.policy.merge(beside, weights)
             loop.tokenizer.save_pretrained(beside)
-    print(f"trained {steps} steps; adapters, value head and metrics are in {directory}")
-    return metrics
+    print(f"trained {loop.stepper.steps_done} steps; adapters, value head and metrics are in {directory}")
 
 
 @contextlib.contextmanager
@@ -157,6 +169,8 @@ class _Loop:
     config: PPOConfig
     tokenizer: Any
     policy: Policy
+    gathered: Callable[[], AbstractContextManager[None]]
+    """Around a rollout, which needs all of the policy's weights in one place."""
     sample: Sampler
     stepper: PPOStepper
     schedule: PromptSchedule
@@ -235,28 +249,27 @@ class _Loop:
         prompts = self.schedule.batch(step)
         draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
         rows = self.processes.share(len(prompts))
-        collected = collect(
-            self.stepper,
-            self.tokenizer,
-            prompts.rows(rows.start, rows.stop),
-            draws.rows(rows.start, rows.stop),
-            config.generation,
-            self.client,
-            sample=self.sample,
-            wait=self.stop.wait,
-        )
+        with self.gathered():
+            collected = collect(
+                self.stepper,
+                self.tokenizer,
+                prompts.rows(rows.start, rows.stop),
+                draws.rows(rows.start, rows.stop),
+                config.generation,
+                self.client,
+                sample=self.sample,
+                wait=self.stop.wait,
+            )
         return collected if self.processes.count == 1 else collected.to("cpu")
 
     def _save_checkpoint(self) -> checkpoints.Checkpoint:
-        return self.processes.on_main(
-            lambda: checkpoints.save_checkpoint(
-                self.config.output_dir / CHECKPOINTS,
-                self.policy,
-                self.stepper,
-                config=to_dict(self.config),
-                reward_revision=self.client.revision,
-                keep=self.config.keep_checkpoints,
-            )
+        return checkpoints.save_checkpoint(
+            self.config.output_dir / CHECKPOINTS,
+            self.policy,
+            self.stepper,
+            config=to_dict(self.config),
+            reward_revision=self.client.revision,
+            keep=self.config.keep_checkpoints,
         )
 
 

@@ -167,14 +167,6 @@ def test_a_mini_batch_smaller_than_the_processes_is_refused(policy_dir: Path) ->
         PPOStepper(policy, None, PPOHyperparameters(batch_size=2, mini_batch_size=2), processes=Processes(0, 3))
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_engines_that_split_the_weights_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ConfigError, match=f"asks for {engine}"), joined("cpu", timeout_s=1.0):
-        pass
-
-
 def test_the_device_is_the_one_that_was_asked_for(config: PPOConfig) -> None:
     with joined("meta", timeout_s=1.0) as (processes, device):
         assert (processes, device) == (Processes(), torch.device("meta"))

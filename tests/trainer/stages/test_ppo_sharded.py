@@ -1,0 +1,218 @@
+"""Weights split over real processes (FSDP): the numbers of one process, whole files, none left waiting."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.runs import assert_same, largest_difference, single_threaded, start_ranks, weights
+from tests.support.stub_reward_server import StubRewardServer
+from trainer.config import (
+    ConfigError,
+    DataSettings,
+    GenerationSettings,
+    LoraSettings,
+    ModelSettings,
+    PPOConfig,
+    PPOHyperparameters,
+    RewardSettings,
+)
+from trainer.memory import Fitting
+from trainer.sharding import Sharding, sharding_for
+from trainer.stages import ppo
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+
+# 9 samples in mini-batches of 3, one at a time: the second process has a pass less, and does one for nothing.
+UNEVEN = PPOHyperparameters(
+    batch_size=9,
+    mini_batch_size=3,
+    micro_batch_size=1,
+    gradient_accumulation_steps=3,
+    learning_rate=1e-3,
+    ppo_epochs=2,
+    max_grad_norm=0.5,
+)
+EVERYTHING_LEARNS = {"lora": LoraSettings(enabled=False), "model": ModelSettings(separate_value_model=True)}
+
+
+@pytest.fixture
+def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
+    return PPOConfig(
+        policy=str(policy_dir),
+        output_dir=tmp_path / "run",
+        dataset=DataSettings(str(reviews)),
+        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
+        ppo=UNEVEN,
+        generation=GenerationSettings(top_k=50),
+        steps=3,
+        checkpoint_every=1,
+        device="cpu",
+        collective_timeout_s=60.0,
+    )
+
+
+def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -> None:
+    for code, stderr in [rank.end() for rank in start_ranks(config, 2, *flags, environment=environment)]:
+        assert code == 0, stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes"),
+    [
+        pytest.param(FSDP, {}, id="adapters"),
+        pytest.param(FSDP, EVERYTHING_LEARNS, id="everything"),
+        pytest.param(FSDP, {"model": ModelSettings(gradient_checkpointing=True)}, id="checkpointing"),
+        pytest.param(ZERO_2, {}, id="zero-2"),
+    ],
+)
+def test_two_processes_with_half_the_weights_each_train_as_one_does(
+    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, object]
+) -> None:
+    config = dataclasses.replace(config, **changes)
+    alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
+    single_threaded(ppo.run, alone)
+    train_sharded(config, environment)
+    of_metrics, of_weights = largest_difference(config.output_dir, alone.output_dir)
+    print(
+        f"largest difference between 1 process and 2 sharded ones: metrics {of_metrics:.1e}, weights {of_weights:.1e}"
+    )
+    assert of_metrics < 1e-5
+    assert of_weights < 1e-5
+    if not config.lora.enabled:
+        AutoModelForCausalLM.from_pretrained(config.output_dir)
+
+
+def test_each_process_holds_half_of_the_weights(config: PPOConfig) -> None:
+    main, other = start_ranks(dataclasses.replace(config, steps=1), 2, environment=FSDP)
+    line = main.wait_for_line("weights are sharded")
+    own, everything = map(float, re.findall(r"\d+\.\d+", line))
+    assert 0.49 < own / everything < 0.52
+    assert [main.end()[0], other.end()[0]] == [0, 0]
+
+
+def test_a_resumed_run_goes_on_to_the_bit_and_with_whole_weights_too(config: PPOConfig, tmp_path: Path) -> None:
+    straight, resumed, unsharded = (dataclasses.replace(config, output_dir=tmp_path / name) for name in "abc")
+    train_sharded(straight, FSDP)
+    train_sharded(dataclasses.replace(resumed, steps=2), FSDP)
+    shutil.copytree(resumed.output_dir, unsharded.output_dir)
+    train_sharded(resumed, FSDP, "--resume", "auto")
+    assert_same(weights(resumed.output_dir), weights(straight.output_dir))
+    single_threaded(ppo.run, dataclasses.replace(unsharded, resume="auto"))
+    assert max(largest_difference(unsharded.output_dir, straight.output_dir)) < 1e-5
+
+
+def test_a_process_without_rewards_ends_all_and_the_checkpoint_is_whole(
+    config: PPOConfig, stub_reward_server: StubRewardServer, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, output_dir=tmp_path / "run")
+    stub_reward_server.script([{"do": "score", "times": 2}, {"do": "status", "status": 503, "times": 1000}])
+    for code, stderr in [rank.end() for rank in start_ranks(config, 2, environment=FSDP)]:
+        assert code == 75, stderr
+        assert "step-00000" in stderr
+    stub_reward_server.script([])
+    train_sharded(config, FSDP, "--resume", "auto")
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
+    config: PPOConfig, fate: signal.Signals
+) -> None:
+    config = dataclasses.replace(config, steps=1000, collective_timeout_s=15.0)
+    ranks = start_ranks(config, 2, environment=FSDP)
+    ranks[0].wait_for_step(1)
+    ranks[1].signal(fate)
+    code, stderr = ranks[0].end(timeout_s=60)
+    ranks[1].process.kill()
+    ranks[1].end()
+    assert code == 1
+    assert "another process of this run has ended or does not answer" in stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (FSDP, Sharding()),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, Sharding(reshard_after_forward=False)),
+        ({**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "A, B"}, Sharding(blocks=("A", "B"))),
+        (ZERO_2, Sharding(reshard_after_forward=False)),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Sharding()),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, None),
+    ],
+)
+def test_what_accelerates_configuration_asks_for(
+    environment: dict[str, str], expected: Sharding | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert sharding_for(PPOConfig()) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "accelerate to-fsdp2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--model.gradient-checkpointing"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload"),
+        ({**ZERO_2, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "missing.json"}, "missing.json can't be read"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (FSDP | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        sharding_for(PPOConfig())
+
+
+def test_a_deepspeed_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "zero.json"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
+    assert sharding_for(PPOConfig()) == Sharding()
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}))
+    with pytest.raises(ConfigError, match="offload"):
+        sharding_for(PPOConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelSettings(quantization="4bit")}, "model.quantization=4bit"),
+        ({"model": ModelSettings(compile=True)}, "model.compile=True"),
+        ({"generation": GenerationSettings(static_cache=True)}, "generation.static_cache=True"),
+    ],
+)
+def test_settings_that_do_not_go_with_sharded_weights_are_refused(
+    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        sharding_for(dataclasses.replace(PPOConfig(), **changes))
+
+
+def test_blocks_that_the_model_does_not_have_are_refused(config: PPOConfig) -> None:
+    environment = {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    for code, stderr in [rank.end() for rank in start_ranks(config, 2, environment=environment)]:
+        assert code == 2
+        assert "'LlamaDecoderLayer': GPT2LMHeadModel has no such modules" in stderr
+
+
+def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
+    def full(_: int) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        Fitting(8, fixed=True).run(full)
+    assert "--ppo.micro-batch-size less than 8" in caught.value.__notes__[0]
