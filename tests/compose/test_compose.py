@@ -233,7 +233,9 @@ def test_a_remote_endpoint_needs_the_trainer_alone_and_a_stop_ends_the_wait_for_
     remote = {"REWARD_URL": "https://rewards.example", "RUN_NAME": f"{RUN_NAME}/alone"}
     stack.compose("up", "-d", "trainer", **remote)
     (trainer,) = docker("ps", "-aq", "-f", "label=com.docker.compose.project=plaudit-test").split()
-    until(lambda: "waiting for a reward: https://rewards.example" in docker("logs", trainer), "the trainer to wait")
+    until(
+        lambda: " s more: https://rewards.example: connection failed" in docker("logs", trainer), "the trainer to wait"
+    )
     docker("stop", "-t", "60", trainer)
     assert stack.trainer_exit_code() == 128 + 15
     assert "stopped by SIGTERM" in docker("logs", trainer)

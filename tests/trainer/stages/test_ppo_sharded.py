@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.runs import assert_same, largest_difference, single_threaded, start_ranks, weights
+from tests.support.runs import assert_same, largest_difference, preset_of, single_threaded, start_ranks, weights
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
@@ -27,6 +30,7 @@ from trainer.memory import Fitting
 from trainer.sharding import Sharding, sharding_for
 from trainer.stages import ppo
 
+RECIPE = Path(__file__).parents[3] / "deploy/accelerate/fsdp.yaml"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
@@ -88,6 +92,25 @@ def test_two_processes_with_half_the_weights_each_train_as_one_does(
     assert of_weights < 1e-5
     if not config.lora.enabled:
         AutoModelForCausalLM.from_pretrained(config.output_dir)
+
+
+def test_the_configuration_for_accelerate_shards_on_this_machine_as_on_several_gpus(
+    config: PPOConfig, tmp_path: Path
+) -> None:
+    alone = dataclasses.replace(config, output_dir=tmp_path / "alone", steps=1)
+    single_threaded(ppo.run, alone)
+    config = dataclasses.replace(config, steps=1)
+    launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPE), "--num_processes", "2")
+    end = subprocess.run(
+        (*launch, "-m", "trainer.cli", "ppo", "--config", str(preset_of(config))),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert end.returncode == 0, end.stderr
+    assert "weights are sharded: this process holds 0.08 of 0.16 MiB" in end.stdout
+    assert max(largest_difference(config.output_dir, alone.output_dir)) < 1e-5
 
 
 def test_each_process_holds_half_of_the_weights(config: PPOConfig) -> None:
