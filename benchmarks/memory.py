@@ -2,12 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory
 
-A GPT-2 of 124M parameters with random weights takes one PPO step in a process of its own for each layout. Weights are
-those of policy and reference together. Peaks are what the phase adds to a process that has loaded no model yet:
+A GPT-2 of 124M parameters with random weights takes one PPO step in a process of its own for each layout, and in two
+processes where they share the work: figures are then those of one of them. Weights are those of policy and reference
+together. Peaks are what the phase adds to a process that has loaded no model yet:
 resident size on the CPU, allocations on a GPU. Prints a Markdown table.
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import multiprocessing
 import tempfile
 from collections.abc import Sequence
@@ -16,22 +20,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.ppo_step import models_of
 from trainer.config import DataSettings, GenerationSettings, LoraSettings, PPOHyperparameters, PromptSettings
 from trainer.data import load_prompts
+from trainer.distributed import Processes
 from trainer.generation import Draws
 from trainer.memory import Peak, measuring_peak
 from trainer.models import Policy, load_causal_lm, load_policy, load_tokenizer
 from trainer.reward_client import Scores
-from trainer.rollout import collect
+from trainer.rollout import Collected, collect
+from trainer.sharding import Sharding, shard
 from trainer.update import PPOStepper
 
-LAYOUTS = {
-    "adapters": "adapters on one copy, which is the reference with them off",
-    "two models": "adapters, and a second copy as the reference",
-    "all parameters": "all parameters learn, and a frozen copy is the reference",
-}
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights are."""
+
+    words: str
+    adapters: bool = True
+    copy: bool = False
+    processes: int = 1
+    sharded: bool = False
+
+
+ALL = "all parameters learn, and a frozen copy is the reference"
+LAYOUTS = (
+    Layout("adapters on one copy, which is the reference with them off"),
+    Layout("adapters, and a second copy as the reference", copy=True),
+    Layout(ALL, adapters=False),
+    Layout(f"{ALL}; 2 processes, all of it in each", adapters=False, processes=2),
+    Layout(f"{ALL}; 2 processes, sharded (FSDP)", adapters=False, processes=2, sharded=True),
+)
 
 
 @dataclass(frozen=True)
@@ -62,16 +84,25 @@ def main() -> None:
     print("| MiB | weights | peak in the rollout | peak in the update |\n| --- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as directory:
         policy = models_of(arguments.size, Path(directory)).policy
-        for layout, words in LAYOUTS.items():
+        for number, layout in enumerate(LAYOUTS):
             # One pool each: memory that a process has had once, it may keep.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                m = pool.apply(measure, (layout, policy, arguments.batch_size, arguments.device))
-            print(f"| {words} | {m.weights:.0f} | {m.rollout:.0f} | {m.update:.0f} |", flush=True)
+            with multiprocessing.get_context("spawn").Pool(layout.processes) as pool:
+                meeting = f"file://{directory}/{number}"
+                work = [
+                    (layout, policy, arguments.batch_size, arguments.device, rank, meeting)
+                    for rank in range(layout.processes)
+                ]
+                m = pool.starmap(measure, work, chunksize=1)[0]
+            print(f"| {layout.words} | {m.weights:.0f} | {m.rollout:.0f} | {m.update:.0f} |", flush=True)
 
 
-def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
+def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int, meeting: str) -> Measured:
     """One step with one mini-batch; the peak of each phase."""
-    where = torch.device(device)
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    processes = Processes(rank, layout.processes)
+    if layout.processes > 1:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=layout.processes)
     torch.manual_seed(0)
     tokenizer = load_tokenizer(path)
     prompts = load_prompts(
@@ -79,25 +110,40 @@ def measure(layout: str, path: Path, batch_size: int, device: str) -> Measured:
     )
     with measuring_peak(where) as before:
         pass
-    policy = load(layout, path, device)
+    policy = load(layout, path, where)
+    weights, gathered = weights_mib(policy), contextlib.nullcontext
+    if layout.sharded:
+        sharded = shard(policy, Sharding(), count=layout.processes)
+        weights, gathered = weights / layout.processes, sharded.gathered
     hyperparameters = PPOHyperparameters(batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=1)
-    stepper = PPOStepper(policy, None, hyperparameters)
+    stepper = PPOStepper(policy, None, hyperparameters, processes=processes)
     generation = GenerationSettings(batch_size=batch_size)
     draws = Draws.of(generation, batch_size, seed=0, step=0)
-    with measuring_peak(where) as rollout:
-        collected = collect(stepper, tokenizer, prompts, draws, generation, Lengths())
+    rows = processes.share(batch_size)
+    own_prompts, own_draws = prompts.rows(rows.start, rows.stop), draws.rows(rows.start, rows.stop)
+    with measuring_peak(where) as rollout, gathered():
+        own = collect(stepper, tokenizer, own_prompts, own_draws, generation, Lengths())
+    collected = Collected.concatenate(processes.together(lambda: own.to("cpu"))).to(where)
+    _give_freed_memory_back()
     with measuring_peak(where) as update:
         stepper.update(collected.rollout)
 
     def added(peak: Peak) -> float:
         return peak.mib - before.mib
 
-    return Measured(weights_mib(policy), added(rollout), added(update))
+    return Measured(weights, added(rollout), added(update))
 
 
-def load(layout: str, path: Path, device: str) -> Policy:
-    policy = load_policy(path, LoraSettings(r=16, alpha=32, enabled=layout != "all parameters"), device=device)
-    if layout == "two models":
+def _give_freed_memory_back() -> None:
+    """What the C library keeps of a phase would count as the next one's."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def load(layout: Layout, path: Path, device: torch.device) -> Policy:
+    policy = load_policy(path, LoraSettings(r=16, alpha=32, enabled=layout.adapters), device=device)
+    if layout.copy:
         policy.use_reference(load_causal_lm(path, device=device))
     return policy
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer.config import ConfigError, PPOConfig, to_dict
 from trainer.models import Policy
-from trainer.sharding import as_split, whole
+from trainer.sharding import as_split, for_files, is_sharded
 from trainer.storage import sync, writing
 from trainer.update import PPOStepper
 
@@ -66,7 +66,7 @@ def save_checkpoint(
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
     manifest = {"format": FORMAT, "step": stepper.steps_done, "config": config, "reward_revision": reward_revision}
-    weights = {name: whole(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
+    weights = {name: for_files(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
     state = stepper.state_dict()
     checkpoint = Checkpoint(root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision)
     stepper.processes.on_main(lambda: _write(checkpoint.directory, manifest, weights, state, keep=keep))
@@ -135,7 +135,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None:
     """Put policy and stepper into the saved state, to the bit."""
-    saved = load_file(checkpoint.directory / WEIGHTS, device=str(policy.device))
+    # Of sharded weights, the whole need not fit on the device.
+    saved = load_file(checkpoint.directory / WEIGHTS, device="cpu" if is_sharded(policy) else str(policy.device))
     trainable = dict(_trainable(policy))
     if saved.keys() != trainable.keys():
         differing = sorted(saved.keys() ^ trainable.keys())

@@ -172,6 +172,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def for_files(tensor: Tensor) -> Tensor:
+    """A tensor as the first process writes it: whole, and on the CPU if it was split; the others get an empty one then.
+
+    All processes must call this.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    everything = tensor.full_tensor()
+    return everything.cpu() if tensor.device_mesh.get_rank() == 0 else everything.new_empty(0)
+
+
 def as_split(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor that all of them have, if `like` is one that is split."""
     if not isinstance(like, DTensor):
@@ -180,12 +191,12 @@ def as_split(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_weights(policy: Policy) -> PolicyWeights:
-    """What a policy is saved from. Where it is sharded, all processes must call this; each gets everything."""
+    """What a policy is saved from. Where it is sharded, all processes must call this, and the first gets it."""
 
     def of(module: nn.Module, *, learning: bool = False) -> dict[str, Tensor]:
         held = module.state_dict(keep_vars=True)
         # Tied weights stay one tensor, which is written once.
-        once = {id(tensor): _on_cpu(tensor) for tensor in held.values() if tensor.requires_grad or not learning}
+        once = {id(t): for_files(t.detach()) for t in held.values() if t.requires_grad or not learning}
         return {name: once[id(tensor)] for name, tensor in held.items() if id(tensor) in once}
 
     return PolicyWeights(
@@ -194,11 +205,6 @@ def whole_weights(policy: Policy) -> PolicyWeights:
         value_head=of(policy.v_head),
         value_model={} if policy.value_model is None else of(policy.value_model),
     )
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """Whole; what had to be put together must not fill the device's memory."""
-    return whole(tensor.detach()).to("cpu" if isinstance(tensor, DTensor) else tensor.device)
 
 
 def _is_on(variable: str) -> bool:

@@ -21,7 +21,7 @@ from trainer.ppo import kl, losses, rewards
 from trainer.ppo.advantages import gae
 from trainer.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 from trainer.samples import Evaluation, Rollout, Samples, stack_rows
-from trainer.sharding import as_split, is_sharded, whole
+from trainer.sharding import as_split, for_files, is_sharded, whole
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -428,11 +428,11 @@ class PPOStepper:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights that the next step depends on.
 
-        Where those are sharded, all processes must call this.
+        Where those are sharded, all processes must call this, and the first gets it.
         """
         optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": {**optimizer, "state": _tensors(optimizer["state"], lambda _, moment: whole(moment))},
+            "optimizer": {**optimizer, "state": _tensors(optimizer["state"], lambda _, moment: for_files(moment))},
             "kl_coef": self.kl_coef,
             "moments": (self.moments.count, self.moments.mean, self.moments.var),
             "steps_done": self.steps_done,
