@@ -17,11 +17,9 @@ from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
-    DataSettings,
     LoraSettings,
     PenaltySettings,
     PPOConfig,
-    PPOHyperparameters,
     RewardComponent,
     RewardSettings,
 )
@@ -35,16 +33,8 @@ from trainer.update import NonFiniteUpdate
 
 
 @pytest.fixture
-def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
-    return PPOConfig(
-        policy=str(policy_dir),
-        output_dir=tmp_path / "run",
-        dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5),
-        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
-        steps=4,
-        checkpoint_every=1,
-    )
+def config(config: PPOConfig) -> PPOConfig:
+    return dataclasses.replace(config, steps=4)
 
 
 @pytest.fixture

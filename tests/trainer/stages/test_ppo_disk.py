@@ -7,25 +7,11 @@ import pytest
 
 from tests.support.disks import fill, small_disk
 from tests.support.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
-from tests.support.stub_reward_server import StubRewardServer
 from trainer.checkpoint import list_checkpoints
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
+from trainer.config import PPOConfig
 from trainer.stages import ppo
 
 EXPORTED = {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors", "tokenizer.json"}
-
-
-@pytest.fixture
-def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
-    return PPOConfig(
-        policy=str(policy_dir),
-        output_dir=tmp_path / "disk",
-        dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5),
-        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
-        steps=3,
-        checkpoint_every=1,
-    )
 
 
 # The run's small files fit into the room that is left; a checkpoint of about 80 KiB, or what is exported, does not.

@@ -16,12 +16,10 @@ from tests.support.runs import largest_difference, numbers, preset_of, single_th
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
-    DataSettings,
     GenerationSettings,
     LoraSettings,
     PPOConfig,
     PPOHyperparameters,
-    RewardSettings,
 )
 from trainer.data import PromptSchedule, load_prompts
 from trainer.distributed import Processes, joined
@@ -37,18 +35,8 @@ ACCELERATE = (
 
 
 @pytest.fixture
-def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
-    return PPOConfig(
-        policy=str(policy_dir),
-        output_dir=tmp_path / "run",
-        dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
-        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
-        steps=3,
-        checkpoint_every=1,
-        device="cpu",
-        collective_timeout_s=60.0,
-    )
+def config(config: PPOConfig) -> PPOConfig:
+    return dataclasses.replace(config, device="cpu")
 
 
 def prompts_of_step(config: PPOConfig, step: int) -> list[str]:

@@ -18,13 +18,11 @@ from tests.support.runs import assert_same, largest_difference, preset_of, singl
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
-    DataSettings,
     GenerationSettings,
     LoraSettings,
     ModelSettings,
     PPOConfig,
     PPOHyperparameters,
-    RewardSettings,
 )
 from trainer.memory import Fitting
 from trainer.sharding import Sharding, sharding_for
@@ -48,19 +46,8 @@ EVERYTHING_LEARNS = {"lora": LoraSettings(enabled=False), "model": ModelSettings
 
 
 @pytest.fixture
-def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
-    return PPOConfig(
-        policy=str(policy_dir),
-        output_dir=tmp_path / "run",
-        dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
-        ppo=UNEVEN,
-        generation=GenerationSettings(top_k=50),
-        steps=3,
-        checkpoint_every=1,
-        device="cpu",
-        collective_timeout_s=60.0,
-    )
+def config(config: PPOConfig) -> PPOConfig:
+    return dataclasses.replace(config, ppo=UNEVEN, generation=GenerationSettings(top_k=50), device="cpu")
 
 
 def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -> None:

@@ -1,0 +1,23 @@
+"""A run of stage 3 that takes seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.stub_reward_server import StubRewardServer
+from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
+
+
+@pytest.fixture
+def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer, tmp_path: Path) -> PPOConfig:
+    """A tiny policy, rewards from the stub, a checkpoint after every one of few steps."""
+    return PPOConfig(
+        policy=str(policy_dir),
+        output_dir=tmp_path / "run",
+        dataset=DataSettings(str(reviews)),
+        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
+        ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
+        steps=3,
+        checkpoint_every=1,
+        collective_timeout_s=60.0,
+    )
