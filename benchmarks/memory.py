@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from benchmarks.ppo_step import models_of
 from trainer.config import DataSettings, GenerationSettings, LoraSettings, PPOHyperparameters, PromptSettings
@@ -85,6 +86,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         policy = models_of(arguments.size, Path(directory)).policy
         for number, layout in enumerate(LAYOUTS):
+            if arguments.device == "cuda" and torch.cuda.device_count() < layout.processes:
+                print(f"| {layout.words} | needs {layout.processes} GPUs | | |", flush=True)
+                continue
             # One pool each: memory that a process has had once, it may keep.
             with multiprocessing.get_context("spawn").Pool(layout.processes) as pool:
                 meeting = f"file://{directory}/{number}"
@@ -100,6 +104,8 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     """One step with one mini-batch; the peak of each phase."""
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     processes = Processes(rank, layout.processes)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
     if layout.processes > 1:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=layout.processes)
@@ -111,10 +117,8 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     with measuring_peak(where) as before:
         pass
     policy = load(layout, path, where)
-    weights, gathered = weights_mib(policy), contextlib.nullcontext
-    if layout.sharded:
-        sharded = shard(policy, Sharding(), count=layout.processes)
-        weights, gathered = weights / layout.processes, sharded.gathered
+    gathered = shard(policy, Sharding()).gathered if layout.sharded else contextlib.nullcontext
+    weights = weights_mib(policy)
     hyperparameters = PPOHyperparameters(batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=1)
     stepper = PPOStepper(policy, None, hyperparameters, processes=processes)
     generation = GenerationSettings(batch_size=batch_size)
@@ -149,10 +153,11 @@ def load(layout: Layout, path: Path, device: torch.device) -> Policy:
 
 
 def weights_mib(policy: Policy) -> float:
-    """Of policy and reference; weights that they share, or that are tied, count once."""
+    """Of policy and reference in this process; weights that they share, or that are tied, count once."""
     with policy.as_reference() as reference:
         parameters = {id(p): p for p in (*policy.parameters(), *reference.parameters())}
-    return float(sum(p.numel() * p.element_size() for p in parameters.values())) / 2**20
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    return float(sum(p.numel() * p.element_size() for p in local)) / 2**20
 
 
 if __name__ == "__main__":

@@ -146,7 +146,9 @@ def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(as_split(saved[name], parameter))
-    stepper.load_state_dict(torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu"))
+    # Several processes of one machine that each need a part read it off the disk as they go.
+    state = torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu", mmap=is_sharded(policy))
+    stepper.load_state_dict(state)
 
 
 def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

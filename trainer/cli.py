@@ -156,6 +156,8 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     # peft asks transformers by the name that it had before.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # True of a value model's last states; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
 def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:

@@ -26,7 +26,7 @@ LARGEST_KEPT_MIB = 256
 class Fitting:
     """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good.
 
-    Not if `fixed`: then the error says what to do.
+    Not if `fixed`: then the error is raised, and says which setting to change.
     """
 
     def __init__(self, at_most: int, *, fixed: bool = False) -> None:
@@ -42,7 +42,7 @@ class Fitting:
                 if self.samples == 1 or not is_out_of_memory(error):
                     raise
                 if self._fixed:
-                    error.add_note(f"give --ppo.micro-batch-size less than {self.samples}, and --resume auto")
+                    error.add_note(f"{self.samples} samples at once are too many: give --ppo.micro-batch-size less")
                     raise
                 self.samples = (self.samples + 1) // 2
                 warnings.warn(

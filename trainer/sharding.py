@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -47,6 +48,8 @@ def sharding_for(config: PPOConfig) -> Sharding | None:
         raise ConfigError(
             "generation.static_cache=True can't go with sharded weights, which are gathered anew for every rollout"
         )
+    # Otherwise transformers may leave all processes of a machine but one without weights. Each needs them until then.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return sharding
 
 
@@ -61,7 +64,8 @@ def _asked_for() -> Sharding | None:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
-            "accelerate's configuration asks for FSDP 1; `accelerate to-fsdp2 --config_file FILE` turns it into 2"
+            "accelerate's configuration asks for FSDP 1; `accelerate to-fsdp2 --config_file FILE --overwrite` turns it "
+            "into 2"
         )
     if _is_on("FSDP_OFFLOAD_PARAMS"):
         raise ConfigError("accelerate's configuration says fsdp_offload_params: true, but weights stay on their device")
@@ -123,6 +127,11 @@ class ShardedPolicy:
                 unit.set_reshard_after_forward(False, recurse=False)
                 unit.unshard()
             yield
+            for root in roots:
+                # PyTorch notes every pass for the backward pass to come, which a reference never has. (It has had no
+                # way to forget them for long.)
+                if hasattr(root, "reset_iter_state"):
+                    root.reset_iter_state()
         finally:
             for unit in (*roots, *blocks):
                 unit.reshard()
@@ -138,15 +147,18 @@ class ShardedPolicy:
         return [*self.policy.transformers, self.policy.v_head]
 
 
-def shard(policy: Policy, sharding: Sharding, *, count: int) -> ShardedPolicy:
-    """Splits all weights of the policy and its reference over the `count` processes, in place.
+def shard(policy: Policy, sharding: Sharding) -> ShardedPolicy:
+    """Splits all weights of the policy and its reference over all processes, in place.
 
     Every process must hold the same weights. Build the optimizer afterwards: the parameters are other objects.
     """
-    mesh = init_device_mesh(policy.device.type, (count,))
+    everybody = dist.group.WORLD
+    assert everybody is not None
+    mesh = DeviceMesh.from_group(everybody, policy.device.type)
     for transformer in policy.transformers:
         names = sharding.blocks or tuple(transformer._no_split_modules or ())
-        blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+        # From the inside out.
+        blocks = [module for module in transformer.modules() if type(module).__name__ in names][::-1]
         if not blocks:
             kind = type(transformer).__name__
             raise ConfigError(f"fsdp_transformer_layer_cls_to_wrap={','.join(names)!r}: {kind} has no such modules")

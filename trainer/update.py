@@ -139,7 +139,8 @@ class PPOStepper:
         self.moments = rewards.RunningMoments()
         self.steps_done = 0
         # With sharded weights, one process that tried again would be out of step with the others.
-        self.fitting = Fitting(config.micro_batch_size or config.mini_batch_size, fixed=is_sharded(policy))
+        share = self.processes.largest_share(config.mini_batch_size)
+        self.fitting = Fitting(min(config.micro_batch_size or share, share), fixed=is_sharded(policy))
         self._shuffles = torch.Generator().manual_seed(seed)
 
     def step(

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -122,15 +122,26 @@ def preset_of(config: PPOConfig) -> Path:
 
 
 def start_ranks(
-    config: PPOConfig, count: int, *flags: str, environment: dict[str, str] | None = None
+    config: PPOConfig,
+    count: int,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    before: Sequence[Callable[[], None] | None] | None = None,
 ) -> list[TrainerProcess]:
-    """The processes of one run, as a launcher starts them but without one that would end the others."""
+    """The processes of one run, as a launcher starts them but without one that would end the others.
+
+    `before` has something for each of them to do first.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    of_all = {**address, **(environment or {})}
     return [
         TrainerProcess(
-            config, *flags, environment={**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}
+            config,
+            *flags,
+            environment={**of_all, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            before=before[rank] if before else None,
         )
         for rank in range(count)
     ]

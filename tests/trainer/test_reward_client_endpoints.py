@@ -293,6 +293,21 @@ def test_closing_leaves_the_tasks_of_a_library_to_the_library(monkeypatch: pytes
     gc.collect()
 
 
+async def leaves_a_task_behind(prompts: list[str], responses: list[str]) -> list[float]:
+    left.append(asyncio.create_task(asyncio.Event().wait()))
+    return [0.0] * len(responses)
+
+
+left: list[asyncio.Task[Any]] = []
+
+
+def test_closing_ends_the_tasks_that_a_function_left_behind() -> None:
+    with RewardClient(RewardSettings(function="my_rewards:leaves_a_task_behind")) as client:
+        client.connect()
+        client.score(PROMPTS, RESPONSES)
+    assert left.pop().cancelled()
+
+
 @pytest.mark.parametrize("name", ["my_rewards:missing", "no_such_module:f", "my_rewards:EXPECTED"])
 def test_a_function_that_is_not_there_is_refused_when_built(name: str) -> None:
     with pytest.raises(ConfigError, match=name):

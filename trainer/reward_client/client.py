@@ -158,10 +158,14 @@ class RewardClient:
         )
 
     async def _shut(self) -> None:
-        # What was started has been cancelled, and cancels what it started itself: a library's own tasks are its own.
-        ending = asyncio.all_tasks() - {asyncio.current_task()}
-        if ending:
-            await asyncio.wait(ending, timeout=CLOSE_TIMEOUT_S / 2)
+        # What was started has been cancelled, and cancels what it started itself: a library's own tasks are its own,
+        # until they are late.
+        for grace_s in (CLOSE_TIMEOUT_S / 10, CLOSE_TIMEOUT_S / 4):
+            late = asyncio.all_tasks() - {asyncio.current_task()}
+            if late:
+                _, late = await asyncio.wait(late, timeout=grace_s)
+            for task in late:
+                task.cancel()
         for http in self._clients.values():
             await http.aclose()
 

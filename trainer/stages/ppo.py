@@ -78,7 +78,7 @@ def run(config: PPOConfig) -> PPOResult:
         processes.copy_from_main(parameter for parameter in policy.parameters() if parameter.requires_grad)
         gathered: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if sharding is not None:
-            sharded = shard(policy, sharding, count=processes.count)
+            sharded = shard(policy, sharding)
             gathered = sharded.gathered
             if processes.is_main:
                 print(sharded)
@@ -201,7 +201,8 @@ class _Loop:
 
     def _step(self, log: MetricsLog | None) -> dict[str, float]:
         config, step, began = self.config, self.stepper.steps_done, time.perf_counter()
-        with measuring_peak(self.policy.device) as rollout_peak:
+        # Gathering is work of all processes together: what fails in it can't be told to the others first.
+        with measuring_peak(self.policy.device) as rollout_peak, self.gathered():
             parts = self.processes.together(self._collect_share)
             collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
@@ -249,17 +250,16 @@ class _Loop:
         prompts = self.schedule.batch(step)
         draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
         rows = self.processes.share(len(prompts))
-        with self.gathered():
-            collected = collect(
-                self.stepper,
-                self.tokenizer,
-                prompts.rows(rows.start, rows.stop),
-                draws.rows(rows.start, rows.stop),
-                config.generation,
-                self.client,
-                sample=self.sample,
-                wait=self.stop.wait,
-            )
+        collected = collect(
+            self.stepper,
+            self.tokenizer,
+            prompts.rows(rows.start, rows.stop),
+            draws.rows(rows.start, rows.stop),
+            config.generation,
+            self.client,
+            sample=self.sample,
+            wait=self.stop.wait,
+        )
         return collected if self.processes.count == 1 else collected.to("cpu")
 
     def _save_checkpoint(self) -> checkpoints.Checkpoint:

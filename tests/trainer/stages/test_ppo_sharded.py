@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from tests.support.runs import assert_same, largest_difference, preset_of, single_threaded, start_ranks, weights
@@ -30,6 +31,7 @@ from trainer.stages import ppo
 
 RECIPE = Path(__file__).parents[3] / "deploy/accelerate/fsdp.yaml"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+NESTED = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block,GPT2MLP"}
 ZERO_2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 
 # 9 samples in mini-batches of 3, one at a time: the second process has a pass less, and does one for nothing.
@@ -61,6 +63,9 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
         pytest.param(FSDP, {}, id="adapters"),
         pytest.param(FSDP, EVERYTHING_LEARNS, id="everything"),
         pytest.param(FSDP, {"model": ModelSettings(gradient_checkpointing=True)}, id="checkpointing"),
+        pytest.param(
+            {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block,GPT2MLP"}, {"merge": True}, id="nested-blocks"
+        ),
         pytest.param(ZERO_2, {}, id="zero-2"),
     ],
 )
@@ -77,8 +82,8 @@ def test_two_processes_with_half_the_weights_each_train_as_one_does(
     )
     assert of_metrics < 1e-5
     assert of_weights < 1e-5
-    if not config.lora.enabled:
-        AutoModelForCausalLM.from_pretrained(config.output_dir)
+    if config.merge or not config.lora.enabled:
+        AutoModelForCausalLM.from_pretrained(config.output_dir / "merged" if config.merge else config.output_dir)
 
 
 def test_the_configuration_for_accelerate_shards_on_this_machine_as_on_several_gpus(
@@ -146,6 +151,23 @@ def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
     assert "another process of this run has ended or does not answer" in stderr
 
 
+def a_full_memory_while_gathering() -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room for the others' parts")
+
+    FSDPModule.unshard = full  # type: ignore[method-assign]
+
+
+def test_a_process_without_room_for_the_others_parts_says_so_and_ends_the_others(config: PPOConfig) -> None:
+    main, other = start_ranks(config, 2, environment=FSDP, before=[None, a_full_memory_while_gathering])
+    code, stderr = other.end()
+    assert code == 1
+    assert "OutOfMemoryError: no room for the others' parts" in stderr
+    code, stderr = main.end()
+    assert code == 1
+    assert "another process of this run has ended or does not answer" in stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -161,9 +183,12 @@ def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
 def test_what_accelerates_configuration_asks_for(
     environment: dict[str, str], expected: Sharding | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert sharding_for(PPOConfig()) == expected
+    # Every process needs the weights that it is about to split.
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if expected is None else "false")
 
 
 @pytest.mark.parametrize(
@@ -225,4 +250,4 @@ def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
         Fitting(8, fixed=True).run(full)
-    assert "--ppo.micro-batch-size less than 8" in caught.value.__notes__[0]
+    assert caught.value.__notes__ == ["8 samples at once are too many: give --ppo.micro-batch-size less"]
