@@ -12,7 +12,7 @@ import gc
 SETTLE_S = 60.0
 """After a reload: when the last request for the old model is surely over."""
 THRESHOLDS = (700, 3, 1000)
-"""New objects before a small collection, small ones before a middle one (some milliseconds), those before a full one."""
+"""New objects before a small collection, small ones before a middle one (milliseconds), those before a full one."""
 
 
 def settle() -> None:
