@@ -62,6 +62,7 @@ class Recipe:
         bodies: dict[str, Any] = {
             "text": {"text": text},
             "texts": {"text": [text]},
+            "instances": {"instances": [text]},
             "items": {"items": [{"prompt": text, "response": ""}]},
             "input": {"input": [text], "model": "judge", "raw_scores": True},
         }
@@ -85,6 +86,7 @@ RECIPES = {
     "bentoml": Recipe(
         ("{python}", "-m", "bentoml", "serve", "bentoml_server:Rewards", "--port", "{port}"), "/predict", "texts"
     ),
+    "kserve": Recipe(("{python}", "kserve_server.py", "{port}"), "/v1/models/judge:predict", "instances"),
     "rayserve": Recipe(("{python}", "rayserve_server.py", "{port}")),
     "infinity": Recipe(
         (
