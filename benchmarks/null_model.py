@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from services.reward.app import create_app
 from services.reward.batching import Encoded, Engine, Logits, Text
+from services.reward.collector import settle
 from services.reward.server import Hooks, Server
 
 
@@ -37,5 +38,5 @@ async def _nothing() -> None:
 if __name__ == "__main__":
     engine = Engine(NullScorer(), batch_tokens=1024, max_queue_tokens=262_144).start()
     app = create_app(engine, default_label="POSITIVE")
-    hooks = Hooks(ready=lambda: None, reload=_nothing, log=lambda event, **details: None)
+    hooks = Hooks(ready=settle, reload=_nothing, log=lambda event, **details: None)
     Server(app, 5.0, hooks).run(sockets=[socket.create_server(("127.0.0.1", int(sys.argv[1])))])

@@ -61,6 +61,8 @@ class Recipe:
     def request(self, text: str) -> bytes:
         bodies: dict[str, Any] = {
             "text": {"text": text},
+            "texts": {"text": [text]},
+            "instances": {"instances": [text]},
             "items": {"items": [{"prompt": text, "response": ""}]},
             "input": {"input": [text], "model": "judge", "raw_scores": True},
         }
@@ -81,7 +83,10 @@ RECIPES = {
     "pipeline": Recipe((sys.executable, "pipeline.py", "{port}")),
     "litserve": Recipe(("{python}", "litserve_server.py", "{port}")),
     "mosec": Recipe(("{python}", "mosec_server.py", "--port", "{port}", "--timeout", "600000"), "/inference"),
-    "bentoml": Recipe(("{python}", "-m", "bentoml", "serve", "bentoml_server:Rewards", "--port", "{port}")),
+    "bentoml": Recipe(
+        ("{python}", "-m", "bentoml", "serve", "bentoml_server:Rewards", "--port", "{port}"), "/predict", "texts"
+    ),
+    "kserve": Recipe(("{python}", "kserve_server.py", "{port}"), "/v1/models/judge:predict", "instances"),
     "rayserve": Recipe(("{python}", "rayserve_server.py", "{port}")),
     "infinity": Recipe(
         (

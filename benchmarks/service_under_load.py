@@ -14,6 +14,7 @@ came, and `wrong` when an answer isn't what it must be. Lost and wrong must be 0
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -400,6 +401,7 @@ async def overload(
                 await load.answered(20)
             capacity = (load.tally.answered - before) / (time.perf_counter() - began)
         load = Load(service.url, rewards, seed=1)
+        gc.freeze()  # looking at torch's objects would hold up the load, and let it come in a burst afterwards
         memory: list[float] = []
         sampling = asyncio.create_task(_sample(service, memory))
         http = Wire(service.url)

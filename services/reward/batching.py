@@ -387,6 +387,8 @@ class Engine:
         finished = time.monotonic()
         with self._lock:
             for job in done:
+                if job not in self._open:
+                    continue  # failed along with everything while it was tokenised
                 job.tokenized_at = finished
                 job.tokenize_s = finished - job.admitted_at
                 exact = sum(item.length for item in job.items)
@@ -512,6 +514,8 @@ class Engine:
                 self._queued_items -= len(job.texts)
                 job.over = True
             answer = problem or self._answer(job, now)
+            # An item knows its job. If the job went on knowing its items, only a full collection would free either.
+            job.items = []
             by_loop.setdefault(job.loop, []).append((job, answer))
         for loop, answers in by_loop.items():
             if not loop.is_closed():

@@ -1,9 +1,9 @@
-"""What every request passes before a route: its key, its id, its count."""
+"""What every request passes before a route: the bound on its head, its key, its id, its count."""
 
 import hashlib
 import hmac
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services import wire
 from services.reward import compat, tracing
 from services.reward.batching import Engine
+from services.reward.head import MAX_HEAD_BYTES, head_bytes, head_too_large
 from services.reward.problems import ProblemError
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
@@ -59,12 +60,8 @@ class Gate:
                 self._count[counted]()
             await send(message)
 
-        if (
-            self._keys
-            and scope["path"] not in PUBLIC_PATHS
-            and not self._authorised(headers.get(b"authorization", b""))
-        ):
-            problem = ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
+        problem = self._refusal(scope, headers)
+        if problem is not None:
             tracing.note_problem(scope, problem)
             self._metrics.refused_requests.labels(problem.name).inc()
             await problem_response(problem)(scope, receive, send_with_id)
@@ -75,6 +72,17 @@ class Gate:
             if not begun:
                 await problem_response(INTERNAL_ERROR)(scope, receive, send_with_id)
             raise
+
+    def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ProblemError | None:
+        if head_bytes(scope) > MAX_HEAD_BYTES:
+            return head_too_large()
+        if (
+            self._keys
+            and scope["path"] not in PUBLIC_PATHS
+            and not self._authorised(headers.get(b"authorization", b""))
+        ):
+            return ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
+        return None
 
     def _authorised(self, header: bytes) -> bool:
         scheme, _, key = header.partition(b" ")

@@ -31,7 +31,10 @@ def answer(example: Any, description: str = "As asked.") -> dict[int | str, dict
     errors: dict[str, Any] = {JSON_TYPE: {}, wire.PROBLEM_CONTENT_TYPE: {"schema": {"$ref": PROBLEM}}}
     return {
         200: {"description": description, "content": {JSON_TYPE: {"example": example}}},
-        "4XX": {"description": "Refused, in that protocol's own shape; a problem if it is the key.", "content": errors},
+        "4XX": {
+            "description": "Refused, in that protocol's own shape; a problem if it is the key or the headers.",
+            "content": errors,
+        },
         "5XX": {"description": "No score this time; 503 and 504 are worth another try.", "content": errors},
     }
 

@@ -21,6 +21,7 @@ STATUS = {
     "unknown-label": 422,
     "label-required": 422,
     "queue-full": 429,
+    "headers-too-large": 431,
     "scoring-failed": 500,
     "non-finite-score": 500,
     "internal-error": 500,

@@ -5,6 +5,7 @@ Wrong here would be an accepted request without an answer, or a client that keep
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -12,10 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from services.reward.head import BoundedHead
+from services.reward.problems import ProblemError
 from services.reward.service import Service
 
 STRAGGLER_S = 0.25
@@ -47,9 +51,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks) -> None:
+        self._service: Service = app.state.service
+        protocol = functools.partial(BoundedHead, refused=self._count)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=cast(type[asyncio.Protocol], protocol),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -59,11 +66,16 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
             )
         )
-        self._service: Service = app.state.service
         self._grace_s = grace_s
         self._hooks = hooks
         self._stop_at = float("inf")
         self._reloads: set[asyncio.Task[None]] = set()
+
+    def _count(self, problem: ProblemError) -> None:
+        """What was refused before it was a request."""
+        metrics = self._service.engine.metrics
+        metrics.refused_requests.labels(problem.name).inc()
+        metrics.responses.labels("unknown", problem.status).inc()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

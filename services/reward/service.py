@@ -151,6 +151,8 @@ class Service:
             tracing.note_job(request.scope, job)
             self.engine.abandon(job)
             self.accepted.discard(job)
+            # A failure remembers this frame, and these remember the failure.
+            del job, client, watch, timer
 
     def check(self, texts: Sequence[Text]) -> None:
         """Hold texts that came by a foreign protocol to the same limits."""
