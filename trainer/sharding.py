@@ -203,7 +203,7 @@ def as_split(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_weights(policy: Policy) -> PolicyWeights:
-    """What a policy is saved from. Where it is sharded, all processes must call this, and the first gets it."""
+    """What a sharded policy is saved from. All processes must call this, and the first gets it."""
 
     def of(module: nn.Module, *, learning: bool = False) -> dict[str, Tensor]:
         held = module.state_dict(keep_vars=True)

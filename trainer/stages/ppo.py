@@ -114,7 +114,7 @@ def run(config: PPOConfig) -> PPOResult:
                     metrics = loop.train(steps, log[0])
             else:
                 metrics = loop.train(steps, None)
-            weights = whole_weights(policy)
+            weights = None if sharding is None else whole_weights(policy)
             if processes.is_main:
                 _write_results(loop, weights)
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
@@ -136,7 +136,7 @@ def _open_log(config: PPOConfig, steps_done: int) -> MetricsLog:
     return MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
 
 
-def _write_results(loop: "_Loop", weights: PolicyWeights) -> None:
+def _write_results(loop: "_Loop", weights: PolicyWeights | None) -> None:
     """Everything that a finished run leaves beside its metrics and checkpoints."""
     config, directory = loop.config, loop.config.output_dir
     with files_of(directory) as beside:
