@@ -1,4 +1,4 @@
-"""KServe's model server, the forward pass in an async `predict` as in its own encoders. PORT, the model in REWARD_MODEL."""
+"""KServe's model server, the model in an async `predict` as in its own encoders. PORT, the model in REWARD_MODEL."""
 
 import os
 import sys

@@ -5,10 +5,13 @@ Wrong here would be an accepted request without an answer, or a client that keep
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import os
 import signal
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
@@ -29,6 +32,10 @@ EXIT_S = 0.5
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection, so that none is closed just as its next request leaves."""
 POLL_S = 0.01
+TURNS_TO_COME_IN = 5
+"""Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
+SO_ATTACH_FILTER = 26
+BPF_RETURN = 6
 
 Log = Callable[..., None]
 
@@ -118,7 +125,10 @@ class Server(uvicorn.Server):
         service.engine.fail_open_jobs()
         await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
         # Whoever waits at the port is let in first: closing it would cut them off without a word.
-        await asyncio.sleep(0)
+        for listener in sockets or []:
+            _let_nobody_else_knock(listener)
+        for _ in range(TURNS_TO_COME_IN):
+            await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
@@ -139,3 +149,14 @@ class Server(uvicorn.Server):
         # `_stop_at`.
         while not condition() and time.monotonic() < min(deadline, self._stop_at):  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
+
+
+def _let_nobody_else_knock(listener: socket.socket) -> None:
+    """Have the kernel drop whoever comes to the port from now on. They come again a second later and find it closed.
+
+    Otherwise somebody could come between the last look at the port and its end, and be cut off with a request sent.
+    """
+    if sys.platform == "linux":
+        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+        with contextlib.suppress(OSError):  # sandboxes may lack such filters
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))

@@ -1,7 +1,9 @@
 """SIGTERM, with every kind of client that would keep the process alive, against the program in a process of its own."""
 
+import errno
 import json
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from services.reward.server import _let_nobody_else_knock
 from tests.support.reward_service import RewardService
 
 ENDLESS_RELOAD = """
@@ -154,3 +157,19 @@ def test_a_log_that_nobody_reads_does_not_change_the_end(classifier_dir: Path) -
     service = RewardService(classifier_dir, "--label", "POSITIVE")
     service.close_log()
     assert service.kill(signal.SIGTERM) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux")
+def test_who_comes_as_the_port_closes_is_either_let_in_or_finds_it_closed() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with socket.create_connection(listener.getsockname()) as early, socket.socket() as late:
+        _let_nobody_else_knock(listener)
+        late.setblocking(False)
+        assert late.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+        let_in, _ = listener.accept()
+        listener.close()
+        with let_in:
+            early.sendall(b"a request")
+            assert let_in.recv(100) == b"a request"
+        select.select([], [late], [])
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
