@@ -4,6 +4,7 @@ Wrong here would be a number left over from an earlier batch, or a wait for the 
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,9 +18,22 @@ GPU_WIDTH_STEP = 8
 class PaddedModel:
     """A transformers classifier on one device. Calls must not overlap: they share the memory that batches use."""
 
-    def __init__(self, model: Any, device: torch.device, *, pad_id: int, max_tokens: int, takes_type_ids: bool) -> None:
-        """A negative `pad_id` is no token: all texts of a batch then have one length."""
-        self._model = model
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        pad_id: int,
+        max_tokens: int,
+        takes_type_ids: bool,
+        compiled: bool = False,
+    ) -> None:
+        """A negative `pad_id` is no token: all texts of a batch then have one length.
+
+        With `compiled` the model is compiled for batches of any shape; `warm_up` does all of it.
+        """
+        self._model = torch.compile(model, dynamic=True) if compiled else model
+        self._compiled = compiled
         self._max_tokens = max_tokens
         self._device = device
         self._pad_id = pad_id
@@ -39,7 +53,11 @@ class PaddedModel:
         return logits.float().cpu()
 
     def warm_up(self, batch_tokens: int) -> None:
-        """On a GPU, meet batches of every order of length, so that no request waits for kernels to be chosen."""
+        """Compile, and on a GPU meet batches of every order of length, so that no request has to wait for either."""
+        if self._compiled:
+            # To the compiler 1 is a number and everything above it a variable.
+            for rows, length in product((1, 3), (1, 5)):
+                self([Encoded([0] * length)] * rows)
         width = GPU_WIDTH_STEP
         while self._on_gpu and width < 2 * self._max_tokens:
             length = min(width, self._max_tokens)

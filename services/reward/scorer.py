@@ -66,6 +66,8 @@ class TransformersScorer:
         self._devices = [torch.device(name) for name in settings.devices]
         # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
         self.packed = _all_on_cpu(settings) and can_pack(config)
+        if self.packed and settings.compile:
+            raise ModelError(f"--compile is for padded batches, and {settings.model} runs without padding on a CPU")
         self._deterministic = settings.deterministic
         self._batch_tokens = settings.batch_tokens
         self._takes_type_ids = "token_type_ids" in tokenizer.model_input_names
@@ -79,7 +81,14 @@ class TransformersScorer:
         else:
             pad_id, takes = config.pad_token_id, self._takes_type_ids
             self._models = [
-                PaddedModel(replica, device, pad_id=pad_id, max_tokens=self.max_tokens, takes_type_ids=takes)
+                PaddedModel(
+                    replica,
+                    device,
+                    pad_id=pad_id,
+                    max_tokens=self.max_tokens,
+                    takes_type_ids=takes,
+                    compiled=settings.compile,
+                )
                 for replica, device in zip(_replicas(model, self._devices), self._devices, strict=True)
             ]
         self.replicas = len(self._models)
@@ -150,7 +159,7 @@ class TransformersScorer:
                     model.warm_up(self._batch_tokens)
             rows = self.score(self.encode([("warm up", None), ("warm up the model", None)]), 0)
         except Exception as error:
-            raise ModelError(f"{self.id} loads but does not run: {type(error).__name__}: {error}") from error
+            raise ModelError(f"{self.id} loads but does not run: {_one_line(error)}") from error
         if len(rows[0]) != len(self.labels):
             raise ModelError(f"{self.id} gives {len(rows[0])} logits for {len(self.labels)} labels")
 
