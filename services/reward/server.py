@@ -27,6 +27,8 @@ from services.reward.service import Service
 
 STRAGGLER_S = 0.25
 """How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
+LAST_WORD_S = 1.5
+"""How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
 EXIT_S = 0.5
 """Part of the grace time that is kept for closing connections and leaving; at most a quarter of it."""
 KEEP_ALIVE_S = 75
@@ -134,7 +136,7 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             listener.close()
         service.turn_away()
-        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + STRAGGLER_S)
+        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + LAST_WORD_S)
         for connection in list(state.connections):
             connection.shutdown()
         # What is left now are answers that their clients don't read.
