@@ -345,9 +345,9 @@ class PPOStepper:
         groups = []
         for start in range(0, self.processes.largest_share(len(minibatch)), size):
             rows = own[start : start + size]
-            if not rows and is_sharded(self.policy):
-                self._idle_pass(minibatch)
             if not rows:
+                if is_sharded(self.policy):
+                    self._idle_pass(minibatch)
                 continue
             group = minibatch.rows(rows)
             new: ResponseOutputs = self.policy(

@@ -1,5 +1,6 @@
 """What a run wrote, and `plaudit ppo` as processes."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -145,6 +146,20 @@ def start_ranks(
         )
         for rank in range(count)
     ]
+
+
+def end_of_the_first_when_the_second(
+    fate: signal.Signals, config: PPOConfig, environment: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Exit code and stderr of the first of two processes, after the second met its fate in mid-run."""
+    config = dataclasses.replace(config, steps=1000, collective_timeout_s=15.0)
+    first, second = start_ranks(config, 2, environment=environment)
+    first.wait_for_step(1)
+    second.signal(fate)
+    end = first.end(timeout_s=60)
+    second.process.kill()
+    second.end()
+    return end
 
 
 def single_threaded(run: Any, *arguments: Any) -> Any:

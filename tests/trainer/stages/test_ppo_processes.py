@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.runs import largest_difference, numbers, preset_of, single_threaded, start_ranks
+from tests.support.runs import (
+    end_of_the_first_when_the_second,
+    largest_difference,
+    numbers,
+    preset_of,
+    single_threaded,
+    start_ranks,
+)
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
@@ -118,15 +125,9 @@ def test_a_signal_to_one_process_stops_all_after_a_checkpoint(config: PPOConfig)
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
-    config: PPOConfig, tmp_path: Path, fate: signal.Signals
+    config: PPOConfig, fate: signal.Signals
 ) -> None:
-    config = dataclasses.replace(config, steps=1000, collective_timeout_s=15.0)
-    ranks = start_ranks(config, 2)
-    ranks[0].wait_for_step(1)
-    ranks[1].signal(fate)
-    code, stderr = ranks[0].end(timeout_s=60)
-    ranks[1].process.kill()
-    ranks[1].end()
+    code, stderr = end_of_the_first_when_the_second(fate, config)
     assert code == 1
     assert "another process of this run has ended or does not answer" in stderr
     saved = sorted((config.output_dir / "checkpoints").glob("step-*/manifest.json"))

@@ -15,7 +15,15 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from tests.support.runs import assert_same, largest_difference, preset_of, single_threaded, start_ranks, weights
+from tests.support.runs import (
+    assert_same,
+    end_of_the_first_when_the_second,
+    largest_difference,
+    preset_of,
+    single_threaded,
+    start_ranks,
+    weights,
+)
 from tests.support.stub_reward_server import StubRewardServer
 from trainer.config import (
     ConfigError,
@@ -125,9 +133,8 @@ def test_a_resumed_run_goes_on_to_the_bit_and_with_whole_weights_too(config: PPO
 
 
 def test_a_process_without_rewards_ends_all_and_the_checkpoint_is_whole(
-    config: PPOConfig, stub_reward_server: StubRewardServer, tmp_path: Path
+    config: PPOConfig, stub_reward_server: StubRewardServer
 ) -> None:
-    config = dataclasses.replace(config, output_dir=tmp_path / "run")
     stub_reward_server.script([{"do": "score", "times": 2}, {"do": "status", "status": 503, "times": 1000}])
     for code, stderr in [rank.end() for rank in start_ranks(config, 2, environment=FSDP)]:
         assert code == 75, stderr
@@ -140,13 +147,7 @@ def test_a_process_without_rewards_ends_all_and_the_checkpoint_is_whole(
 def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
     config: PPOConfig, fate: signal.Signals
 ) -> None:
-    config = dataclasses.replace(config, steps=1000, collective_timeout_s=15.0)
-    ranks = start_ranks(config, 2, environment=FSDP)
-    ranks[0].wait_for_step(1)
-    ranks[1].signal(fate)
-    code, stderr = ranks[0].end(timeout_s=60)
-    ranks[1].process.kill()
-    ranks[1].end()
+    code, stderr = end_of_the_first_when_the_second(fate, config, FSDP)
     assert code == 1
     assert "another process of this run has ended or does not answer" in stderr
 
