@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test compose-test ray-test check format lint types clean
+.PHONY: help install demo test parts-test compose-test ray-test check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +20,9 @@ demo: install  ## Train a small language model to write positive reviews, and op
 
 test: install  ## Run the whole test suite, one worker for each core.
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+parts-test: install  ## Install each part of the wheel alone in a fresh environment and import every module of it.
+	PYTHON=$(PYTHON) .ci/install-parts
 
 compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a replica, stop and resume the trainer.
 	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from benchmarks.service_under_load import WORDS
-from services.reward.batching import Encoded
-from services.reward.scorer import TransformersScorer, load_scorer
-from services.reward.settings import Settings
+from plaudit.reward_service.engine.batching import Encoded
+from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
+from plaudit.reward_service.settings import Settings
 
 FORMATS = ("fp32", "bf16", "fp16", "int8")
 BATCH_TOKENS = 1024

@@ -40,7 +40,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from benchmarks.service_under_load import Process
-from services import wire
+from plaudit import wire
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 RELOAD_SHARE = 0.002

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import torch
 
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.checkpoint import list_checkpoints
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages.ppo import CHECKPOINTS
 from tests.support.runs import TrainerProcess, largest_difference
 from tests.support.stub_reward_server import StubRewardServer
 from tests.support.tiny_models import tiny_gpt2_dir
-from trainer.checkpoint import list_checkpoints
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
-from trainer.stages.ppo import CHECKPOINTS
 
 
 def main() -> int:
@@ -107,7 +109,7 @@ def configuration(directory: Path, url: str, steps: int) -> PPOConfig:
         policy=str(tiny_gpt2_dir(directory / "policy")),
         output_dir=directory / "run",
         dataset=DataSettings(str(texts)),
-        reward=RewardSettings(url=(url,)),
+        reward=RewardSettings.of(url=(url,)),
         ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
         steps=steps,
         checkpoint_every=1,

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from trainer import presets
-from trainer.config import PPOConfig
-from trainer.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
-from trainer.reward_process import reward_service
-from trainer.stages import ppo
+from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
+from plaudit.run.reward_process import reward_service
+from plaudit.settings import files as presets
+from plaudit.settings.ppo import PPOConfig
+from plaudit.stages import ppo
 
 Curve = list[dict[str, float]]
 COLOURS = ("#1f6feb", "#b3541e", "#2e8b57", "#8250df", "#8a94a3")
@@ -38,7 +38,7 @@ def main() -> None:
 
     config = presets.load(PPOConfig, arguments.preset)
     with reward_service(arguments.reward_model, arguments.runs, ready_timeout_s=300.0) as url:
-        config = dataclasses.replace(config, resume="auto", reward=dataclasses.replace(config.reward, url=(url,)))
+        config = dataclasses.replace(config, resume="auto", reward=config.reward.asking(url))
         curves = {seed: curve_of(config, seed, arguments.runs / f"seed-{seed}") for seed in arguments.seeds}
     print_table(curves, config.ppo.batch_size)
     draw(curves, config.ppo.batch_size).savefig(arguments.image, dpi=120)

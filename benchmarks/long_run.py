@@ -18,8 +18,8 @@ from pathlib import Path
 
 import psutil
 
-from trainer.metrics import FILE_NAME
-from trainer.reward_process import reward_service
+from plaudit.run.metrics import FILE_NAME
+from plaudit.run.reward_process import reward_service
 
 PRESET = "presets/demo.yaml"
 REWARD_MODEL = "models/imdb-distilbert-mini"
@@ -37,7 +37,7 @@ def seconds_of_help() -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "trainer.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, "-m", "plaudit.cli", "--help"], stdout=subprocess.DEVNULL, check=True)
         times.append(time.perf_counter() - began)
     return min(times)
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 def run(url: str, service: psutil.Process, directory: Path, steps: int) -> None:
     """Trains, watches, prints."""
-    command = [sys.executable, "-m", "trainer.cli", "ppo", "--config", PRESET]
+    command = [sys.executable, "-m", "plaudit.cli", "ppo", "--config", PRESET]
     command += ["--reward.url", url, "--output-dir", str(directory), "--steps", str(steps)]
     began = time.perf_counter()
     trainer = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -24,16 +24,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from benchmarks.ppo_step import models_of
-from trainer.config import DataSettings, GenerationSettings, LoraSettings, PPOHyperparameters, PromptSettings
-from trainer.data import load_prompts
-from trainer.distributed import Processes
-from trainer.generation import Draws
-from trainer.memory import Peak, measuring_peak
-from trainer.models import Policy, load_causal_lm, load_policy, load_tokenizer
-from trainer.reward_client import Scores
-from trainer.rollout import Collected, collect
-from trainer.sharding import Sharding, shard
-from trainer.update import PPOStepper
+from plaudit.data.sources import load_prompts
+from plaudit.learner.memory import Peak, measuring_peak
+from plaudit.learner.rollout import Collected, collect
+from plaudit.learner.stepper import PPOStepper
+from plaudit.parallel.processes import Processes
+from plaudit.parallel.sharding import Sharding, shard
+from plaudit.policy.generation import Draws
+from plaudit.policy.model import Policy, load_causal_lm, load_policy, load_tokenizer
+from plaudit.rewards import Scores
+from plaudit.settings.data import DataSettings, PromptSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings
+from plaudit.settings.ppo import PPOHyperparameters
 
 
 @dataclass(frozen=True)

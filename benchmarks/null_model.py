@@ -7,10 +7,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from services.reward.app import create_app
-from services.reward.batching import Encoded, Engine, Logits, Text
-from services.reward.collector import settle
-from services.reward.server import Hooks, Server
+from plaudit.reward_service.engine.batching import Encoded, Engine, Logits, Text
+from plaudit.reward_service.http.app import create_app
+from plaudit.reward_service.http.garbage_collection import settle
+from plaudit.reward_service.http.server import Hooks, Server
 
 
 class NullScorer:

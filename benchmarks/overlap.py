@@ -28,15 +28,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from plaudit.data.sources import Prompts, load_prompts
+from plaudit.learner.rollout import Rewarder, collect
+from plaudit.learner.stepper import PPOStepper, Sampling
+from plaudit.policy.generation import Draws
+from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.rewards import RewardClient, Scores
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.reward_process import reward_service
+from plaudit.settings.data import DataSettings, PromptSettings
+from plaudit.settings.policy import GenerationSettings
+from plaudit.settings.ppo import PPOHyperparameters
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import DataSettings, GenerationSettings, PPOHyperparameters, PromptSettings, RewardSettings
-from trainer.data import Prompts, load_prompts
-from trainer.generation import Draws
-from trainer.models import load_policy, load_tokenizer
-from trainer.reward_client import RewardClient, Scores
-from trainer.reward_process import reward_service
-from trainer.rollout import Rewarder, collect
-from trainer.update import PPOStepper, Sampling
 
 LATENCIES_MS = (0, 20, 100, 500)
 READY_TIMEOUT_S = 300.0
@@ -148,7 +151,7 @@ def delayed_endpoint(latency_ms: int, core: int | None) -> Iterator[RewardClient
 
 @contextmanager
 def connected(url: str, label: str | None = "POSITIVE") -> Iterator[RewardClient]:
-    with RewardClient(RewardSettings(url=(url,), label=label)) as client:
+    with RewardClient(RewardSettings.of(url=(url,), label=label)) as client:
         client.connect()
         yield client
 

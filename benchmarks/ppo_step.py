@@ -35,24 +35,19 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from trainer.config import (
-    DataSettings,
-    GenerationSettings,
-    LoraSettings,
-    ModelSettings,
-    PPOHyperparameters,
-    PromptSettings,
-    RewardSettings,
-)
-from trainer.data import Prompts, load_prompts
-from trainer.generation import Draws
-from trainer.memory import keep_freed_memory, measuring_peak
-from trainer.models import load_policy, load_tokenizer
-from trainer.reward_client import RewardClient
-from trainer.reward_process import reward_service
-from trainer.rollout import collect, sampler
-from trainer.samples import Samples
-from trainer.update import PPOStepper
+from plaudit.data.sources import Prompts, load_prompts
+from plaudit.learner.memory import keep_freed_memory, measuring_peak
+from plaudit.learner.rollout import collect, sampler
+from plaudit.learner.stepper import PPOStepper
+from plaudit.policy.generation import Draws
+from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.samples import Samples
+from plaudit.rewards import RewardClient
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.reward_process import reward_service
+from plaudit.settings.data import DataSettings, PromptSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.ppo import PPOHyperparameters
 
 PHASES = ("generate", "reward", "evaluate", "update", "step")
 SMALL_POLICY, SMALL_JUDGE = Path("models/imdb-gpt2-mini"), Path("models/imdb-distilbert-mini")
@@ -193,7 +188,7 @@ def judged(models: Models) -> Iterator[RewardClient]:
     with (
         tempfile.TemporaryDirectory() as directory,
         reward_service(str(models.judge), Path(directory), ready_timeout_s=300.0) as url,
-        RewardClient(RewardSettings(url=(url,))) as client,
+        RewardClient(RewardSettings.of(url=(url,))) as client,
     ):
         client.connect()
         yield client

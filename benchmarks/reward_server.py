@@ -70,7 +70,17 @@ class Recipe:
 
 
 def _ours(*flags: str) -> Recipe:
-    command = (sys.executable, "-m", "services.reward", "--model", "{model}", "--label", "POSITIVE", "--threads", "1")
+    command = (
+        sys.executable,
+        "-m",
+        "plaudit.reward_service",
+        "--model",
+        "{model}",
+        "--label",
+        "POSITIVE",
+        "--threads",
+        "1",
+    )
     return Recipe((*command, "--port", "{port}", *flags), "/v1/rewards", "items")
 
 
@@ -362,8 +372,8 @@ def offline(rounds: int, count: int = 128, tokens: int = 2048) -> None:
     """Texts a second of the model called directly, in large batches without padding: what a server could do at most."""
     import torch
 
-    from services.reward.scorer import load_scorer
-    from services.reward.settings import Settings
+    from plaudit.reward_service.engine.scorer import load_scorer
+    from plaudit.reward_service.settings import Settings
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

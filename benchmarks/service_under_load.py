@@ -38,8 +38,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from services.reward.scorer import load_scorer
-from services.reward.settings import Settings
+from plaudit.reward_service.engine.scorer import load_scorer
+from plaudit.reward_service.settings import Settings
 
 WORDS = "this movie film was great bad boring wonderful plot acting story and but not the worst best of it".split()  # noqa: SIM905
 LABEL = "POSITIVE"
@@ -115,7 +115,17 @@ class Process:
     """`plaudit-reward` on a free port, its events read line by line."""
 
     def __init__(self, model: Path, *flags: str, cores: str | None = None) -> None:
-        command = [sys.executable, "-m", "services.reward", "--model", str(model), "--label", LABEL, "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "plaudit.reward_service",
+            "--model",
+            str(model),
+            "--label",
+            LABEL,
+            "--port",
+            "0",
+        ]
         pinned = ["taskset", "-c", cores] if cores else []
         self._process = subprocess.Popen(
             [*pinned, *command, "--threads", "1", *flags],

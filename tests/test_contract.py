@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from plaudit.rewards import RewardClient, RewardRejected
+from plaudit.rewards.settings import EndpointKind, RewardSettings
 from tests.support.reward_service import RewardService
 from tests.support.tiny_models import tiny_classifier_dir
-from trainer.config import EndpointKind, RewardSettings
-from trainer.reward_client import RewardClient, RewardRejected
 
 PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(100)]
 RESPONSES = [f"{word} and the plot number {i}" for i, word in enumerate(["good", "bad", "great", "awful"] * 25)]
@@ -38,7 +38,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(service: RewardService, **changes: Any) -> RewardSettings:
-    return RewardSettings(url=(service.url,), patience_s=60.0, **changes)
+    return RewardSettings.of(url=(service.url,), patience_s=60.0, **changes)
 
 
 def test_the_client_gets_the_logits_that_transformers_computes(service: RewardService, model_dir: Path) -> None:
@@ -77,7 +77,7 @@ def test_in_every_protocol_that_client_and_service_both_speak_the_rewards_are_th
         client.connect()
         expected = client.score(PROMPTS, RESPONSES)
     assert len(set(expected)) > 30
-    foreign = RewardSettings(url=(service.url + path,), kind=kind, chunk_size=16, patience_s=60.0, **changes)
+    foreign = RewardSettings.of(url=(service.url + path,), kind=kind, chunk_size=16, patience_s=60.0, **changes)
     with RewardClient(foreign) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == expected

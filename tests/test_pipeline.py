@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import ConfigError, DemoConfig, PPOConfig, RewardModelConfig, SFTConfig
-from trainer.reward_process import reward_service
-from trainer.stages import demo
+from plaudit import presets
+from plaudit.errors import ConfigError
+from plaudit.run.reward_process import reward_service
+from plaudit.settings.demo import DemoConfig
+from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.settings.sft import SFTConfig
+from plaudit.stages import demo
 
 SMALL = {"vocab_size": 300, "hidden_size": 16, "layers": 1, "heads": 2, "max_positions": 64}
 OPTIMIZER = {"learning_rate": 0.005, "batch_size": 8}
@@ -20,11 +25,11 @@ def presets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo's presets at sizes that train in seconds."""
     directory = tmp_path / "presets"
     directory.mkdir()
-    presets = {
+    files = {
         "imdb-gpt2-mini": {"sizes": {"model_type": "gpt2"} | SMALL, "max_length": 32, "eval_texts": 50},
         "imdb-distilbert-mini": {"sizes": {"model_type": "distilbert"} | SMALL, "max_length": 64},
     }
-    for name, settings in presets.items():
+    for name, settings in files.items():
         data = {"data": "movie-reviews", "max_texts": 200, "held_out_fraction": 0.005}
         common = {"from_scratch": True, "dataset": data, "optimizer": OPTIMIZER}
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(common | settings))
@@ -33,7 +38,7 @@ def presets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "ppo": {"batch_size": 16, "mini_batch_size": 8, "learning_rate": 0.001},
     }
     (directory / "demo.yaml").write_text(yaml.safe_dump(training))
-    monkeypatch.setattr(demo, "PRESETS", directory)
+    monkeypatch.setattr(presets, "HERE", directory)
     return directory
 
 
@@ -99,7 +104,7 @@ def policy_dir_without_head(tmp_path: Path) -> Path:
     ],
 )
 def test_every_preset_is_a_valid_configuration(preset: str, config_type: type) -> None:
-    from trainer import presets
+    from plaudit.settings import files
 
-    config = presets.load(config_type, Path("presets") / f"{preset}.yaml")
+    config = files.load(config_type, Path("presets") / f"{preset}.yaml")
     assert dataclasses.is_dataclass(config)

@@ -10,9 +10,9 @@ deployment.
 from fastapi import FastAPI
 from ray import serve
 
-from services.reward.__main__ import api_keys
-from services.reward.assembly import assemble
-from services.reward.settings import Settings
+from plaudit.reward_service.__main__ import api_keys
+from plaudit.reward_service.assembly import assemble
+from plaudit.reward_service.settings import Settings
 
 
 def reward_app() -> FastAPI:

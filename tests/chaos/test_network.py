@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from plaudit.rewards import RewardClient, RewardUnavailable, source
+from plaudit.rewards.settings import RewardSettings
 from tests.support.network import Machine, why_not
 from tests.support.stub_reward_server import stub_reward
-from trainer.config import RewardSettings
-from trainer.reward_client import RewardClient, RewardUnavailable, source
 
 PROMPTS = [f"prompt {i}" for i in range(400)]
 EXPECTED = [stub_reward(p, p) for p in PROMPTS]
@@ -32,7 +32,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(machines: list[Machine], **changes: float) -> RewardSettings:
     values = {"patience_s": 120.0, "request_timeout_s": 3.0, "connect_timeout_s": 1.0} | changes
-    return RewardSettings(url=tuple(m.server.url for m in machines), chunk_size=16, **values)  # type: ignore[arg-type]
+    return RewardSettings.of(url=tuple(m.server.url for m in machines), chunk_size=16, **values)  # type: ignore[arg-type]
 
 
 def test_a_tenth_of_all_packets_lost_and_the_others_late_loses_no_reward(machines: list[Machine]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from plaudit.rewards import RewardClient, RewardUnavailable, source
+from plaudit.rewards.settings import RewardSettings
 from tests.support.reward_service import RewardService
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
 from tests.support.tiny_models import tiny_classifier_dir
-from trainer.config import RewardSettings
-from trainer.reward_client import RewardClient, RewardUnavailable, source
 
 PASSING: list[dict[str, Any]] = [
     *({"do": "status", "status": status} for status in (408, 425, 429, 500, 502, 503, 504)),
@@ -74,7 +74,7 @@ def test_a_storm_of_every_passing_trouble_loses_and_invents_nothing(start_stub: 
     prompts = [f"prompt {seed} {i}" for i in range(2000)]
     responses = [f" response {rng.random()}" for _ in prompts]
     urls = tuple(server.url for server in servers)
-    settings = RewardSettings(url=urls, patience_s=120.0, request_timeout_s=1.5, chunk_size=16, hedge_after_s=1.0)
+    settings = RewardSettings.of(url=urls, patience_s=120.0, request_timeout_s=1.5, chunk_size=16, hedge_after_s=1.0)
     with RewardClient(settings) as client:
         client.connect()
         futures = [client.submit(prompts[i : i + 100], responses[i : i + 100]) for i in range(0, 2000, 100)]
@@ -87,7 +87,7 @@ def test_servers_that_are_killed_under_load_and_come_back_lose_and_invent_nothin
     start_stub: Start, count: int
 ) -> None:
     servers = [start_stub() for _ in range(count)]
-    settings = RewardSettings(url=tuple(s.url for s in servers), patience_s=120.0, chunk_size=8)
+    settings = RewardSettings.of(url=tuple(s.url for s in servers), patience_s=120.0, chunk_size=8)
     with RewardClient(settings) as client, Killer(servers) as killer:
         client.connect()
         step = 0
@@ -99,7 +99,7 @@ def test_servers_that_are_killed_under_load_and_come_back_lose_and_invent_nothin
 
 def test_both_killed_for_longer_than_the_patience_is_unavailable_and_never_a_number(start_stub: Start) -> None:
     servers = [start_stub(), start_stub()]
-    settings = RewardSettings(url=tuple(s.url for s in servers), patience_s=1.0)
+    settings = RewardSettings.of(url=tuple(s.url for s in servers), patience_s=1.0)
     with RewardClient(settings) as client:
         client.connect()
         for server in servers:
@@ -117,7 +117,7 @@ def test_the_real_service_killed_under_load_and_restarted_gives_the_same_rewards
     responses = [" was wonderful" if i % 3 else " was terrible and boring" for i in range(256)]
     service = RewardService(tiny_classifier_dir(tmp_path / "model"))
     try:
-        with RewardClient(RewardSettings(url=(service.url,), patience_s=600.0, chunk_size=4)) as client:
+        with RewardClient(RewardSettings.of(url=(service.url,), patience_s=600.0, chunk_size=4)) as client:
             client.connect()
             undisturbed = client.score(prompts, responses)
             waiting = client.submit(prompts, responses)

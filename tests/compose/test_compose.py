@@ -244,9 +244,12 @@ def test_a_remote_endpoint_needs_the_trainer_alone_and_a_stop_ends_the_wait_for_
 @pytest.mark.parametrize("half", ["reward", "trainer"])
 def test_each_image_holds_its_own_half_and_no_root(stack: Stack, half: str) -> None:
     code = (
-        "import importlib.util as u, os; names = 'services.wire services.reward trainer trl fastapi'; "
+        "import importlib.util as u, os; names = 'plaudit.wire plaudit.reward_service plaudit.stages trl fastapi'; "
         "print(os.getuid(), *[name for name in names.split() if u.find_spec(name)])"
     )
     seen = docker("run", "--rm", "--read-only", "--entrypoint", "python", f"plaudit-{half}:cpu", "-c", code)
-    expected = {"reward": "services.wire services.reward fastapi", "trainer": "services.wire trainer trl"}
+    expected = {
+        "reward": "plaudit.wire plaudit.reward_service fastapi",
+        "trainer": "plaudit.wire plaudit.stages trl",
+    }
     assert seen == f"1000 {expected[half]}"

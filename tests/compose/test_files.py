@@ -13,9 +13,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.reward.metrics import Metrics
+from plaudit.reward_service.engine.metrics import Metrics
+from plaudit.run.metrics import MetricsLog
 from tests.support.prometheus import dashboard_queries
-from trainer.metrics import MetricsLog
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
@@ -107,7 +107,7 @@ def test_the_gpu_file_is_the_published_recipe_unless_the_env_file_says_otherwise
     env_file.write_text("")
     services = as_compose_reads(command, env_file, *COMPOSE_FILES)
     assert services["reward"]["environment"]["REWARD_MODEL"] == "lvwerra/distilbert-imdb"
-    assert "--preset=presets/gpt2-imdb.yaml" in services["trainer"]["command"]
+    assert "--preset=gpt2-imdb" in services["trainer"]["command"]
     assert services["trainer"]["image"] == "plaudit-trainer:cuda"
     assert services["trainer"]["build"]["args"]["TORCH_INDEX_URL"] == ""
     assert services["trainer"]["environment"]["HF_HUB_OFFLINE"] == "0"

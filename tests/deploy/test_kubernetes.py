@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from services.reward.metrics import Metrics
-from services.reward.settings import Settings
-from trainer.cli import EXIT_REJECTED, EXIT_USAGE
+from plaudit.cli import EXIT_REJECTED, EXIT_USAGE
+from plaudit.reward_service.engine.metrics import Metrics
+from plaudit.reward_service.settings import Settings
 
 DIRECTORY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 

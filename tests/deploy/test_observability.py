@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from plaudit.rewards.settings import RewardSettings
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support.balancer import balancer_file
 from tests.support.prometheus import Prometheus
 from tests.support.reward_service import RewardService, free_port, status_of_a_request
 from tests.support.running import running, until
 from tests.support.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
-from trainer.stages import ppo
 
 MISSING = [program for program in ("prometheus", "haproxy") if shutil.which(program) is None]
 pytestmark = [
@@ -52,7 +54,7 @@ def test_every_query_of_the_dashboard_gives_data(tmp_path: Path) -> None:
         policy=str(tiny_gpt2_dir(tmp_path / "policy")),
         output_dir=tmp_path / "runs" / "run",
         dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(f"http://127.0.0.1:{balancer}",), label="POSITIVE", patience_s=WAIT_S),
+        reward=RewardSettings.of(url=(f"http://127.0.0.1:{balancer}",), label="POSITIVE", patience_s=WAIT_S),
         ppo=PPOHyperparameters(batch_size=4, mini_batch_size=4, ppo_epochs=1),
         steps=1,
     )

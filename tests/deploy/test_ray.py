@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from services.reward.scorer import load_scorer
-from services.reward.settings import Settings
+from plaudit.reward_service.engine.scorer import load_scorer
+from plaudit.reward_service.settings import Settings
+from plaudit.rewards import RewardClient
+from plaudit.rewards.settings import RewardSettings
 from tests.support.reward_service import free_port
 from tests.support.tiny_models import tiny_classifier_dir
-from trainer.config import RewardSettings
-from trainer.reward_client import RewardClient
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are about Ray's own code
@@ -136,7 +136,7 @@ def scoring_without_pause(url: str) -> Iterator[list[list[float]]]:
         except BaseException as error:
             failures.append(error)
 
-    with RewardClient(RewardSettings(url=(url,), label="POSITIVE", chunk_size=4, patience_s=WAIT_S)) as client:
+    with RewardClient(RewardSettings.of(url=(url,), label="POSITIVE", chunk_size=4, patience_s=WAIT_S)) as client:
         client.connect()
         thread = threading.Thread(target=score, args=(client,))
         thread.start()

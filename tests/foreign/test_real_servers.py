@@ -23,14 +23,16 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from plaudit.learner.rollout import Collected
+from plaudit.rewards import RewardClient, RewardRejected
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.metrics import REWARD_MEAN, read_metrics
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support import foreign_servers as foreign
 from tests.support.reward_service import free_port
 from tests.support.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
-from trainer.metrics import REWARD_MEAN, read_metrics
-from trainer.reward_client import RewardClient, RewardRejected
-from trainer.rollout import Collected
-from trainer.stages import ppo
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(40)]
@@ -122,10 +124,10 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
     flags += ["--no-bettertransformer", "--no-model-warmup", "--host", "127.0.0.1", "--port", "PORT"]
     start = "from infinity_emb.cli import cli; cli()"
     with running("PLAUDIT_INFINITY_PYTHON", "-c", start, "v2", *flags, log=tmp_path / "log") as url:
-        settings = RewardSettings(url=(url,), patience_s=90.0)
+        settings = RewardSettings.of(url=(url,), patience_s=90.0)
         with RewardClient(settings) as client, pytest.raises(RewardRejected, match="probabilities came back"):
             client.connect()
-        meant = RewardSettings(url=(url,), patience_s=90.0, accept_probabilities=True)
+        meant = RewardSettings.of(url=(url,), patience_s=90.0, accept_probabilities=True)
         with RewardClient(meant) as client:
             assert client.connect().id == "judge"
             expected = logits_of(classifier, TEXTS).softmax(-1)[:, 1].tolist()
@@ -137,7 +139,7 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
 def test_kserves_model_server_gives_every_text_its_logit(tmp_path: Path, train: Any) -> None:
     script = str(ROOT / "tests" / "support" / "kserve_judge.py")
     with running("PLAUDIT_KSERVE_PYTHON", script, "--port", "PORT", log=tmp_path / "log") as url:
-        settings = RewardSettings(url=(url,), patience_s=90.0, model="judge", label_index=1)
+        settings = RewardSettings.of(url=(url,), patience_s=90.0, model="judge", label_index=1)
         with RewardClient(settings) as client:
             assert client.connect().id == "judge"
             assert client.score(PROMPTS, RESPONSES) == pytest.approx([foreign.logits(text)[1] for text in TEXTS])
@@ -154,7 +156,7 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
     script = str(ROOT / "tests" / "support" / "openrlhf_on_cpu.py")
     address = ["--host", "127.0.0.1", "--port", "PORT"]
     with running("PLAUDIT_OPENRLHF_PYTHON", script, *flags, *address, log=tmp_path / "log") as url:
-        settings = RewardSettings(url=(url,), patience_s=90.0, kind="openrlhf", label=None)
+        settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf", label=None)
         with RewardClient(settings) as client:
             client.connect()
             rewards = client.score(PROMPTS, RESPONSES)

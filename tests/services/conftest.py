@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.reward.app import create_app
-from services.reward.batching import Engine
+from plaudit.reward_service.engine.batching import Engine
+from plaudit.reward_service.http.app import create_app
 from tests.support.scorers import FakeScorer
 from tests.support.tiny_models import tiny_classifier_dir
 

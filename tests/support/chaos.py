@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 
+from plaudit.rewards.settings import RewardSettings
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support.network import Machine
 from tests.support.reward_service import RewardService
 from tests.support.runs import FORKS, TrainerProcess, weights
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
 from tests.support.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
-from trainer.stages import ppo
 
 STEPS = 3
 REQUESTS_A_STEP = 2
@@ -211,7 +213,7 @@ class Trial:
     def _against(self, urls: Sequence[str], settings: Mapping[str, float]) -> PPOConfig:
         self._runs += 1
         values = {"patience_s": 300.0, "connect_timeout_s": 1.0} | dict(settings)
-        reward = RewardSettings(url=tuple(urls), chunk_size=4, **values)  # type: ignore[arg-type]
+        reward = RewardSettings.of(url=tuple(urls), chunk_size=4, **values)  # type: ignore[arg-type]
         return replace(self._config, output_dir=self._directory / f"run-{self._runs}", reward=reward)
 
     def _start(self, config: PPOConfig, held: Held | None, *flags: str) -> TrainerProcess:

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from trainer.config import PPOHyperparameters
-from trainer.models import Policy
-from trainer.update import PPOStepper, StepResult
+from plaudit.learner.stepper import PPOStepper, StepResult
+from plaudit.policy.model import Policy
+from plaudit.settings.ppo import PPOHyperparameters
 
 DIRECTORY = Path(__file__).parents[1] / "fixtures" / "classic_ppo"
 CASES = sorted(path.stem for path in DIRECTORY.glob("*.safetensors"))

@@ -38,7 +38,7 @@ def status_of_a_request(port: int, label: str = "POSITIVE") -> int:
 
 
 class RewardService:
-    """`python -m services.reward` on a port that stays the same over restarts."""
+    """`python -m plaudit.reward_service` on a port that stays the same over restarts."""
 
     def __init__(self, model: Path, *flags: str, api_key: str | None = None, wrapper: tuple[str, ...] = ()) -> None:
         self.port = free_port()
@@ -61,7 +61,7 @@ class RewardService:
     def begin(self, model: Path | None = None) -> None:
         """Start the process and don't wait for it."""
         assert self._process is None
-        command = [sys.executable, "-m", "services.reward", "--model", str(model or self._model)]
+        command = [sys.executable, "-m", "plaudit.reward_service", "--model", str(model or self._model)]
         where = ["--port", str(self.port), "--threads", "1"]
         self._process = subprocess.Popen(
             [*self._wrapper, *command, *where, *self._flags], stdout=subprocess.PIPE, text=True, env=self._environment

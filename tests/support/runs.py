@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from trainer import cli
-from trainer.config import PPOConfig, to_dict
-from trainer.metrics import read_metrics
+from plaudit import cli
+from plaudit.run.metrics import read_metrics
+from plaudit.settings.plain import to_dict
+from plaudit.settings.ppo import PPOConfig
 
 OF_THE_MACHINE = ("time/", "memory/")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trainer.cli", "trainer.stages.ppo", "accelerate", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(["plaudit.cli", "plaudit.stages.ppo", "accelerate", "torch.utils.tensorboard"])
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:

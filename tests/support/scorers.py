@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from services.reward.batching import Encoded, Logits, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import Encoded, Logits, ScorerLostError, Text
 
 
 class FakeScorer:

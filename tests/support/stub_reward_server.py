@@ -31,7 +31,7 @@ MODEL = "stub"
 REVISION = "sha256:stub"
 LABELS = ["NEGATIVE", "POSITIVE"]
 PROBES = {"The film", "I", "This is", "It starts"}
-"""The prompts of `trainer.reward_client.source.ORDER_PROBES`."""
+"""The prompts of `plaudit.rewards.source.ORDER_PROBES`."""
 
 
 def stub_reward(prompt: str, response: str) -> float:

@@ -10,17 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from trainer import cli, presets
-from trainer.config import ConfigError, PPOConfig
-from trainer.reward_client import RewardRejected, RewardUnavailable
-from trainer.runtime import StopRequested
+from plaudit import cli
+from plaudit.errors import ConfigError
+from plaudit.rewards import RewardRejected, RewardUnavailable
+from plaudit.run.runtime import StopRequested
+from plaudit.settings import files as presets
+from plaudit.settings.ppo import PPOConfig
 
 ROOT = Path(__file__).parents[2]
 
 
 def plaudit(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "trainer.cli", *args],
+        [sys.executable, "-m", "plaudit.cli", *args],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **env},
         capture_output=True,
@@ -50,7 +52,7 @@ def config_file(tmp_path: Path):
 
 def test_help_names_every_command_and_imports_no_torch():
     code = (
-        "import sys; from trainer.cli import run; code = run(['--help']); "
+        "import sys; from plaudit.cli import run; code = run(['--help']); "
         "heavy = {'torch', 'transformers', 'matplotlib', 'pandas', 'httpx'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
@@ -163,7 +165,7 @@ def test_what_ends_a_stage_is_one_line_and_a_code_that_a_supervisor_understands(
     def fail(config: object) -> None:
         raise error
 
-    monkeypatch.setitem(sys.modules, "trainer.stages.ppo", SimpleNamespace(run=fail))
+    monkeypatch.setitem(sys.modules, "plaudit.stages.ppo", SimpleNamespace(run=fail))
     assert cli.run(["ppo"]) == code
     printed, *more = capsys.readouterr().err.splitlines()
     assert printed.startswith(line)
@@ -209,7 +211,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(config_fi
     path = config_file("steps: 7\nseed: 3\nreward: {url: ['http://a:1', 'http://b:2']}\nlora: {r: 4}\n")
     config = cli.parse("ppo", ["--config", str(path), "--seed", "5", "--lora.alpha", "8"])
     assert (config.steps, config.seed) == (7, 5)
-    assert config.reward.url == ("http://a:1", "http://b:2")
+    assert config.reward.components[0].url == ("http://a:1", "http://b:2")
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (4, 8, 0.05)
 
 
@@ -283,4 +285,4 @@ def test_the_demo_preset_needs_no_hub():
     ],
 )
 def test_a_repeated_reward_url_adds_an_endpoint(flags: list[str]) -> None:
-    assert cli.parse("ppo", flags).reward.url == ("http://a", "http://b")
+    assert cli.parse("ppo", flags).reward.components[0].url == ("http://a", "http://b")

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.ppo.advantages import gae
-from trainer.ppo.masked import scale
+from plaudit.ppo.advantages import gae
+from plaudit.ppo.masked import scale
 
 
 def example(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

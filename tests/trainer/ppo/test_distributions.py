@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from trainer.ppo import distributions
+from plaudit.ppo import distributions
 
 LOGITS = torch.randn(12, 11, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(11, (12,), generator=torch.Generator().manual_seed(1))

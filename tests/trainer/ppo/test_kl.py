@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.ppo import kl
+from plaudit.ppo import kl
 
 
 def test_estimators_of_a_difference_of_log_2() -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.ppo import losses
+from plaudit.ppo import losses
 
 
 def test_policy_loss_by_hand() -> None:

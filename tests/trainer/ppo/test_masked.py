@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from trainer.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
+from plaudit.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 
 VALUES = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
 MASK = torch.tensor([[True, True, False], [True, False, False]])

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.ppo import rewards
-from trainer.ppo.rewards import RunningMoments
+from plaudit.ppo import rewards
+from plaudit.ppo.rewards import RunningMoments
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 KLS = torch.tensor([[0.5, -1.0, 2.0], [1.0, 9.0, 9.0]])

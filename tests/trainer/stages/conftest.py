@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from plaudit.rewards.settings import RewardSettings
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
 
 
 @pytest.fixture
@@ -15,7 +17,7 @@ def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer
         policy=str(policy_dir),
         output_dir=tmp_path / "run",
         dataset=DataSettings(str(reviews)),
-        reward=RewardSettings(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
+        reward=RewardSettings.of(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
         ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, learning_rate=1e-3, ppo_epochs=2),
         steps=3,
         checkpoint_every=1,

@@ -10,15 +10,19 @@ import peft
 import pytest
 import torch
 
+from plaudit import cli
+from plaudit.errors import ConfigError
+from plaudit.policy.generation import Draws, generate
+from plaudit.policy.model import add_lora
+from plaudit.rewards import RewardRejected
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.metrics import KL, REWARD_MEAN, MetricsLog
+from plaudit.settings.data import DataSettings
+from plaudit.settings.evaluate import EvaluateConfig
+from plaudit.settings.policy import GenerationSettings, LoraSettings
+from plaudit.stages import evaluate
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
 from tests.support.tiny_models import save, tiny_gpt2
-from trainer import cli
-from trainer.config import ConfigError, DataSettings, EvaluateConfig, GenerationSettings, LoraSettings, RewardSettings
-from trainer.generation import Draws, generate
-from trainer.metrics import KL, REWARD_MEAN, MetricsLog
-from trainer.models import add_lora
-from trainer.reward_client import RewardRejected
-from trainer.stages import evaluate
 
 N = 20
 
@@ -59,7 +63,7 @@ def module_config(
         output_dir=directory / "out",
         dataset=DataSettings(data=str(texts), held_out_fraction=0.5),
         generation=GenerationSettings(batch_size=8),
-        reward=RewardSettings(url=(server.url,)),
+        reward=RewardSettings.of(url=(server.url,)),
         n_prompts=N,
     )
 
@@ -169,7 +173,7 @@ def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
 
 def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(config, capsys):
     flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
-    code = cli.run(["evaluate", *flags, "--reward.url", *config.reward.url, "--reward.label", "HAPPY"])
+    code = cli.run(["evaluate", *flags, "--reward.url", *config.reward.components[0].url, "--reward.label", "HAPPY"])
     assert code == cli.EXIT_REJECTED
     line = capsys.readouterr().err.splitlines()[-1]
     for words in ("HAPPY", "NEGATIVE", "POSITIVE"):
@@ -188,7 +192,7 @@ def test_a_refused_reward_leaves_the_exchange_on_disk_and_says_where(
 ) -> None:
     stub_reward_server.script([{"do": "wrong_count"}])
     with pytest.raises(RewardRejected) as caught:
-        evaluate.run(dataclasses.replace(config, reward=RewardSettings(url=(stub_reward_server.url,))))
+        evaluate.run(dataclasses.replace(config, reward=RewardSettings.of(url=(stub_reward_server.url,))))
     path = config.output_dir / "rejected-reward.json"
     assert json.loads(path.read_text())["exchange"]["status"] == 200
     assert caught.value.__notes__ == [f"the request and the answer are in {path}"]

@@ -13,23 +13,19 @@ import torch
 import transformers
 import yaml
 
+from plaudit.errors import ConfigError
+from plaudit.learner.stepper import NonFiniteUpdate
+from plaudit.policy.model import load_policy
+from plaudit.policy.samples import Rollout, Samples
+from plaudit.rewards import RewardRejected, RewardUnavailable
+from plaudit.rewards.settings import RewardComponent, RewardSettings
+from plaudit.run.metrics import read_metrics
+from plaudit.run.runtime import exclusive
+from plaudit.settings.policy import LoraSettings
+from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.stages import ppo
 from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import (
-    ConfigError,
-    LoraSettings,
-    PenaltySettings,
-    PPOConfig,
-    RewardComponent,
-    RewardSettings,
-)
-from trainer.metrics import read_metrics
-from trainer.models import load_policy
-from trainer.reward_client import RewardRejected, RewardUnavailable
-from trainer.runtime import exclusive
-from trainer.samples import Rollout, Samples
-from trainer.stages import ppo
-from trainer.update import NonFiniteUpdate
 
 
 @pytest.fixture
@@ -192,7 +188,8 @@ def test_of_several_rewards_each_is_in_the_metrics_by_its_name(
     config: PPOConfig, stub_reward_server: StubRewardServer
 ) -> None:
     length = RewardComponent("length", weight=-0.1, function="tests.trainer.stages.test_ppo:characters")
-    reward = dataclasses.replace(config.reward, name="stub", weight=2.0, also=(length,))
+    stub = dataclasses.replace(config.reward.components[0], name="stub", weight=2.0)
+    reward = dataclasses.replace(config.reward, components=(stub, length))
     record = read_metrics(ppo.run(dataclasses.replace(config, reward=reward, steps=1)).output_dir / "metrics.jsonl")[0]
     expected = 2.0 * record["rewards/stub/mean"] - 0.1 * record["rewards/length/mean"]
     assert record["env/reward_mean"] == pytest.approx(expected, rel=1e-5)
@@ -258,7 +255,7 @@ def test_a_run_whose_service_takes_the_first_request_and_says_nothing_can_be_sto
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        reward = dataclasses.replace(config.reward, url=(url,), patience_s=500.0, request_timeout_s=500.0)
+        reward = dataclasses.replace(config.reward.asking(url), patience_s=500.0, request_timeout_s=500.0)
         waiting = TrainerProcess(dataclasses.replace(config, reward=reward))
         connection, _ = silent.accept()
         with connection:

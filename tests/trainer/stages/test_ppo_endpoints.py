@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+from plaudit.learner.rollout import Collected
+from plaudit.rewards.settings import RewardSettings
+from plaudit.run.metrics import REWARD_MEAN, read_metrics
+from plaudit.settings.data import DataSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support import foreign_servers as foreign
-from trainer.config import DataSettings, PPOConfig, PPOHyperparameters, RewardSettings
-from trainer.metrics import REWARD_MEAN, read_metrics
-from trainer.rollout import Collected
-from trainer.stages import ppo
 
 
 @pytest.mark.parametrize("kind", foreign.SPOKEN)
@@ -30,7 +32,7 @@ def test_every_sample_is_trained_on_the_logit_of_its_text(
             policy=str(policy_dir),
             output_dir=tmp_path / "run",
             dataset=DataSettings(str(reviews)),
-            reward=RewardSettings(url=(url,), kind=kind, chunk_size=3, **changes),  # type: ignore[arg-type]
+            reward=RewardSettings.of(url=(url,), kind=kind, chunk_size=3, **changes),  # type: ignore[arg-type]
             ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, ppo_epochs=1),
             steps=2,
         )

@@ -12,6 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from plaudit.data.sources import PromptSchedule, load_prompts
+from plaudit.errors import ConfigError
+from plaudit.learner.stepper import PPOStepper
+from plaudit.parallel.processes import Processes, joined
+from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.run.runtime import StopRequested
+from plaudit.settings.policy import GenerationSettings, LoraSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support.runs import (
     end_of_the_first_when_the_second,
     largest_difference,
@@ -21,19 +30,6 @@ from tests.support.runs import (
     start_ranks,
 )
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import (
-    ConfigError,
-    GenerationSettings,
-    LoraSettings,
-    PPOConfig,
-    PPOHyperparameters,
-)
-from trainer.data import PromptSchedule, load_prompts
-from trainer.distributed import Processes, joined
-from trainer.models import load_policy, load_tokenizer
-from trainer.runtime import StopRequested
-from trainer.stages import ppo
-from trainer.update import PPOStepper
 
 ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
@@ -73,7 +69,7 @@ def train_with_ranks(config: PPOConfig) -> None:
 
 
 def train_with_accelerate(config: PPOConfig) -> None:
-    command = [sys.executable, *ACCELERATE, "trainer.cli", "ppo", "--config", str(preset_of(config))]
+    command = [sys.executable, *ACCELERATE, "plaudit.cli", "ppo", "--config", str(preset_of(config))]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
 
 

@@ -15,6 +15,12 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
+from plaudit.errors import ConfigError
+from plaudit.learner.memory import Fitting
+from plaudit.parallel.sharding import Sharding, sharding_for
+from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 from tests.support.runs import (
     assert_same,
     end_of_the_first_when_the_second,
@@ -25,17 +31,6 @@ from tests.support.runs import (
     weights,
 )
 from tests.support.stub_reward_server import StubRewardServer
-from trainer.config import (
-    ConfigError,
-    GenerationSettings,
-    LoraSettings,
-    ModelSettings,
-    PPOConfig,
-    PPOHyperparameters,
-)
-from trainer.memory import Fitting
-from trainer.sharding import Sharding, sharding_for
-from trainer.stages import ppo
 
 RECIPE = Path(__file__).parents[3] / "deploy/accelerate/fsdp.yaml"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -102,7 +97,7 @@ def test_the_configuration_for_accelerate_shards_on_this_machine_as_on_several_g
     config = dataclasses.replace(config, steps=1)
     launch = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPE), "--num_processes", "2")
     end = subprocess.run(
-        (*launch, "-m", "trainer.cli", "ppo", "--config", str(preset_of(config))),
+        (*launch, "-m", "plaudit.cli", "ppo", "--config", str(preset_of(config))),
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -7,9 +7,12 @@ import pytest
 import torch
 import transformers
 
-from trainer.config import ConfigError, DataSettings, ModelSizes, OptimizerSettings, RewardModelConfig
-from trainer.data import LabelledTexts
-from trainer.stages import reward_model
+from plaudit.data.sources import LabelledTexts
+from plaudit.errors import ConfigError
+from plaudit.settings.data import DataSettings
+from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.settings.supervised import ModelSizes, OptimizerSettings
+from plaudit.stages import reward_model
 
 SIZES = ModelSizes("distilbert", vocab_size=300, hidden_size=32, layers=1, heads=2, max_positions=64)
 

@@ -1,0 +1,24 @@
+"""The console scripts. A program whose extra is not installed says so in one line. Standard library only."""
+
+import importlib
+import sys
+
+
+def trainer() -> None:
+    """`plaudit`."""
+    _start("plaudit", "plaudit.cli", extra="trainer")
+
+
+def reward_service() -> None:
+    """`plaudit-reward`."""
+    _start("plaudit-reward", "plaudit.reward_service.__main__", extra="reward")
+
+
+def _start(program: str, module: str, *, extra: str) -> None:
+    try:
+        code = importlib.import_module(module).main()
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "plaudit":
+            raise
+        code = f"{program}: the package {error.name} is not installed: pip install 'plaudit[{extra}]'"
+    sys.exit(code)

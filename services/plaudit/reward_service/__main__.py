@@ -1,0 +1,152 @@
+"""`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from plaudit.reward_service.settings import Secrets, Settings
+
+EXIT_USAGE = 2
+PROGRAM = "plaudit-reward"
+
+
+class StartError(Exception):
+    """The service can't start as asked. The message is one line and says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; 0 after a clean drain, 2 when the settings can't work."""
+    # Until there is something to drain, SIGTERM just ends the process; as process 1 of a container it would be ignored.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    # Before and after there is a model to read again, it asks for nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
+        keys = api_keys(settings)
+        with _bound_socket(settings.host, settings.port) as listener:
+            serve(settings, keys, listener)
+    except StartError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def parse_settings(arguments: list[str]) -> Settings:
+    """Flags, else REWARD_* variables, else defaults. Raises `StartError`; `SystemExit` for --help and unknown flags."""
+    try:
+        return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise StartError(first["msg"].removeprefix("Value error, ")) from None
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        if first["type"] == "missing":
+            raise StartError(f"{flag} is missing; give a sequence-classification directory or hub id") from None
+        raise StartError(f"{flag} {first['input']}: {first['msg']}") from None
+
+
+def api_keys(settings: Settings) -> list[str]:
+    """The accepted bearer keys: REWARD_API_KEY and the lines of --api-key-file."""
+    secret = Secrets().api_key
+    keys = [secret.get_secret_value()] if secret is not None else []
+    if settings.api_key_file is not None:
+        try:
+            lines = settings.api_key_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
+        keys += [line.strip() for line in lines if line.strip()]
+        if not keys:
+            raise StartError(f"--api-key-file {settings.api_key_file} holds no key; write one a line")
+    if any(not key.strip() for key in keys):
+        raise StartError("REWARD_API_KEY is empty; set a key or unset it")
+    return keys
+
+
+def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> NoReturn:
+    """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
+    from plaudit.reward_service.engine.model_files import ModelError, model_directory
+
+    try:
+        model_directory(settings.model)
+    except ModelError as error:
+        raise StartError(str(error)) from None
+
+    # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
+    from plaudit.reward_service.assembly import assemble
+    from plaudit.reward_service.http import garbage_collection as collector
+    from plaudit.reward_service.http.server import Hooks, Server
+    from plaudit.reward_service.http.tracing import TracingError, finish
+    from plaudit.reward_service.problems import ProblemError
+
+    try:
+        app = assemble(settings, keys)
+    except (ModelError, TracingError) as error:
+        raise StartError(str(error)) from None
+    engine = app.state.service.engine
+    url = _url(settings.host, listener.getsockname()[1])
+
+    def announce() -> None:
+        collector.settle()
+        if settings.ready_file is not None:
+            _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+        _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision)
+
+    async def reload() -> None:
+        try:
+            reloaded = await app.state.service.load_again()
+            _log("reloaded", revision=reloaded.revision)
+        except ProblemError as problem:
+            _log("reload-failed", detail=problem.detail)
+
+    Server(app, settings.grace_s, Hooks(announce, reload, _log)).run(sockets=[listener])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
+    if app.state.traces is not None:
+        finish(app.state.traces)
+    # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
+    os._exit(0)
+
+
+def _log(event: str, **details: object) -> None:
+    # Whoever read the log may be gone; that is no reason to end otherwise.
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"event": event, **details}), flush=True)
+
+
+@contextlib.contextmanager
+def _bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
+    """Bound before the model is loaded, so that a port in use shows at once; it listens only when all is ready."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise StartError(f"can't listen on {host}:{port}: {error.strerror}; choose another --port") from None
+        yield listener
+
+
+def _url(host: str, port: int) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

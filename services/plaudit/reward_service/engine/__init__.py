@@ -1,0 +1,1 @@
+"""Batching and the model. Knows nothing of HTTP."""

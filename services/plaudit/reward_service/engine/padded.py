@@ -1,0 +1,83 @@
+"""Any other classifier, and every one on a GPU: batches with padding, in one copy to the device and one back.
+
+Wrong here would be a number left over from an earlier batch, or a wait for the device more than once a batch.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from plaudit.reward_service.engine.batching import Encoded
+
+GPU_WIDTH_STEP = 8
+"""On a GPU rows have a multiple of so many tokens: tensor cores want it, and fewer shapes are met."""
+
+
+class PaddedModel:
+    """A transformers classifier on one device. Calls must not overlap: they share the memory that batches use."""
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        *,
+        pad_id: int,
+        max_tokens: int,
+        takes_type_ids: bool,
+        compiled: bool = False,
+    ) -> None:
+        """A negative `pad_id` is no token: all texts of a batch then have one length.
+
+        With `compiled` the model is compiled for batches of any shape; `warm_up` does all of it.
+        """
+        self._model = torch.compile(model, dynamic=True) if compiled else model
+        self._compiled = compiled
+        self._max_tokens = max_tokens
+        self._device = device
+        self._pad_id = pad_id
+        self._inputs = ("input_ids", "attention_mask", "token_type_ids")[: 3 if takes_type_ids else 2]
+        self._on_gpu = device.type == "cuda"
+        self._staging = torch.empty(0, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        """Logits [texts, labels] in fp32, on the CPU."""
+        width = max(len(encoded.ids) for encoded in batch)
+        if self._on_gpu and self._pad_id >= 0:
+            width = max(width, min(-(-width // GPU_WIDTH_STEP) * GPU_WIDTH_STEP, self._max_tokens))
+        staged = self._stage(batch, width).to(self._device, non_blocking=True)
+        logits: torch.Tensor = self._model(**dict(zip(self._inputs, staged, strict=True))).logits
+        # The one wait for the device. After it the staging memory may be written again.
+        return logits.float().cpu()
+
+    def warm_up(self, batch_tokens: int) -> None:
+        """Compile, and on a GPU meet batches of every order of length, so that no request has to wait for either."""
+        if self._compiled:
+            # To the compiler 1 is a number and everything above it a variable.
+            for rows, length in product((1, 3), (1, 5)):
+                self([Encoded([0] * length)] * rows)
+        width = GPU_WIDTH_STEP
+        while self._on_gpu and width < 2 * self._max_tokens:
+            length = min(width, self._max_tokens)
+            self([Encoded([0] * length)] * max(1, batch_tokens // length))
+            width *= 2
+
+    def _stage(self, batch: Sequence[Encoded], width: int) -> torch.Tensor:
+        """All inputs as one tensor [inputs, texts, width], in memory that is pinned for a GPU and used again."""
+        shape = (len(self._inputs), len(batch), width)
+        size = shape[0] * shape[1] * shape[2]
+        if size > len(self._staging):
+            self._staging = torch.empty(size, dtype=torch.int64, pin_memory=self._on_gpu)
+        staged = self._staging[:size].view(shape)
+        ids, mask, *type_ids = staged.numpy()
+        ids.fill(self._pad_id)
+        staged[1:].zero_()
+        for row, encoded in enumerate(batch):
+            length = len(encoded.ids)
+            ids[row, :length] = encoded.ids
+            mask[row, :length] = 1
+            if type_ids and encoded.type_ids is not None:
+                type_ids[0][row, :length] = encoded.type_ids
+        return staged

@@ -1,0 +1,255 @@
+"""The HTTP face of the engine. Checks what comes in, says precisely what is wrong with it, and never invents a score.
+
+Handlers only parse, submit and wait; nothing here runs long enough to hold up the event loop.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgpack
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from plaudit import wire
+from plaudit.reward_service import protocols as compat
+from plaudit.reward_service.engine.batching import Engine, Scorer
+from plaudit.reward_service.engine.cache import ScoreCache
+from plaudit.reward_service.engine.metrics import Metrics
+from plaudit.reward_service.http import openapi, tracing
+from plaudit.reward_service.http.fast_route import HotRoute
+from plaudit.reward_service.http.middleware import INTERNAL_ERROR, PUBLIC_PATHS, Gate, problem_response
+from plaudit.reward_service.http.openapi import JSON_TYPE
+from plaudit.reward_service.http.service import (
+    ClientGoneError,
+    Service,
+    ServiceLimits,
+    server_timing,
+    too_long,
+    too_many,
+)
+from plaudit.reward_service.problems import ProblemError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+MAX_REPORTED_ERRORS = 10
+MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
+RELOAD_PATH = "/v1/model:reload"
+METRICS_PATH = "/metrics"
+DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
+
+Errors on `/v1` are `application/problem+json` documents; `type` says which. When the service has keys, every route but
+health wants `Authorization: Bearer KEY`. The other tags are foreign protocols over the same engine, their
+errors included.
+"""
+REWARDS_EXAMPLE = {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"}
+
+
+def create_app(
+    engine: Engine,
+    *,
+    limits: ServiceLimits | None = None,
+    default_label: str | None = None,
+    join: wire.Join = "concat",
+    api_keys: Sequence[str] = (),
+    cache: ScoreCache | None = None,
+    reload: Callable[[], Scorer] | None = None,
+    traces: "TracerProvider | None" = None,
+) -> FastAPI:
+    """The ASGI application over a started engine. Without `api_keys` every caller is served.
+
+    `reload` loads the model anew, in a thread, for `POST /v1/model:reload`. With `traces`, every request but probes
+    gets a span. `app.state.service` is the `Service`.
+    """
+    service = Service(engine, limits or ServiceLimits(), default_label, join, cache, reload)
+    app = FastAPI(
+        title="Plaudit reward service",
+        description=DESCRIPTION,
+        version="1",
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.service = service
+    app.state.traces = traces
+    refusals = {ProblemError: _problem_response, ClientGoneError: _client_gone_response}
+    app.add_middleware(HotRoute, path=wire.REWARDS_PATH, handler=partial(answer_rewards, service), refusals=refusals)
+    app.add_middleware(Gate, keys=api_keys, engine=engine)
+    if traces is not None:
+        app.add_middleware(tracing.Traced, provider=traces, quiet=PUBLIC_PATHS | {METRICS_PATH})
+    for kind, refuse in refusals.items():
+        app.add_exception_handler(kind, refuse)
+    app.add_exception_handler(HTTPException, _http_exception_response)
+    app.add_exception_handler(Exception, _internal_error_response)
+    _add_routes(app, service)
+    for router in compat.routers(service):
+        app.include_router(router)
+    models: list[type[BaseModel]] = [wire.RewardRequest, wire.Problem, *compat.BODIES]
+    app.openapi = lambda: openapi.document(app, models)  # type: ignore[method-assign]
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    engine = service.engine
+    problems = openapi.refusals(
+        s4XX="The request is refused; `type` says why and `item` where.",
+        s5XX="No score this time; 503 and 504 are worth another try.",
+    )
+
+    @app.post(
+        wire.REWARDS_PATH,
+        response_model=wire.RewardResponse,
+        responses=problems | openapi.also(MSGPACK_TYPES[0], wire.RewardResponse),
+        summary="Rewards for prompts and responses",
+        openapi_extra=openapi.body([wire.RewardRequest], {"one": REWARDS_EXAMPLE}, MSGPACK_TYPES[0]),
+    )
+    async def rewards(request: Request) -> Response:
+        return await answer_rewards(service, request)
+
+    @app.get(
+        wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
+    )
+    async def model() -> wire.ModelInfo:
+        return service.info()
+
+    @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
+    async def reload() -> wire.ModelInfo:
+        await service.load_again()
+        return service.info()
+
+    @app.get(wire.LIVEZ_PATH, summary="The process answers")
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get(
+        wire.READYZ_PATH,
+        responses=openapi.refusals(s503="Draining, or a thread has died; `detail` says which."),
+        summary="Worth sending work to",
+    )
+    async def readyz() -> dict[str, str]:
+        reason = engine.unready()
+        if reason is not None:
+            raise ProblemError("not-ready", reason)
+        return {"status": "ok"}
+
+    @app.get(METRICS_PATH, response_class=PlainTextResponse, summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(engine.metrics.exposition(), headers={"content-type": Metrics.content_type})
+
+
+async def answer_rewards(service: Service, request: Request) -> Response:
+    """What `POST /v1/rewards` does, by whichever way it came in."""
+    content_type = _content_type(request)
+    body = await service.read_body(request)
+    wanted = parse_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
+    index = service.label_index(service.engine.scorer, wanted.label)
+    scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
+    answer = wire.RewardResponse(
+        rewards=[row[index] for row in scored.logits],
+        model=scored.scorer.id,
+        revision=scored.scorer.revision,
+        label=scored.scorer.labels[index],
+        truncated=scored.truncated,
+    )
+    headers = {"server-timing": server_timing(scored)}
+    if _wants_msgpack(request, content_type):
+        # Logits are float32 to begin with, so half the bytes lose nothing.
+        packed = msgpack.packb(answer.model_dump(), use_single_float=True)
+        return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
+    return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
+
+
+def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:
+    """The request in `body`, JSON or msgpack (`packed`), or a `ProblemError` that names the first item at fault."""
+    try:
+        if packed:
+            request = wire.RewardRequest.model_validate(msgpack.unpackb(body))
+        else:
+            request = wire.RewardRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid(error, body, limits) from None
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProblemError("malformed-body", f"the body is not msgpack: {error}") from None
+    if len(request.items) > limits.max_items:
+        raise too_many(len(request.items), limits)
+    if limits.max_text_chars < wire.MAX_TEXT_CHARS:
+        for index, item in enumerate(request.items):
+            if max(len(item.prompt), len(item.response)) > limits.max_text_chars:
+                raise too_long(index, limits)
+    return request
+
+
+def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> ProblemError:
+    errors = error.errors(include_url=False, include_context=True, include_input=False)
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
+        # validation can say which item holds it.
+        try:
+            wire.RewardRequest.model_validate(json.loads(body))
+        except ValidationError as second:
+            errors = second.errors(include_url=False, include_context=True, include_input=False)
+            first = errors[0]
+        except (ValueError, RecursionError):
+            return ProblemError("malformed-body", first["msg"])
+    location = first["loc"]
+    if location == ("items",) and first["type"] == "too_short":
+        return ProblemError("empty-items", "`items` is empty; give at least one prompt and response")
+    if location == ("items",) and first["type"] == "too_long":
+        return too_many(first["ctx"]["actual_length"], limits)
+    item = location[1] if len(location) > 1 and location[0] == "items" and isinstance(location[1], int) else None
+    name = "text-too-long" if first["type"] == "string_too_long" else "invalid-request"
+    return ProblemError(
+        name,
+        f"{_path(location)}: {first['msg']}",
+        item=item,
+        errors=[{"path": _path(each["loc"]), "message": each["msg"]} for each in errors[:MAX_REPORTED_ERRORS]],
+    )
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".") or "body"
+
+
+def _content_type(request: Request) -> str:
+    sent = request.headers.get("content-type", JSON_TYPE)
+    content_type = sent.split(";")[0].strip().lower()
+    if content_type != JSON_TYPE and content_type not in MSGPACK_TYPES:
+        raise ProblemError("unsupported-media-type", f"the body is {sent}; send {JSON_TYPE} or {MSGPACK_TYPES[0]}")
+    return content_type
+
+
+def _wants_msgpack(request: Request, content_type: str) -> bool:
+    """What `Accept` asks for; without a preference, what was sent."""
+    accept = request.headers.get("accept", "*/*")
+    if any(name in accept for name in MSGPACK_TYPES):
+        return True
+    return content_type in MSGPACK_TYPES and JSON_TYPE not in accept
+
+
+async def _problem_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ProblemError)
+    request.app.state.service.refused(request, error)
+    return problem_response(error)
+
+
+async def _client_gone_response(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the number is for the metrics
+
+
+async def _http_exception_response(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    name = "method-not-allowed" if error.status_code == 405 else "not-found"
+    problem = ProblemError(name, f"{request.method} {request.url.path} is not served here; see /docs")
+    request.app.state.service.refused(request, problem)
+    response = problem_response(problem)
+    response.headers.update(error.headers or {})  # a 405 says what is allowed
+    return response
+
+
+async def _internal_error_response(request: Request, error: Exception) -> Response:
+    return problem_response(INTERNAL_ERROR)

@@ -1,0 +1,164 @@
+"""uvicorn with a start that is announced and an end that comes: from SIGTERM to exit within the grace time.
+
+Wrong here would be an accepted request without an answer, or a client that keeps the process alive by doing nothing.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Generator
+from dataclasses import dataclass
+from typing import cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from plaudit.reward_service.http.request_head import BoundedHead
+from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.problems import ProblemError
+
+STRAGGLER_S = 0.25
+"""How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
+LAST_WORD_S = 1.5
+"""How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
+EXIT_S = 0.5
+"""Part of the grace time that is kept for closing connections and leaving; at most a quarter of it."""
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection, so that none is closed just as its next request leaves."""
+POLL_S = 0.01
+TURNS_TO_COME_IN = 5
+"""Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
+SO_ATTACH_FILTER = 26
+BPF_RETURN = 6
+
+Log = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the program does when the server is up, told to reload, and told to stop."""
+
+    ready: Callable[[], None]
+    reload: Callable[[], Coroutine[None, None, None]]
+    log: Log
+
+
+class Server(uvicorn.Server):
+    """Announces itself, reloads on SIGHUP, drains on SIGTERM or Ctrl-C, and a clean end is exit code 0.
+
+    A drain goes so: `/readyz` is red and nothing more is accepted, but the port stays open and answers 503. When the
+    last accepted request is answered, or the grace time nearly over, requests still on their way in are turned away and
+    the port and all connections are closed. A second signal ends the grace time at once.
+    """
+
+    def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks) -> None:
+        self._service: Service = app.state.service
+        protocol = functools.partial(BoundedHead, refused=self._count)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=cast(type[asyncio.Protocol], protocol),
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                timeout_keep_alive=KEEP_ALIVE_S,
+                server_header=False,
+                proxy_headers=False,
+            )
+        )
+        self._grace_s = grace_s
+        self._hooks = hooks
+        self._stop_at = float("inf")
+        self._reloads: set[asyncio.Task[None]] = set()
+
+    def _count(self, problem: ProblemError) -> None:
+        """What was refused before it was a request."""
+        metrics = self._service.engine.metrics
+        metrics.refused_requests.labels(problem.name).inc()
+        metrics.responses.labels("unknown", problem.status).inc()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        self._hooks.ready()
+
+    def _reload(self) -> None:
+        task = asyncio.ensure_future(self._hooks.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        before = {number: signal.signal(number, self._told) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _told(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.should_exit:
+            self._stop_at = now
+            return
+        self._stop_at = now + self._grace_s - min(EXIT_S, self._grace_s / 4)
+        self._service.engine.draining = True
+        self.should_exit = True
+        # Whatever hangs, be it the event loop itself or a forward pass: the process ends in time.
+        watchdog = threading.Timer(self._grace_s, os._exit, (0,))
+        watchdog.daemon = True
+        watchdog.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        began = time.monotonic()
+        service, state = self._service, self.server_state
+        accepted = len(service.accepted)
+        await self._until(lambda: not service.accepted, self._stop_at)
+        lost = len(service.accepted)
+        service.engine.fail_open_jobs()
+        await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
+        # Whoever waits at the port is let in first: closing it would cut them off without a word.
+        for listener in sockets or []:
+            _let_nobody_else_knock(listener)
+        for _ in range(TURNS_TO_COME_IN):
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        service.turn_away()
+        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + LAST_WORD_S)
+        for connection in list(state.connections):
+            connection.shutdown()
+        # What is left now are answers that their clients don't read.
+        await self._until(lambda: not state.connections, self._stop_at)
+        for connection in list(state.connections):
+            connection.transport.abort()
+        seconds = round(time.monotonic() - began, 3)
+        self._hooks.log("drained", accepted=accepted, answered=accepted - lost, seconds=seconds)
+
+    async def _until(self, condition: Callable[[], bool], deadline: float) -> None:
+        # Polled, as uvicorn polls its own end: no event tells when a connection has gone, and a second signal may move
+        # `_stop_at`.
+        while not condition() and time.monotonic() < min(deadline, self._stop_at):  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
+
+
+def _let_nobody_else_knock(listener: socket.socket) -> None:
+    """Have the kernel drop whoever comes to the port from now on. They come again a second later and find it closed.
+
+    Otherwise somebody could come between the last look at the port and its end, and be cut off with a request sent.
+    """
+    if sys.platform == "linux":
+        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+        with contextlib.suppress(OSError):  # sandboxes may lack such filters
+            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))

@@ -1,0 +1,334 @@
+"""What every handler needs, whatever protocol it speaks: the engine's scores, the limits, the labels, the model's face.
+
+Wrong here would be a score computed for nobody, or two protocols that disagree about what a request may hold.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from plaudit import wire
+from plaudit.reward_service.engine.batching import Engine, Job, Scored, Scorer, Text
+from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
+from plaudit.reward_service.engine.model_files import ModelError
+from plaudit.reward_service.http import garbage_collection as collector
+from plaudit.reward_service.http import tracing
+from plaudit.reward_service.problems import ProblemError, draining
+
+TIMEOUT_HEADER = "x-request-timeout"
+WATCH_AFTER_S = 0.02
+"""When to begin to look whether the client has gone. Most answers are there sooner, and looking costs a task."""
+BODY_TIMEOUT_S = 60.0
+"""How long a body may take to arrive. A client that sends no more holds memory and a connection for nothing."""
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """What one request may hold. Each is also told by `GET /v1/model`."""
+
+    max_items: int = wire.MAX_ITEMS_PER_REQUEST
+    max_text_chars: int = wire.MAX_TEXT_CHARS
+    max_body_bytes: int = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Service:
+    """What handlers share; foreign protocols are built on it too."""
+
+    engine: Engine
+    limits: ServiceLimits
+    default_label: str | None
+    join: wire.Join
+    cache: ScoreCache | None = None
+    reload: Callable[[], Scorer] | None = None
+    reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    accepted: set[Job] = field(default_factory=set)
+    """Jobs that the engine took and whose answers aren't written yet: a drain waits for them."""
+    waiting: "set[asyncio.Task[Any]]" = field(default_factory=set)
+    """Handlers of requests that nobody has accepted yet: a drain turns them away."""
+    turned_away: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def text(self, prompt: str, response: str) -> Text:
+        """Prompt and response as the model wants them."""
+        return (prompt, response) if self.join == "pair" else (prompt + response, None)
+
+    async def read_body(self, request: Request) -> bytes:
+        """The body, refused as soon as it is known to be too large."""
+        limit = self.limits.max_body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
+        with self.unaccepted():
+            body, complete = await self._next_chunk(request, limit)
+            if complete:
+                return body
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT_S):
+                    chunks = [body]
+                    size = len(body)
+                    while not complete:
+                        body, complete = await self._next_chunk(request, limit - size)
+                        chunks.append(body)
+                        size += len(body)
+            except TimeoutError:
+                problem = f"the body didn't arrive within {BODY_TIMEOUT_S:g} s"
+                raise ProblemError("request-timeout", problem) from None
+        return b"".join(chunks)
+
+    async def _next_chunk(self, request: Request, room: int) -> tuple[bytes, bool]:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        chunk: bytes = message.get("body", b"")
+        if len(chunk) > room:
+            limit = self.limits.max_body_bytes
+            raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
+        return chunk, not message.get("more_body", False)
+
+    def unaccepted(self) -> "_Unaccepted":
+        """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
+        return _Unaccepted(self)
+
+    def refused(self, request: Request, problem: ProblemError) -> None:
+        """Count a request that is answered with `problem`, by whatever protocol, and note it in its trace."""
+        tracing.note_problem(request.scope, problem)
+        self.engine.metrics.refused_requests.labels(problem.name).inc()
+
+    def turn_away(self) -> None:
+        """Answer 503 to every request of which nothing has been accepted, now and from now on."""
+        self.turned_away.set()
+        for task in list(self.waiting):
+            task.cancel()
+
+    async def score(self, texts: Sequence[Text], request: Request) -> Scored:
+        """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        if self.cache is None:
+            return await self._run(texts, request)
+        known = self.cache.lookup(self.engine.scorer, texts)
+        missing = [text for text, score in zip(texts, known, strict=True) if score is None]
+        self.engine.metrics.cached_items.inc(len(texts) - len(missing))
+        if not missing:
+            self.engine.require_open()
+            return _merged(known, Scored([], [], [], self.engine.scorer, 0.0, 0.0, 0.0))
+        scored = await self._run(missing, request)
+        self.cache.keep(missing, scored)
+        return _merged(known, scored)
+
+    async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
+        timeout_s = _timeout(request)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        job = self.engine.submit(texts, deadline=deadline)
+        self.accepted.add(job)
+        # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
+        # cancels it.
+        client = _Client(request, job.future.cancel)
+        watch = job.loop.call_later(WATCH_AFTER_S, client.watch)
+        timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if task.cancelling():
+                raise
+            if client.gone:
+                raise ClientGoneError from None
+            detail = f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves"
+            raise ProblemError("deadline-exceeded", detail) from None
+        finally:
+            if timer is not None:
+                timer.cancel()
+            watch.cancel()
+            client.forget()
+            tracing.note_job(request.scope, job)
+            self.engine.abandon(job)
+            self.accepted.discard(job)
+            # A failure remembers this frame, and these remember the failure.
+            del job, client, watch, timer
+
+    def check(self, texts: Sequence[Text]) -> None:
+        """Hold texts that came by a foreign protocol to the same limits."""
+        if not texts:
+            raise ProblemError("empty-items", "the request holds no text")
+        if len(texts) > self.limits.max_items:
+            raise too_many(len(texts), self.limits)
+        for index, (first, second) in enumerate(texts):
+            if max(len(first), len(second or "")) > self.limits.max_text_chars:
+                raise too_long(index, self.limits)
+            try:
+                f"{first}{second or ''}".encode()
+            except UnicodeEncodeError:
+                raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
+
+    async def load_again(self) -> Scorer:
+        """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
+        if self.reload is None:
+            raise ProblemError("not-found", "this service was started without a way to reload")
+        self.engine.require_open()
+        with self.unaccepted():
+            async with self.reloading:
+                try:
+                    scorer = await _in_thread(self.reload)
+                    self.engine.replace(scorer)
+                    collector.unsettle()
+                    asyncio.get_running_loop().call_later(collector.SETTLE_S, collector.settle)
+                except (ModelError, ValueError) as error:
+                    raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
+                return scorer
+
+    def info(self) -> wire.ModelInfo:
+        scorer = self.engine.scorer
+        return wire.ModelInfo(
+            id=scorer.id,
+            revision=scorer.revision,
+            labels=list(scorer.labels),
+            default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
+            join=self.join,
+            dtype=scorer.dtype,
+            limits=wire.Limits(
+                max_items=self.limits.max_items,
+                max_text_chars=self.limits.max_text_chars,
+                max_body_bytes=self.limits.max_body_bytes,
+                max_tokens=scorer.max_tokens,
+            ),
+        )
+
+    def label_index(self, scorer: Scorer, label: str | None) -> int:
+        """Which logit is the reward. Only a model of one logit needs no name for it."""
+        wanted = label if label is not None else self.default_label
+        if wanted is None:
+            if len(scorer.labels) == 1:
+                return 0
+            raise ProblemError(
+                "label-required",
+                f"the model has {len(scorer.labels)} labels and the service no default; name one of them in `label`",
+                labels=list(scorer.labels),
+            )
+        if wanted not in scorer.labels:
+            raise ProblemError(
+                "unknown-label",
+                f"the model has no label {wanted!r}; it has {', '.join(scorer.labels)}",
+                labels=list(scorer.labels),
+            )
+        return scorer.labels.index(wanted)
+
+
+async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
+    """`load()` in a thread that the end of the process doesn't wait for, as it would for one of `asyncio`'s."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[Scorer] = loop.create_future()
+
+    def settle(set_outcome: Callable[[], None]) -> None:
+        if not loaded.done():
+            set_outcome()
+
+    def run() -> None:
+        try:
+            outcome = functools.partial(loaded.set_result, load())
+        except Exception as error:
+            outcome = functools.partial(loaded.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, daemon=True, name="reload").start()
+    return await loaded
+
+
+class _Client:
+    """Whoever waits for an answer; `left` is called when it closes its connection."""
+
+    def __init__(self, request: Request, left: Callable[[], object]) -> None:
+        self._request, self._left = request, left
+        self._receiving: asyncio.Future[Any] | None = None
+
+    def watch(self) -> None:
+        self._receiving = asyncio.ensure_future(self._request.receive())
+        self._receiving.add_done_callback(lambda _: self._left())
+
+    @property
+    def gone(self) -> bool:
+        return self._receiving is not None and self._receiving.done()
+
+    def forget(self) -> None:
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+
+class _Unaccepted:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if self._service.turned_away.is_set():
+            raise draining()
+        self._task = task
+        self._service.waiting.add(task)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._service.waiting.discard(self._task)
+        if kind is asyncio.CancelledError and self._service.engine.draining:
+            self._task.uncancel()
+            raise draining() from None
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was there."""
+
+
+def too_many(count: int, limits: ServiceLimits) -> ProblemError:
+    """The problem of a request with more items than it may hold."""
+    return ProblemError("too-many-items", f"the request holds {count} items; at most {limits.max_items} are taken")
+
+
+def too_long(index: int, limits: ServiceLimits) -> ProblemError:
+    """The problem of an item with a longer text than it may have."""
+    return ProblemError(
+        "text-too-long", f"items[{index}] has a text of more than {limits.max_text_chars} characters", item=index
+    )
+
+
+def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
+    """`scored` with the cached scores put back where they belong."""
+    truncated = set(scored.truncated)
+    fresh = (
+        CachedScore(row, index in truncated, length)
+        for index, (row, length) in enumerate(zip(scored.logits, scored.lengths, strict=True))
+    )
+    scores = [score or next(fresh) for score in known]
+    return dataclasses.replace(
+        scored,
+        logits=[score.logits for score in scores],
+        truncated=[index for index, score in enumerate(scores) if score.truncated],
+        lengths=[score.length for score in scores],
+    )
+
+
+def _timeout(request: Request) -> float | None:
+    """Seconds until the client stops waiting, from its `X-Request-Timeout` header."""
+    value = request.headers.get(TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise ProblemError("invalid-request", f"{TIMEOUT_HEADER}: {value!r} is no positive number of seconds")
+    return timeout_s
+
+
+def server_timing(scored: Scored) -> str:
+    """Where the time went, as a `Server-Timing` header, in milliseconds."""
+    phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)

@@ -1,0 +1,209 @@
+"""The Open Inference Protocol (KServe v2, Triton): BYTES texts in, FP32 logits out, as JSON or Triton's binary tensors.
+
+The first input holds texts, an optional second one their pairs. The model answers to the last part of its path, and to
+`reward`.
+"""
+
+import json
+import struct
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from plaudit.reward_service.engine.batching import Text
+from plaudit.reward_service.http import openapi
+from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.problems import ProblemError
+from plaudit.reward_service.protocols.common import Foreign, parsed
+
+HEADER_LENGTH = "inference-header-content-length"
+MODEL_ALIAS = "reward"
+
+
+class TensorParameters(Foreign):
+    binary_data_size: int | None = None
+    binary_data: bool | None = None
+
+
+class InputTensor(Foreign):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list[Any] | None = None
+    parameters: TensorParameters = TensorParameters()
+
+
+class OutputRequest(Foreign):
+    name: str
+    parameters: TensorParameters = TensorParameters()
+
+
+class InferParameters(Foreign):
+    binary_data_output: bool = False
+
+
+class InferRequest(Foreign):
+    id: str | None = None
+    parameters: InferParameters = InferParameters()
+    inputs: list[InputTensor] = Field(min_length=1, max_length=2)
+    outputs: list[OutputRequest] | None = None
+
+
+BODIES = [InferRequest]
+EXAMPLE = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["A wonderful movie."]}]}
+ANSWER = {
+    "model_name": "reward",
+    "model_version": "sha256:…",
+    "outputs": [{"name": "logits", "shape": [1, 2], "datatype": "FP32", "data": [-2.28, 2.31]}],
+}
+NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "No model of this name."}}
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v2", tags=["KServe v2"])
+    engine = service.engine
+
+    def name() -> str:
+        return engine.scorer.id.rstrip("/").rsplit("/", 1)[-1]
+
+    def unknown(model: str) -> Response | None:
+        if model in {name(), MODEL_ALIAS}:
+            return None
+        return JSONResponse({"error": f"Model with name {model} does not exist."}, 404)
+
+    @routes.get("", summary="The server and its extensions")
+    async def server() -> dict[str, Any]:
+        return {"name": "plaudit-reward", "version": "2", "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/health/live", summary="The process answers")
+    async def live() -> dict[str, bool]:
+        return {"live": True}
+
+    health: dict[int | str, dict[str, Any]] = {200: {"description": "Ready."}, 503: {"description": "Not ready."}}
+
+    @routes.get("/health/ready", summary="200 when work is welcome", responses=health)
+    async def ready() -> Response:
+        is_ready = engine.unready() is None
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+    @routes.get("/models/{model}/ready", summary="The same, for a model by name", responses=health | NO_SUCH_MODEL)
+    async def model_ready(model: str) -> Response:
+        is_ready = engine.unready() is None
+        return unknown(model) or JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
+
+    @routes.get("/models/{model}", summary="Inputs and outputs", responses=NO_SUCH_MODEL)
+    async def metadata(model: str) -> Response:
+        return unknown(model) or JSONResponse(
+            {
+                "name": model,
+                "versions": [engine.scorer.revision],
+                "platform": "pytorch",
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}],
+                "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, len(engine.scorer.labels)]}],
+            }
+        )
+
+    described: dict[str, Any] = {
+        "openapi_extra": openapi.body(BODIES, {"logits": EXAMPLE}),
+        "responses": openapi.answer(ANSWER, "Logits, row by row.") | NO_SUCH_MODEL,
+    }
+
+    @routes.post("/models/{model}/infer", summary="Logits for BYTES texts", **described)
+    @routes.post("/models/{model}/versions/{version}/infer", summary="The same; the version is ignored", **described)
+    async def infer(model: str, request: Request) -> Response:
+        try:
+            return unknown(model) or await _infer(service, model, request)
+        except ProblemError as problem:
+            service.refused(request, problem)
+            status = 400 if problem.status == 422 else problem.status
+            return JSONResponse({"error": problem.detail}, status, headers=problem.headers())
+
+    return routes
+
+
+async def _infer(service: Service, model: str, request: Request) -> Response:
+    body = await service.read_body(request)
+    header, tail = _split(body, request.headers.get(HEADER_LENGTH))
+    wanted = parsed(InferRequest, header)
+    columns = []
+    for tensor in wanted.inputs:
+        column, tail = _strings(tensor, tail)
+        columns.append(column)
+    if len({len(column) for column in columns}) != 1:
+        raise ProblemError("invalid-request", "the two inputs differ in length")
+    texts: list[Text] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
+    service.check(texts)
+    scored = await service.score(texts, request)
+    values = [logit for row in scored.logits for logit in row]
+    output: dict[str, Any] = {"name": "logits", "shape": [len(texts), len(scored.scorer.labels)], "datatype": "FP32"}
+    answer: dict[str, Any] = {"model_name": model, "model_version": scored.scorer.revision, "outputs": [output]}
+    if wanted.id is not None:
+        answer["id"] = wanted.id
+    if not _binary_wanted(wanted):
+        output["data"] = values
+        return JSONResponse(answer)
+    raw = struct.pack(f"<{len(values)}f", *values)
+    output["parameters"] = {"binary_data_size": len(raw)}
+    head = json.dumps(answer).encode()
+    return Response(head + raw, media_type="application/octet-stream", headers={HEADER_LENGTH: str(len(head))})
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], bytes]:
+    try:
+        length = len(body) if header_length is None else int(header_length)
+        header = json.loads(body[:length])
+    except (ValueError, RecursionError) as error:
+        raise ProblemError("malformed-body", f"the header is not JSON: {error}") from None
+    if not isinstance(header, dict) or length < 0:
+        raise ProblemError("malformed-body", "the header is not a JSON object")
+    return header, body[length:]
+
+
+def _strings(tensor: InputTensor, tail: bytes) -> tuple[list[str], bytes]:
+    """The tensor's strings, from its JSON data or from the front of the binary tail, and the tail that is left."""
+    if tensor.datatype != "BYTES":
+        raise ProblemError("invalid-request", f"input {tensor.name} is {tensor.datatype}; texts are BYTES")
+    size = tensor.parameters.binary_data_size
+    if size is None:
+        data = tensor.data or []
+        if not all(isinstance(text, str) for text in data):
+            raise ProblemError("invalid-request", f"input {tensor.name} holds something that is no string")
+        strings = list(data)
+    else:
+        strings = _unpacked(tensor.name, tail[:size], size)
+        tail = tail[size:]
+    count = 1
+    for extent in tensor.shape:
+        count *= extent
+    if count != len(strings):
+        raise ProblemError(
+            "invalid-request", f"input {tensor.name} has shape {tensor.shape} and {len(strings)} strings"
+        )
+    return strings, tail
+
+
+def _unpacked(name: str, raw: bytes, size: int) -> list[str]:
+    strings = []
+    position = 0
+    try:
+        if size < 0 or len(raw) != size:
+            raise ValueError(f"{len(raw)} bytes for a binary_data_size of {size}")
+        while position < size:
+            (length,) = struct.unpack_from("<I", raw, position)
+            position += 4 + length
+            if position > size:
+                raise ValueError("a string ends after the tensor")
+            strings.append(raw[position - length : position].decode())
+    except (ValueError, struct.error) as error:
+        raise ProblemError("malformed-body", f"input {name}: {error}") from None
+    return strings
+
+
+def _binary_wanted(wanted: InferRequest) -> bool:
+    if wanted.outputs:
+        choice = wanted.outputs[0].parameters.binary_data
+        if choice is not None:
+            return choice
+    return wanted.parameters.binary_data_output

@@ -1,0 +1,74 @@
+"""OpenRLHF's remote reward model, `/get_reward`. `query` is prompt and response already joined.
+
+That client ignores `Retry-After` and gives up after five quick tries, so a full queue makes it wait here, at the door,
+instead of being refused.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.http import openapi
+from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.problems import ProblemError
+from plaudit.reward_service.protocols.common import Foreign, parsed, read_json
+
+DOOR_WAIT_S = 150.0
+"""Less than the 180 s that the client waits in all."""
+
+
+class RewardQuery(Foreign):
+    query: list[str]
+
+
+BODIES = [RewardQuery]
+EXAMPLE = {"query": ["This movie was wonderful."], "prompts": ["This movie"], "labels": [None]}
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["OpenRLHF"])
+
+    @routes.post(
+        "/get_reward",
+        summary="The default label's logit of each query, for OpenRLHF",
+        openapi_extra=openapi.body(BODIES, {"one": EXAMPLE}),
+        responses=openapi.answer({"rewards": [2.31], "scores": [2.31], "extra_logs": {}}),
+    )
+    async def get_reward(request: Request) -> Response:
+        try:
+            wanted = parsed(RewardQuery, await read_json(service, request))
+            # With several URLs this client sends some of them nothing, and wants nothing back.
+            rewards = await _rewards(service, wanted.query, request) if wanted.query else []
+        except ProblemError as problem:
+            service.refused(request, problem)
+            return JSONResponse({"error": problem.detail}, problem.status, headers=problem.headers())
+        extra: dict[str, Any] = {}
+        return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": extra})
+
+    return routes
+
+
+async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
+    texts: list[Text] = [(query, None) for query in queries]
+    service.check(texts)
+    service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
+    scored = await _score_patiently(service, texts, request)
+    index = service.label_index(scored.scorer, None)
+    return [row[index] for row in scored.logits]
+
+
+async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
+    give_up_at = time.monotonic() + DOOR_WAIT_S
+    while True:
+        try:
+            return await service.score(texts, request)
+        except ProblemError as problem:
+            wait_s = problem.retry_after_s or 1
+            if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
+                raise
+        with service.unaccepted():
+            await asyncio.sleep(wait_s)

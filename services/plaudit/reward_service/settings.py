@@ -1,0 +1,102 @@
+"""What the service may be told. Every field is a flag of `plaudit-reward` and a `REWARD_*` environment variable."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from plaudit import wire
+
+DType = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+class Settings(BaseSettings):
+    # The first line is as far in as the others, so that --help shows all of them at its margin.
+    """
+    Serve a sequence classifier's logits as rewards over HTTP.
+
+    Every flag is also a variable: --max-tokens is REWARD_MAX_TOKENS. SIGHUP reads the model again, SIGTERM answers what
+    was accepted and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/reward-service.md.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="REWARD_",
+        cli_prog_name="plaudit-reward",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        use_attribute_docstrings=True,
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+    )
+
+    model: str
+    """Sequence-classification directory or hub id."""
+    label: str | None = None
+    """The label whose logit is the reward when a request names none."""
+    join: wire.Join = "concat"
+    """How prompt and response meet: one string, or the tokenizer's own pair encoding."""
+    truncation_side: Literal["left", "right"] = "right"
+    """Which end of a text that is too long is cut off."""
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    """Longest token sequence; the model's own limit unless given."""
+    dtype: DType = "fp32"
+    """Number format of weights and arithmetic; docs/reward-service.md has the drift. int8 is dynamic, and for CPUs."""
+    devices: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)] = ("cpu",)
+    """torch devices, comma separated, a replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share their weights."""
+    deterministic: bool = False
+    """Score each text in a forward pass of its own: bit-equal whatever the company, at the price of batching."""
+    compile: bool = False
+    """Compile the model of padded batches (torch.compile): a minute before it is ready, somewhat faster after."""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """CPU threads of the forward pass; torch's own choice unless given."""
+    batch_tokens: Annotated[int, Field(gt=0)] = 1024
+    """Tokens in one batch, padding included. More helps a GPU; a CPU gains nothing above about 512."""
+    max_queue_tokens: Annotated[int, Field(gt=0)] = 65_536
+    """Tokens that may wait before requests are refused with 429. No more than callers care to wait for."""
+    max_items: Annotated[int, Field(gt=0, le=wire.MAX_ITEMS_PER_REQUEST)] = wire.MAX_ITEMS_PER_REQUEST
+    """Items one request may hold."""
+    max_text_chars: Annotated[int, Field(gt=0, le=wire.MAX_TEXT_CHARS)] = wire.MAX_TEXT_CHARS
+    """Characters one prompt or response may hold."""
+    max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
+    """Bytes one request body may hold."""
+    cache_items: Annotated[int, Field(ge=0)] = 0
+    """Scores kept for texts that come again; 0 keeps none."""
+    api_key_file: Path | None = None
+    """File with the accepted bearer keys, one a line. REWARD_API_KEY in the environment holds a single one."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 picks a free port; --ready-file says which."""
+    ready_file: Path | None = None
+    """Where to write {"url", "pid"} as JSON once the service answers."""
+    grace_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that SIGTERM leaves for accepted requests."""
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _int8_is_for_cpus(self) -> "Settings":
+        if self.dtype == "int8" and any(not device.startswith("cpu") for device in self.devices):
+            raise ValueError(f"--dtype int8 runs on CPUs only, and --devices is {','.join(self.devices)}")
+        return self
+
+    @model_validator(mode="after")
+    def _int8_is_not_compiled(self) -> "Settings":
+        if self.compile and self.dtype == "int8":
+            raise ValueError("--compile goes with floats, and --dtype is int8")
+        return self
+
+
+class Secrets(BaseSettings):
+    """What must not be seen in a process list, and so has no flag."""
+
+    model_config = SettingsConfigDict(env_prefix="REWARD_", extra="ignore", frozen=True)
+
+    api_key: SecretStr | None = None

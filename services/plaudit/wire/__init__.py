@@ -1,0 +1,37 @@
+"""The messages between the programs. Pydantic and the standard library only."""
+
+from plaudit.wire.rewards import (
+    LIVEZ_PATH,
+    MAX_ITEMS_PER_REQUEST,
+    MAX_TEXT_CHARS,
+    MODEL_PATH,
+    PROBLEM_CONTENT_TYPE,
+    READYZ_PATH,
+    REWARDS_PATH,
+    Join,
+    Limits,
+    ModelInfo,
+    Problem,
+    RewardItem,
+    RewardRequest,
+    RewardResponse,
+    problem_type,
+)
+
+__all__ = [
+    "LIVEZ_PATH",
+    "MAX_ITEMS_PER_REQUEST",
+    "MAX_TEXT_CHARS",
+    "MODEL_PATH",
+    "PROBLEM_CONTENT_TYPE",
+    "READYZ_PATH",
+    "REWARDS_PATH",
+    "Join",
+    "Limits",
+    "ModelInfo",
+    "Problem",
+    "RewardItem",
+    "RewardRequest",
+    "RewardResponse",
+    "problem_type",
+]

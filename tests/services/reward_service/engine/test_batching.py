@@ -1,0 +1,247 @@
+"""The engine with a scorer that a test can hold, fail and watch."""
+
+import asyncio
+import gc
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+
+from plaudit.reward_service.engine.batching import Encoded, Engine, Job, Waiting, _Item
+from plaudit.reward_service.problems import ProblemError
+from tests.support.scorers import FakeScorer
+
+
+def texts(*words: str) -> list[tuple[str, None]]:
+    return [(word, None) for word in words]
+
+
+def waiting_of(lengths: list[int], scorer: FakeScorer) -> tuple[Waiting, list[_Item]]:
+    loop = asyncio.new_event_loop()
+    waiting = Waiting()
+    items = []
+    for order, length in enumerate(lengths):
+        job = Job([], scorer, 0, loop, loop.create_future(), length, 0.0)
+        items.append(_Item(job, 0, Encoded([0] * length), order))
+        waiting.add(items[-1])
+    loop.close()
+    return waiting, items
+
+
+def drain(waiting: Waiting, budget: int) -> list[list[int]]:
+    batches = []
+    while batch := waiting.take(budget)[0]:
+        batches.append([item.length for item in batch])
+    return batches
+
+
+def test_a_padded_batch_is_the_length_neighbourhood_of_the_oldest() -> None:
+    waiting, _ = waiting_of([10, 90, 11, 100, 9, 12], FakeScorer())
+    # 4 rows of at most 12 tokens fit a budget of 48; 90 and 100 are left to a batch of their own kind.
+    assert drain(waiting, 48) == [[9, 10, 11, 12], [90], [100]]
+
+
+def test_a_packed_batch_is_filled_in_order_of_arrival() -> None:
+    waiting, _ = waiting_of([10, 90, 11, 100], FakeScorer(packed=True))
+    assert drain(waiting, 111) == [[10, 90, 11], [100]]
+
+
+def test_a_text_longer_than_the_budget_runs_alone() -> None:
+    assert drain(waiting_of([600, 5], FakeScorer())[0], 512) == [[600], [5]]
+    assert drain(waiting_of([600, 5], FakeScorer(packed=True))[0], 512) == [[600], [5]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_abandoned_texts_are_dropped_before_the_forward_pass(packed: bool) -> None:
+    waiting, items = waiting_of([5, 6, 7], FakeScorer(packed=packed))
+    items[0].job.over = True
+    items[2].job.deadline = time.monotonic()
+    batch, dropped = waiting.take(512)
+    assert [item.length for item in batch] == [6]
+    assert sorted(item.length for item in dropped) == [5, 7]
+    assert waiting.take(512) == ([], [])
+
+
+async def score(engine: Engine, *words: str) -> list[float]:
+    scored = await engine.submit(texts(*words)).future
+    return [row[0] for row in scored.logits]
+
+
+def test_answers_come_in_request_order(make_engine: Callable[..., Engine]) -> None:
+    async def run() -> list[list[float]]:
+        engine = make_engine(batch_tokens=8)
+        return await asyncio.gather(*(score(engine, "a" * n, "b", "c" * (n + 1)) for n in range(1, 20)))
+
+    assert asyncio.run(run()) == [[n, 1, n + 1] for n in range(1, 20)]
+
+
+def test_a_batch_forms_while_the_previous_one_runs(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True, held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer)
+        first = asyncio.create_task(score(engine, "a"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        rest = [asyncio.create_task(score(engine, "b" * n)) for n in range(2, 10)]
+        await until(lambda: len(engine._waiting._arrival) == 8)
+        scorer.open()
+        await asyncio.gather(first, *rest)
+
+    asyncio.run(run())
+    assert scorer.batches == [[1], [2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for another thread's state; the test's own timeout is the bound."""
+    while not condition():  # noqa: ASYNC110 (the state belongs to a thread, which has no event to set)
+        await asyncio.sleep(0.001)
+
+
+def test_a_failed_batch_fails_its_own_requests_and_the_next_one_succeeds(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True, held=True)
+
+    async def run() -> tuple[list[object], list[float]]:
+        engine = make_engine(scorer)
+        plug = asyncio.create_task(score(engine, "plug"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        jobs = [score(engine, "good", "better"), score(engine, "fine", "poison", "fine"), score(engine, "best")]
+        gathered = asyncio.gather(*jobs, return_exceptions=True)
+        await until(lambda: len(engine._waiting._arrival) == 6)
+        scorer.open()
+        await plug
+        outcomes = await gathered
+        return outcomes, await score(engine, "after")
+
+    outcomes, after = asyncio.run(run())
+    assert outcomes[0] == [4, 6]
+    assert isinstance(outcomes[1], ProblemError)
+    assert (outcomes[1].name, outcomes[1].item) == ("scoring-failed", 1)
+    assert outcomes[2] == [4]
+    assert after == [5]
+    assert scorer.batches[1] == [4, 6, 4, 6, 4, 4], "the poisoned batch was one batch"
+
+
+def test_a_logit_that_is_not_finite_is_an_error_and_never_a_score(make_engine: Callable[..., Engine]) -> None:
+    async def run() -> ProblemError:
+        with pytest.raises(ProblemError) as caught:
+            await score(make_engine(), "fine", "nan")
+        return caught.value
+
+    problem = asyncio.run(run())
+    assert (problem.name, problem.item) == ("non-finite-score", 1)
+
+
+def test_admission_is_atomic_and_room_comes_back(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, max_queue_tokens=100)
+        held = asyncio.create_task(score(engine, "a" * 60))
+        await asyncio.to_thread(scorer.entered.acquire)
+        assert engine.queued_tokens == 60
+        with pytest.raises(ProblemError, match="60 tokens are waiting") as caught:
+            engine.submit(texts("b" * 100, "c" * 100))
+        assert caught.value.name == "queue-full"
+        assert caught.value.retry_after_s == 1
+        assert engine.queued_tokens == 60, "nothing of the refused request is left behind"
+        scorer.open()
+        await held
+        assert engine.queued_tokens == 0
+        assert await score(engine, "b" * 100, "c" * 100) == [100, 100]
+
+    asyncio.run(run())
+
+
+def test_a_request_larger_than_the_queue_is_admitted_when_the_queue_is_empty(
+    make_engine: Callable[..., Engine],
+) -> None:
+    assert asyncio.run(score(make_engine(max_queue_tokens=10), "a" * 400)) == [400]
+
+
+def test_retry_after_follows_the_measured_rate(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, max_queue_tokens=1000)
+        jobs = [engine.submit(texts("a" * 500)) for _ in range(2)]
+        await until(lambda: engine.queued_tokens == 1000)
+        engine.tokens_per_s = 50.0
+        with pytest.raises(ProblemError) as caught:
+            engine.submit(texts("b" * 1992))
+        # 500 tokens too many at 50 tokens a second.
+        assert caught.value.retry_after_s == 10
+        scorer.open()
+        await asyncio.gather(*(job.future for job in jobs))
+
+    asyncio.run(run())
+
+
+def test_a_dead_thread_fails_what_waits_and_says_why(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True, held=True)
+
+    async def run() -> Engine:
+        engine = make_engine(scorer)
+        assert engine.unready() is None
+        lost = asyncio.create_task(score(engine, "lost"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        waits = asyncio.create_task(score(engine, "waits"))
+        await until(lambda: len(engine._waiting._arrival) == 1)
+        scorer.open()
+        for outcome in await asyncio.gather(lost, waits, return_exceptions=True):
+            assert isinstance(outcome, ProblemError)
+            assert outcome.name == "not-ready"
+        with pytest.raises(ProblemError, match="device gone"):
+            engine.submit(texts("more"))
+        return engine
+
+    engine = asyncio.run(run())
+    assert "device gone" in str(engine.unready())
+    assert engine.queued_tokens == 0
+
+
+def test_a_draining_engine_finishes_what_it_took_and_takes_no_more(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> list[float]:
+        engine = make_engine(scorer)
+        accepted = asyncio.create_task(score(engine, "accepted"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        engine.draining = True
+        with pytest.raises(ProblemError) as caught:
+            engine.submit(texts("late"))
+        assert caught.value.status == 503
+        scorer.open()
+        return await accepted
+
+    assert asyncio.run(run()) == [8]
+
+
+def test_a_request_is_judged_by_the_model_that_was_there_when_it_came(make_engine: Callable[..., Engine]) -> None:
+    old, new = FakeScorer(held=True), FakeScorer()
+    new.revision = "sha256:new"
+
+    async def run() -> list[tuple[str, float]]:
+        engine = make_engine(old)
+        jobs = [engine.submit(texts("a")), engine.submit(texts("bb"))]
+        await asyncio.to_thread(old.entered.acquire)
+        engine.replace(new)
+        jobs.append(engine.submit(texts("ccc")))
+        old.open()
+        scored = [await job.future for job in jobs]
+        return [(one.scorer.revision, one.logits[0][0]) for one in scored]
+
+    assert asyncio.run(run()) == [("sha256:fake", 1), ("sha256:fake", 2), ("sha256:new", 3)]
+
+
+def test_an_idle_service_lets_go_of_the_model_that_a_reload_replaced(make_engine: Callable[..., Engine]) -> None:
+    async def run() -> None:
+        old = FakeScorer()
+        engine = make_engine(old)
+        assert await score(engine, "ab") == [2]
+        engine.replace(FakeScorer())
+        gone = weakref.ref(old)
+        del old
+        await until(lambda: gc.collect() >= 0 and gone() is None)
+
+    asyncio.run(run())

@@ -1,0 +1,67 @@
+"""Which modules each part of the distribution has: what `pip install 'plaudit[PART]'` must be able to import."""
+
+import ast
+import importlib.metadata
+import pkgutil
+import sys
+from pathlib import Path
+
+import plaudit
+
+PARTS = {
+    "client": ("plaudit.wire", "plaudit.errors", "plaudit.rewards"),
+    "reward": ("plaudit.console", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
+    "trainer": (
+        "plaudit.cli",
+        "plaudit.console",
+        "plaudit.data",
+        "plaudit.demo_models",
+        "plaudit.errors",
+        "plaudit.learner",
+        "plaudit.parallel",
+        "plaudit.policy",
+        "plaudit.ppo",
+        "plaudit.presets",
+        "plaudit.report",
+        "plaudit.rewards",
+        "plaudit.run",
+        "plaudit.settings",
+        "plaudit.stages",
+        "plaudit.wire",
+    ),
+}
+
+
+def all_modules() -> dict[str, Path]:
+    """Every module of the project and its file, packages included."""
+    found = {}
+    for module in pkgutil.walk_packages(plaudit.__path__, "plaudit."):
+        spec = module.module_finder.find_spec(module.name, None)  # type: ignore[call-arg]
+        assert spec is not None
+        assert spec.origin is not None
+        found[module.name] = Path(spec.origin)
+    return found
+
+
+def modules_of(part: str) -> dict[str, Path]:
+    """The modules of one part. `__main__` modules are left out where they would run."""
+    roots = PARTS[part]
+    return {
+        name: path
+        for name, path in all_modules().items()
+        if any(name == root or name.startswith(f"{root}.") for root in roots)
+    }
+
+
+def imported_distributions(path: Path, *, at_the_head: bool = False) -> set[str]:
+    """The installed distributions whose modules a file imports, at its head alone or inside functions too."""
+    provided_by = importlib.metadata.packages_distributions()
+    names: set[str] = set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_the_head else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    names -= {*sys.stdlib_module_names, "plaudit"}
+    return {provided_by.get(name, [name])[0].lower().replace("_", "-") for name in names}

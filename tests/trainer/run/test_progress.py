@@ -1,0 +1,76 @@
+"""What a person sees of a run."""
+
+import pytest
+
+from plaudit.run import progress
+from plaudit.run.metrics import KL, REWARD_MEAN
+from plaudit.run.progress import StepProgress, WaitingLine
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_wait_is_told_at_once_then_now_and_then_and_so_is_its_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = WaitingLine()
+    for second in range(25):
+        clock[0] = 1000.0 + second
+        shown(f"waiting since {second} s")
+    shown("")
+    shown("waiting again")
+    assert capsys.readouterr().err.splitlines() == [
+        "waiting since 0 s",
+        "waiting since 10 s",
+        "waiting since 20 s",
+        "the reward is there",
+        "waiting again",
+    ]
+
+
+def as_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+
+
+def test_on_a_terminal_a_wait_is_one_line_that_changes_and_is_gone_afterwards(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_terminal(monkeypatch)
+    with WaitingLine() as waiting:
+        for left in range(100, 0, -1):
+            waiting(f"waiting for [a] reward, for {left} s more")
+        waiting("")
+    err = capsys.readouterr().err
+    assert "waiting for [a] reward, for 1" in err
+    assert err.count("\n") < 5
+
+
+def test_on_a_terminal_a_wait_before_the_first_step_is_told_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_terminal(monkeypatch)
+    with WaitingLine() as line:
+        StepProgress(10, 0, line).waiting("waiting for a reward")
+    assert "waiting for a reward" in capsys.readouterr().err
+
+
+def test_what_is_waited_for_stands_whole_below_the_bar_and_is_gone_afterwards(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_terminal(monkeypatch)
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = StepProgress(10, 0, WaitingLine())
+    what = "waiting for a reward, for 600 s more: http://127.0.0.1:8000: connection failed"
+    with shown.showing():
+        shown.step({"time/samples_per_second": 9.0, REWARD_MEAN: 1.5, KL: 0.25})
+        capsys.readouterr()
+        shown.waiting(what)
+        bar, below = capsys.readouterr().err.split("\n")[:2]
+        assert "reward +1.50  KL 0.25" in bar
+        assert below == what
+        shown.waiting("")
+        assert what not in capsys.readouterr().err

@@ -1,1 +1,0 @@
-"""The trainer: the stages of RLHF, joined by directories, rewarded over HTTP."""

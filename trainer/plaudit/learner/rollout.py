@@ -1,0 +1,120 @@
+"""Prompts in, rollouts out: sample responses, send them to be judged, score them under policy and reference meanwhile.
+
+What would be wrong here: a score beside another sample's response, or a step that waits for what it doesn't need yet.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from plaudit.data.sources import Prompts
+from plaudit.learner.stepper import PPOStepper
+from plaudit.parallel.sharding import is_sharded
+from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.model import Policy
+from plaudit.policy.samples import Evaluation, Rollout, Samples
+from plaudit.policy.static_generation import StaticGenerator, supports
+from plaudit.rewards import Scores
+from plaudit.settings.policy import GenerationSettings
+
+
+class Rewarder(Protocol):
+    """Whoever judges completions; `RewardClient` over HTTP."""
+
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]": ...
+
+
+Sampler = Callable[[Sequence[Sequence[int]], Draws], Samples]
+"""One response for each query, from the policy as it is now."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A rollout with its texts, as the reward service saw them."""
+
+    rollout: Rollout
+    prompts: list[str]
+    responses: list[str]
+    components: dict[str, list[float]]
+    """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
+    waited_s: float
+    """Time spent waiting for rewards after everything else was done."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Collected"]) -> "Collected":
+        """All rows in order; the longest of the waits, since they were at the same time."""
+        scores = torch.cat([part.rollout.scores for part in parts])
+        return cls(
+            rollout=Evaluation.concatenate([part.rollout for part in parts]).with_scores(scores),
+            prompts=[text for part in parts for text in part.prompts],
+            responses=[text for part in parts for text in part.responses],
+            components=_joined([part.components for part in parts]),
+            waited_s=max(part.waited_s for part in parts),
+        )
+
+    def to(self, device: torch.device | str) -> "Collected":
+        """The same on another device."""
+        return dataclasses.replace(self, rollout=self.rollout.to(device))
+
+
+def wait_for(future: "Future[Scores]") -> Scores:
+    """The plain wait; a stage passes one that also watches for signals."""
+    return future.result()
+
+
+def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any) -> Sampler:
+    """How a run samples from its policy: with fixed shapes where settings or device ask for it."""
+    model, static = policy.language_model, settings.static_cache
+    if static is None:
+        # Graphs remember where weights lie, and gathered ones lie elsewhere every time.
+        static = policy.device.type == "cuda" and supports(model) and not is_sharded(policy)
+    if static:
+        return StaticGenerator(model, settings, tokenizer)
+    return functools.partial(generate, model, settings=settings, tokenizer=tokenizer)
+
+
+def collect(
+    stepper: PPOStepper,
+    tokenizer: Any,
+    prompts: Prompts,
+    draws: Draws,
+    settings: GenerationSettings,
+    rewarder: Rewarder,
+    *,
+    sample: Sampler | None = None,
+    wait: Callable[["Future[Scores]"], Scores] = wait_for,
+) -> Collected:
+    """One step's rollout. A chunk's rewards are under way while it is evaluated and the next chunk is generated.
+
+    Pass the same `sampler` to every step; what it sets up is used again.
+    """
+    sample = sample or sampler(stepper.policy, settings, tokenizer)
+    evaluations, pending, responses = [], [], []
+    for start, stop in _chunks(len(prompts), settings.batch_size):
+        with stepper.policy.generating():
+            samples = sample(prompts.token_ids[start:stop], draws.rows(start, stop))
+        texts = decode_responses(tokenizer, samples)
+        pending.append(rewarder.submit_components(prompts.texts[start:stop], texts))
+        responses += texts
+        evaluations.append(stepper.evaluate(samples))
+    began_waiting = time.perf_counter()
+    judged = [wait(future) for future in pending]
+    waited_s = time.perf_counter() - began_waiting
+    scores = torch.tensor([score for chunk in judged for score in chunk.totals])
+    rollout = Evaluation.concatenate(evaluations).with_scores(scores.to(stepper.policy.device))
+    return Collected(rollout, prompts.texts, responses, _joined([chunk.components for chunk in judged]), waited_s)
+
+
+def _joined(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
+    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
+
+
+def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, count, size):
+        yield start, min(start + size, count)

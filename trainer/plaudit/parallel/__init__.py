@@ -1,0 +1,1 @@
+"""One process or several, with whole or split weights."""

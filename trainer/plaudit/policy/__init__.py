@@ -1,0 +1,1 @@
+"""The policy: language model, value head, reference, and sampling from it."""

@@ -1,0 +1,482 @@
+"""The policy: a causal language model with a value head, and the reference it is held to.
+
+Wrong here would be a log-probability that depends on padding, a reference that is the policy itself, or an adapter
+that only this program can load.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from plaudit import demo_models
+from plaudit.errors import ConfigError
+from plaudit.policy.packing import ModelInput, packed, padded, worth_packing
+from plaudit.policy.samples import Samples
+from plaudit.ppo import distributions
+from plaudit.settings.policy import LoraSettings, ModelSettings, Quantization
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+VALUE_MODEL_DIRECTORY = "value_model"
+COMPILER = "inductor"
+
+
+class ModelNotFound(ConfigError):
+    """No model at this path, and no hub model of this name within reach."""
+
+
+@dataclass(frozen=True)
+class ResponseOutputs:
+    """What one forward pass says about each response token; 0 on padding."""
+
+    logprobs: Tensor
+    """[B, T] fp32, of the tokens that were sampled, under the distribution that was sampled from."""
+    values: Tensor
+    """[B, T] fp32, of the state before each token."""
+    entropy: Tensor
+    """[B, T] fp32, of the distribution each token was drawn from."""
+
+
+@dataclass(frozen=True)
+class PolicyWeights:
+    """Whole tensors by their names, as `Policy.save` writes them."""
+
+    model: dict[str, Tensor]
+    """Of the adapters, or of the whole model where there are none."""
+    value_head: dict[str, Tensor]
+    value_model: dict[str, Tensor]
+    """Empty where there is none."""
+
+
+class Policy(nn.Module):
+    """A causal language model, adapters if it has any, and a value head.
+
+    The reference is the same model with its adapters off, or `reference` when every parameter learns. Dropout is
+    switched off in the model for good: with it, the ratio would compare two different networks, and the classic
+    trainer's updates had none either. `train()` therefore changes only what gradient checkpointing looks at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        reference: nn.Module | None = None,
+        value_model: Any = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
+
+        `value_model` is a headless transformer of its own for the values; without it they share the policy's.
+        """
+        super().__init__()
+        self.model: Any = model
+        self.value_model = value_model
+        head = self._head_of(model)
+        width = head.in_features if value_model is None else value_model.config.hidden_size
+        self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
+        nn.init.zeros_(self.v_head.weight)
+        nn.init.zeros_(self.v_head.bias)
+        self.autocast = autocast
+        # BLOOM, MPT and others read positions off the attention mask and take none.
+        self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        disable_dropout(self)
+        self._packs = self._tells_packed_samples_apart()
+        # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
+        self._reference: list[Any] = []
+        if reference is not None:
+            self.use_reference(reference)
+
+    def use_reference(self, model: nn.Module) -> None:
+        """Holds the policy to this model from now on; its parameters are frozen."""
+        disable_dropout(model)
+        self._reference[:] = [model.eval().requires_grad_(False)]
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the reference comes from switching adapters off."""
+        return isinstance(self.model, peft.PeftModel)
+
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face model itself, for `generate` and its configuration; adapters stay active in it."""
+        return _bare(self.model)
+
+    @property
+    def transformers(self) -> list[Any]:
+        """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
+        return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy's inputs belong."""
+        return self.v_head.weight.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for reference in self._reference:
+            reference._apply(fn, recurse)
+        return self
+
+    def forward(
+        self,
+        samples: Samples,
+        *,
+        temperature: float = 1.0,
+        support: Tensor | None = None,
+        entropy: bool = True,
+    ) -> ResponseOutputs:
+        """Scores every response token in one pass; the LM head runs on response positions alone.
+
+        `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`). Without
+        `entropy` that is left at 0.
+        """
+        given = self._input_of(samples)
+        logits, states = self._response_logits(self.model, given)
+        if self.value_model is not None:
+            states = self._value_states(given)
+        logits = _sampling_logits(logits, samples, temperature, support)
+        logprobs, entropies = distributions.token_statistics(
+            logits, samples.response_ids[samples.mask], entropy=entropy
+        )
+        with torch.autocast(states.device.type, enabled=False):
+            values: Tensor = self.v_head(states.float()).squeeze(-1)
+        return ResponseOutputs(
+            logprobs=samples.spread(logprobs),
+            values=samples.spread(values),
+            entropy=samples.spread(torch.zeros_like(logprobs) if entropies is None else entropies),
+        )
+
+    @torch.no_grad()
+    def reference_logprobs(
+        self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of the response tokens under the reference, [B, T] fp32, 0 on padding."""
+        logits = self.reference_logits(samples, temperature=temperature, support=support)
+        logprobs, _ = distributions.token_statistics(logits, samples.response_ids[samples.mask])
+        return samples.spread(logprobs)
+
+    @torch.no_grad()
+    def policy_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+        """Whole sampling distributions of the policy as logits, [N, V] fp32, one for each real response token.
+
+        Large: ask for few rows at a time.
+        """
+        logits, _ = self._response_logits(self.model, self._input_of(samples))
+        return _sampling_logits(logits, samples, temperature, support)
+
+    @torch.no_grad()
+    def reference_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+        """Whole sampling distributions of the reference as logits, [N, V] fp32, one for each real response token."""
+        with self.as_reference() as reference:
+            logits, _ = self._response_logits(reference, self._input_of(samples))
+        return _sampling_logits(logits, samples, temperature, support)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """The reference model: the frozen copy, or this model with its adapters off for as long as the block runs."""
+        if self._reference:
+            yield self._reference[0]
+        elif self.has_adapters:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            raise ConfigError(
+                "a policy without adapters needs a frozen copy as its reference: Policy(model, reference=…)"
+            )
+
+    def support(
+        self, samples: Samples, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    ) -> Tensor | None:
+        """The tokens that top-k and top-p left to choose from, [B, T, V] bool, or None where they keep everything.
+
+        Compute it before the first update: later passes of policy and reference are held to the rollout's choices, so
+        that a ratio compares probabilities over the same tokens and the KL stays a KL. The sampled token is always
+        in, however a tie was rounded.
+        """
+        if top_k == 0 and top_p == 1.0:
+            return None
+        kept = distributions.truncation(self.policy_logits(samples, temperature=temperature), top_k=top_k, top_p=top_p)
+        return samples.spread(kept.scatter(-1, samples.response_ids[samples.mask].unsqueeze(-1), True), fill=True)
+
+    def _response_logits(self, model: Any, given: ModelInput) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] for the real response tokens, and the states [N, H] that the LM head saw."""
+        seen: list[Tensor] = []
+
+        def keep_response_states(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(inputs[0].flatten(0, 1)[given.states])
+            return (seen[0].unsqueeze(0), *inputs[1:])
+
+        hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
+        try:
+            with self.autocasting():
+                logits = _bare(model)(**given.arguments, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits.squeeze(0), seen[0]
+
+    def _value_states(self, given: ModelInput) -> Tensor:
+        with self.autocasting():
+            states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
+        return states.flatten(0, 1)[given.states]
+
+    def _input_of(self, samples: Samples) -> ModelInput:
+        if self._packs and worth_packing(samples):
+            return packed(samples)
+        return padded(samples, takes_positions=self._takes_positions)
+
+    @torch.no_grad()
+    def _tells_packed_samples_apart(self) -> bool:
+        """By their positions, as most architectures do; each model is asked, not believed."""
+        if not self._takes_positions or self.device.type == "meta":
+            return False
+        probe = Samples.from_lists([[1, 2, 3], [4, 5]], [[6, 7], [7, 6, 5]], pad_token_id=0, device=self.device)
+        alone, _ = self._response_logits(self.model, padded(probe, takes_positions=True))
+        together, _ = self._response_logits(self.model, packed(probe))
+        exact = self.autocast is None and self.language_model.dtype == torch.float32
+        tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
+        return bool((alone - together).abs().max() < tolerance * alone.std())
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Around generation: the policy's precision, and nothing compiled, since every token has another shape."""
+        with torch.compiler.set_stance("force_eager"), self.autocasting():
+            yield
+
+    def autocasting(self) -> torch.autocast:
+        """The precision that the policy computes in."""
+        # No cache: each weight is cast once a pass anyway, and a recorded graph would keep an old step's copy.
+        enabled = self.autocast is not None
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
+
+    @staticmethod
+    def _head_of(model: Any) -> Any:
+        return _bare(model).get_output_embeddings()
+
+    def trainable_parameters_line(self) -> str:
+        """How much of the policy learns, in the words of peft; tied weights count once."""
+        everything = sum(_numel(p) for p in self.parameters())
+        learning = sum(_numel(p) for p in self.parameters() if p.requires_grad)
+        share = 100 * learning / everything
+        return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {share:.4f}"
+
+    def reference_line(self) -> str:
+        """What the reference is and what it costs."""
+        if not self._reference:
+            return "the reference is the same weights with the adapters off: no second copy"
+        mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
+        return f"every parameter learns, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
+
+    def save(self, directory: Path, weights: PolicyWeights | None = None) -> None:
+        """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head.
+
+        `weights` are its own; give them where it holds only a part of each (`sharding.whole_weights`).
+        """
+        self.model.save_pretrained(directory, state_dict=weights and weights.model)
+        if self.value_model is not None:
+            own = directory / VALUE_MODEL_DIRECTORY
+            self.value_model.save_pretrained(own, state_dict=weights and weights.value_model)
+        head = self.v_head.state_dict() if weights is None else weights.value_head
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, directory / VALUE_HEAD_FILE)
+
+    def load_value_head(self, directory: Path) -> None:
+        """The value head that `save` wrote."""
+        self.v_head.load_state_dict(load_file(directory / VALUE_HEAD_FILE))
+
+    def merge(self, directory: Path, weights: PolicyWeights | None = None) -> None:
+        """Writes the model with its adapters folded in, as a directory that plain transformers loads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        if not self.has_adapters:
+            self.save(directory, weights)
+            return
+        with tempfile.TemporaryDirectory(dir=directory) as adapters:
+            self.save(Path(adapters), weights)
+            merge_adapters(Path(adapters), directory)
+
+
+def _bare(model: Any) -> Any:
+    """The Hugging Face model in a model that may have adapters. They act in it; only their switches are outside."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def _sampling_logits(logits: Tensor, samples: Samples, temperature: float, support: Tensor | None) -> Tensor:
+    kept = None if support is None else support[samples.mask]
+    return distributions.sampling_logits(logits, temperature=temperature, support=kept)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    # A 4-bit weight is stored two to a byte; its quantisation state knows the real shape.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability in the model to 0, in modules and plain attributes; the config is left alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and re.search(r"dropout|pdrop", name):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
+    """Wraps the model with fresh adapters, which start as the identity."""
+    targets = (
+        list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
+    )
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def load_policy(
+    path: str | Path,
+    lora: LoraSettings | None = None,
+    settings: ModelSettings | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Policy:
+    """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
+
+    A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
+    of adapters that go on training is their base. A separate value model is the one saved beside the policy, or else a
+    copy of the policy's start. Raises `ModelNotFound`.
+    """
+    lora, settings = lora or LoraSettings(), settings or ModelSettings()
+    quantization = settings.quantization
+    directory = Path(path)
+    base: str | Path = path
+    reference = value_model = None
+    if (directory / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        model = peft.PeftModel.from_pretrained(
+            load_causal_lm(base, dtype=dtype, quantization=quantization, device=device),
+            str(directory),
+            is_trainable=True,
+        )
+    elif lora.enabled:
+        model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
+    elif quantization is not None:
+        raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
+    else:
+        model = load_causal_lm(path, dtype=dtype, device=device)
+        reference = load_causal_lm(path, dtype=dtype, device=device)
+    if settings.separate_value_model:
+        own = directory / VALUE_MODEL_DIRECTORY
+        value_model = transformers.AutoModel.from_pretrained(
+            demo_models.resolve(own if own.is_dir() else base), dtype=dtype
+        ).to(device)
+    policy = Policy(
+        model, reference=reference, value_model=value_model, autocast=torch.bfloat16 if settings.bf16 else None
+    )
+    if (directory / VALUE_HEAD_FILE).is_file():
+        policy.load_value_head(directory)
+    if settings.compile:
+        policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)
+    if settings.gradient_checkpointing:
+        for transformer in filter(None, (policy.language_model, value_model)):
+            transformer.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    quantization: Quantization | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
+    _require_reachable(path)
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"quantization={quantization} needs the package bitsandbytes: pip install bitsandbytes")
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = {"": str(device)}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(demo_models.resolve(path), **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "model", error) from error
+    if quantization is None:
+        return model.to(device)
+    _compute_in_one_way(model)
+    return model
+
+
+def _compute_in_one_way(quantised: Any) -> None:
+    """Keeps quantised layers in training mode for good.
+
+    On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio
+    that is not 1. With AVX512-BF16 it would repack 4-bit weights for that, and fail for layers narrower than a block.
+    """
+    import bitsandbytes
+
+    for module in quantised.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
+            module.training = True
+            module.train = lambda mode=True, module=module: module
+
+
+def merge_adapters(adapters: Path, directory: Path) -> None:
+    """Folds a directory of adapters into the full-precision weights of their base, quantised in training or not."""
+    base = peft.PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{adapters}: the adapters do not say which model they belong to, so they cannot be merged")
+    model = peft.PeftModel.from_pretrained(load_causal_lm(base, dtype="auto"), str(adapters)).merge_and_unload()
+    model.save_pretrained(directory)
+    value_head = adapters / VALUE_HEAD_FILE
+    if value_head.is_file():
+        (directory / VALUE_HEAD_FILE).write_bytes(value_head.read_bytes())
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a model's directory or of a hub id, with a pad token. Raises `ModelNotFound`."""
+    _require_reachable(path)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
+    except (OSError, ValueError) as error:
+        raise _not_found(path, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _require_reachable(path: str | Path) -> None:
+    """Raises `ModelNotFound` for a directory that isn't there, before the hub is asked about it and tried again."""
+    path = demo_models.resolve(path)
+    parent = Path(path).parent
+    is_path = Path(path).is_absolute() or len(Path(path).parts) > 2 or str(path).startswith(".")
+    if not Path(path).is_dir() and (is_path or (parent != Path() and parent.is_dir())):
+        raise ModelNotFound(f"policy={str(path)!r}: no such directory; name one with a model in it, or a hub id")
+
+
+def _not_found(path: str | Path, what: str, error: Exception) -> ModelNotFound:
+    where = "directory" if Path(path).is_dir() else "directory here, and no hub id that can be reached,"
+    reason = " ".join(str(error).split())
+    return ModelNotFound(f"policy={str(path)!r} is no {where} with a {what} that loads ({reason:.160})")

@@ -1,0 +1,173 @@
+"""Sampling with every shape fixed, so that a GPU replays one recorded graph for each token.
+
+For a small model Python launches kernels more slowly than a GPU runs them. Here the key-value cache has its final size
+from the start, rows that have ended go on to the end beside the others, and nothing that a token needs is read by the
+host: one token is one CUDA graph. What would be wrong here: another sample than `generation.generate` gives, or a
+graph that goes on with weights of an earlier step. Weights are therefore only ever changed in place.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from plaudit.errors import ConfigError
+from plaudit.policy.generation import Draws, sample_tokens
+from plaudit.policy.samples import Samples
+from plaudit.settings.policy import GenerationSettings
+
+QUERY_TOKENS = 8
+"""Queries are padded to a multiple of this, so that few shapes, and few graphs, come up."""
+LOOK_EVERY = 16
+"""Tokens between two looks at whether every row has ended; each look makes the host wait for the device."""
+
+
+class StaticGenerator:
+    """`generate` for one model, as it is when first called: the same adapters, on the same device, for good."""
+
+    def __init__(self, model: Any, settings: GenerationSettings, tokenizer: Any) -> None:
+        """Raises `ConfigError` for a model that can't (see `supports`)."""
+        if not supports(model):
+            raise ConfigError(
+                f"generation.static_cache=True: {type(model).__name__} does not generate with fixed shapes; "
+                "leave the setting out"
+            )
+        self._model, self._settings, self._tokenizer = model, settings, tokenizer
+        self._decoders: dict[int, Decoder] = {}
+
+    @torch.no_grad()
+    def __call__(self, queries: Sequence[Sequence[int]], draws: Draws) -> Samples:
+        """One response for each query; what `plaudit.policy.generation.generate` gives."""
+        self._model.eval()
+        device = next(self._model.parameters()).device
+        samples = Samples.from_lists(queries, [[0]] * len(queries), self._tokenizer.pad_token_id, device)
+        width = -(-samples.query_ids.shape[1] // QUERY_TOKENS) * QUERY_TOKENS
+        tokens, written = self._decoder(len(queries), width).decode(samples, draws)
+        longest = int(written.max())
+        mask = torch.arange(longest, device=device) < written.unsqueeze(1)
+        filled = tokens[:, :longest].masked_fill(~mask, self._tokenizer.pad_token_id)
+        return Samples(samples.query_ids, samples.query_mask, filled, mask)
+
+    def _decoder(self, rows: int, width: int) -> "Decoder":
+        """The one for so many queries, wide enough. One is kept for each number of rows, since each holds a cache."""
+        decoder = self._decoders.get(rows)
+        if decoder is None or decoder.width < width:
+            self._decoders.pop(rows, None)
+            decoder = Decoder(self._model, self._settings, rows, width, eos=self._tokenizer.eos_token_id)
+            self._decoders[rows] = decoder
+        return decoder
+
+
+@torch.no_grad()
+def supports(model: Any) -> bool:
+    """Whether the model generates with fixed shapes: two tokens are tried, since no attribute tells.
+
+    8-bit layers look at their inputs on the host, which a recorded graph can't do.
+    """
+    if getattr(model, "is_loaded_in_8bit", False):
+        return False
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    if model.config._attn_implementation != "sdpa" or any(type(layer) is not StaticLayer for layer in layers):
+        return False
+    settings = GenerationSettings(min_new_tokens=2, max_new_tokens=2)
+    samples = Samples.from_lists([[1, 1]], [[0]], 0, next(model.parameters()).device)
+    decoder = Decoder(model, settings, 1, 2, eos=None)
+    try:
+        decoder.prefill(samples, Draws.of(settings, 1, seed=0, step=0))
+        decoder.advance()
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+class Decoder:
+    """Everything a token reads and writes, at fixed addresses, for B queries of up to Q tokens."""
+
+    def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None) -> None:
+        self._model, self._settings, self._eos, self.width = model, settings, -1 if eos is None else eos, width
+        steps, device = settings.max_new_tokens, next(model.parameters()).device
+        self._cache = StaticCache(config=model.config, max_cache_len=width + steps)
+        self._seen = torch.zeros(rows, 1, 1, width + steps, dtype=torch.bool, device=device)
+        self._last = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._uniforms = torch.zeros(rows, steps, dtype=torch.float64, device=device)
+        self._lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self._step = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        self._written = torch.zeros(rows, dtype=torch.long, device=device)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def decode(self, samples: Samples, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T], with anything behind a row's end, and how many of them count, [B]."""
+        self.prefill(samples, draws)
+        if self._seen.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
+            self._graph = self._record()
+            self.prefill(samples, draws)
+        advance = self.advance if self._graph is None else self._graph.replay
+        for step in range(1, int(draws.lengths.max())):
+            if step % LOOK_EVERY == 0 and bool(self._ended.all()):
+                break
+            advance()
+        return self._tokens, self._written
+
+    def prefill(self, samples: Samples, draws: Draws) -> None:
+        """Forgets the last batch, reads the queries and samples the first token."""
+        skip = self.width - samples.query_ids.shape[1]
+        real = torch.nn.functional.pad(samples.query_mask, (skip, 0))
+        ids = torch.nn.functional.pad(samples.query_ids, (skip, 0))
+        if self._cache.is_initialized:
+            self._cache.reset()
+        for buffer in (self._seen, self._step, self._written, self._ended):
+            buffer.zero_()
+        self._lengths.copy_(draws.lengths)
+        self._uniforms.copy_(draws.uniforms)
+        self._seen[..., : self.width] = real[:, None, None]
+        self._position.copy_(samples.query_lengths.unsqueeze(1) - 1)
+        causal = torch.ones(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
+        # A padding token sees itself: a softmax over nothing is no number.
+        own = torch.eye(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device)
+        self._choose(self._logits(ids, (self._seen & causal) | own, (real.cumsum(1) - 1).clamp(min=0)))
+
+    def advance(self) -> None:
+        """One more token for every row. Reads nothing back to the host."""
+        self._choose(self._logits(self._last, self._seen, self._position))
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _choose(self, logits: Tensor) -> None:
+        chosen = sample_tokens(logits, self._uniforms.gather(1, self._step).squeeze(1), self._settings)
+        self._tokens.scatter_(1, self._step, chosen.unsqueeze(1))
+        self._written.add_(~self._ended)
+        self._ended.logical_or_((self._written >= self._lengths) | (chosen == self._eos))
+        # The chosen token is read next; its keys and values go into the cell that is seen from now on.
+        self._last.copy_(chosen.unsqueeze(1))
+        self._position.add_(1)
+        self._seen.view(len(chosen), -1).scatter_(1, self._step + self.width, True)
+        self._step.add_(1)
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        # Lazy initialisation must be over before the recording, on a stream of its own as the recording is.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.advance()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: a reward function.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.advance()
+        return graph

@@ -1,0 +1,71 @@
+"""The README.md of a trained policy: what it is, how it was made, what came out."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from plaudit.run.metrics import KL, REWARD_MEAN
+from plaudit.run.storage import write_text
+from plaudit.settings.plain import to_dict
+from plaudit.settings.ppo import PPOConfig
+
+
+def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
+    """Write `directory/README.md` with the metadata the hub reads in front. The trained weights are there already."""
+    adapters = directory / "adapter_config.json"
+    # Of adapters that went on training it is the model that they were first put on.
+    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else None
+    front = {
+        "base_model": base or config.policy,
+        "library_name": "peft" if base else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ppo", "rlhf", "plaudit"],
+    }
+    first, last = metrics[0], metrics[-1]
+    rows = "\n".join(
+        f"| {name} | {first[key]:.3f} | {last[key]:.3f} |"
+        for name, key in (("mean reward", REWARD_MEAN), ("KL to the reference (nats)", KL))
+    )
+    loading = (
+        f"""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{directory}")"""
+        if base
+        else f"""from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{directory}")"""
+    )
+    write_text(
+        directory / "README.md",
+        f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {config.policy}, tuned by PPO
+
+Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against the rewards of
+`{reward_revision}`{_labels(config)}, prompts from `{config.dataset.data}`.
+
+| | first step | last step |
+| --- | --- | --- |
+{rows}
+
+```python
+{loading}
+```
+
+`value_head.safetensors` is the value head (a linear layer on the last hidden state). All settings:
+
+```yaml
+{yaml.safe_dump(to_dict(config), sort_keys=False).strip()}
+```
+""",
+    )
+
+
+def _labels(config: PPOConfig) -> str:
+    """` (label POSITIVE)`, where the rewards are logits of labels."""
+    labels = dict.fromkeys(c.label for c in config.reward.components if c.url and c.label is not None)
+    return f" (label {', '.join(labels)})" if labels else ""

@@ -1,0 +1,244 @@
+"""What a run has come to, for people: one HTML file that needs nothing else, samples.csv, tables for the console."""
+
+import base64
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from plaudit.report.evaluation import Answers, Evaluation, Summary
+from plaudit.run.metrics import KL, REWARD_MEAN
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+COLOURS = {"before": "#8a94a3", "after": "#1f6feb", "kl": "#b3541e"}
+INK, SOFT, RULE, GRID = "#1c2430", "#5b6675", "#c4cad2", "#e3e7ec"
+SAMPLES_IN_REPORT = 50
+SAMPLES_ON_CONSOLE = 8
+SMOOTHING = 0.8
+"""Weight of the past in the moving average of the training curves."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and both policies' answers; the columns of samples.csv."""
+
+    query: str
+    response_before: str
+    response_after: str
+    reward_before: float
+    reward_after: float
+
+    @property
+    def change(self) -> float:
+        return self.reward_after - self.reward_before
+
+
+def pair_samples(prompts: Sequence[str], before: Answers, after: Answers) -> list[Sample]:
+    """Row i is prompt i."""
+    columns = (prompts, before.texts, after.texts, before.rewards, after.rewards)
+    return [Sample(*row) for row in zip(*columns, strict=True)]
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """samples.csv: query, response_before, response_after, reward_before, reward_after."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("query", "response_before", "response_after", "reward_before", "reward_after"))
+        for row in samples:
+            writer.writerow(
+                (row.query, row.response_before, row.response_after, repr(row.reward_before), repr(row.reward_after))
+            )
+
+
+def render_report(
+    *,
+    title: str,
+    evaluation: Evaluation,
+    samples: Sequence[Sample],
+    training: Sequence[Mapping[str, float]] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The report as one HTML document that loads nothing from elsewhere.
+
+    Args:
+        training: the steps of metrics.jsonl; without any, the training curves are left out.
+        settings: the configuration of each stage by the stage's name, as `config.to_dict` gives it.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("plaudit.report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(number=_number, signed=_signed)
+    curves = [row for row in training if REWARD_MEAN in row and KL in row]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        subtitle=f"{evaluation.n} held-out prompts, answered before and after PPO with the same seeds.",
+        verdict=verdict(evaluation),
+        evaluation=evaluation,
+        colours=COLOURS,
+        distributions=_data_uri(plot_distributions(samples, evaluation)),
+        training=_data_uri(plot_training(curves)) if curves else None,
+        steps=len(curves),
+        samples=samples[:SAMPLES_IN_REPORT],
+        settings={name: _grouped(values) for name, values in (settings or {}).items()},
+    )
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """What the interval of the paired difference allows to say, in a sentence."""
+    low, high = evaluation.reward.difference.ci95
+    if low > 0:
+        return "The reward rose: the whole 95 % interval of the paired difference lies above zero."
+    if high < 0:
+        return "The reward fell: the whole 95 % interval of the paired difference lies below zero."
+    return "No change is shown: the 95 % interval of the paired difference contains zero."
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential moving average without a bias towards its start: sum_i w^(t-i) x_i / sum_i w^(t-i), i = 0..t."""
+    result = []
+    total = norm = 0.0
+    for value in values:
+        total = weight * total + value
+        norm = weight * norm + 1
+        result.append(total / norm)
+    return result
+
+
+def plot_training(steps: Sequence[Mapping[str, float]]) -> "Figure":
+    """Mean reward and KL by step, each with its moving average."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(width=10, height=3.4)
+    panels = ((REWARD_MEAN, "mean reward", COLOURS["after"]), (KL, "KL to the reference, nats", COLOURS["kl"]))
+    x = [row["step"] for row in steps]
+    for number, (name, label, colour) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, 2, number)
+        y = [row[name] for row in steps]
+        axes.plot(x, y, color=colour, alpha=0.35, linewidth=1, marker="." if len(x) == 1 else None)
+        axes.plot(x, smooth(y, SMOOTHING), color=colour, linewidth=2.2)
+        axes.set_xlabel("PPO step")
+        axes.set_title(label, loc="left", fontsize=11, color=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axes)
+    return figure
+
+
+def plot_distributions(samples: Sequence[Sample], evaluation: Evaluation) -> "Figure":
+    """Histograms of the rewards over the same bins, and the means."""
+    import numpy as np
+
+    before = np.array([row.reward_before for row in samples])
+    after = np.array([row.reward_after for row in samples])
+    bins = np.histogram_bin_edges(np.concatenate([before, after]), bins=36).tolist()
+    figure = _figure(width=10, height=3.4)
+    axes = figure.add_subplot()
+    for name, values, mean in (
+        ("before", before, evaluation.reward.before.mean),
+        ("after", after, evaluation.reward.after.mean),
+    ):
+        axes.hist(values, bins=bins, color=COLOURS[name], alpha=0.55, label=f"{name}, mean {_number(mean)}")
+        axes.axvline(mean, color=COLOURS[name], linewidth=2)
+    axes.set_xlabel("reward")
+    axes.set_title("responses by reward", loc="left", fontsize=11, color=INK)
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def summary_table(evaluation: Evaluation) -> "Table":
+    """For the console: rewards before and after with their intervals, KL, perplexity, distinct responses."""
+    from rich.table import Table
+
+    table = Table(title=f"Before and after PPO, {evaluation.n} held-out prompts", title_justify="left")
+    table.add_column("")
+    for name in ("before", "after", "after − before"):
+        table.add_column(name, justify="right")
+    reward, ppl, distinct = evaluation.reward, evaluation.perplexity, evaluation.distinct_responses
+    table.add_row(
+        "reward, mean", _number(reward.before.mean), _number(reward.after.mean), _signed(reward.difference.mean)
+    )
+    table.add_row(
+        "  95 % interval",
+        _interval(reward.before),
+        _interval(reward.after),
+        f"{_signed(reward.difference.ci95[0])} to {_signed(reward.difference.ci95[1])}",
+    )
+    table.add_row("reward, median", _number(reward.before.median), _number(reward.after.median), "")
+    table.add_row("KL to the reference, nats", "", _number(evaluation.kl), "")
+    table.add_row(
+        "perplexity under the reference", _number(ppl.before, 1), _number(ppl.after, 1), f"× {_number(ppl.ratio)}"
+    )
+    table.add_row("distinct responses", str(distinct.before), str(distinct.after), "")
+    return table
+
+
+def samples_table(samples: Sequence[Sample], count: int = SAMPLES_ON_CONSOLE) -> "Table":
+    """For the console: the first few samples."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"The first {min(count, len(samples))} of {len(samples)}, not selected", title_justify="left")
+    for name in ("query", "response before", "response after"):
+        table.add_column(name, ratio=1)
+    for name in ("before", "after"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in samples[:count]:
+        # Text, not str: a response may hold what rich would take for markup.
+        texts = (Text(" ".join(t.split())) for t in (row.query, row.response_before, row.response_after))
+        table.add_row(*texts, _number(row.reward_before), _number(row.reward_after))
+    return table
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.tick_params(colors=SOFT, labelsize=9)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set_color(SOFT)
+
+
+def _data_uri(figure: "Figure") -> str:
+    # An image, not inline SVG: the ids of two inline figures may clash.
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """One level of groups: the settings that stand alone come first, under no name."""
+    groups: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            groups[key] = dict(value)
+        else:
+            groups[""][key] = value
+    return groups
+
+
+def _number(value: float, digits: int = 2) -> str:
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    text = _number(value, digits)
+    return text if text.startswith("−") else f"+{text}"
+
+
+def _interval(summary: Summary) -> str:
+    return f"{_number(summary.ci95[0])} to {_number(summary.ci95[1])}"

@@ -1,0 +1,42 @@
+"""Rewards over HTTP. What fails is an exception, never a number: a made-up one trains a policy as a real one does.
+
+`plaudit[client]` installs what this needs. The names below load on first use, so that settings can be read without an
+HTTP library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plaudit.rewards.client import RewardClient, Scores
+    from plaudit.rewards.errors import RewardError, RewardRejected, RewardUnavailable
+    from plaudit.rewards.remote_reward import RemoteReward
+    from plaudit.rewards.settings import RewardComponent, RewardSettings
+
+__all__ = [
+    "RemoteReward",
+    "RewardClient",
+    "RewardComponent",
+    "RewardError",
+    "RewardRejected",
+    "RewardSettings",
+    "RewardUnavailable",
+    "Scores",
+]
+
+_HOMES = {
+    "RemoteReward": "remote_reward",
+    "RewardClient": "client",
+    "RewardComponent": "settings",
+    "RewardError": "errors",
+    "RewardRejected": "errors",
+    "RewardSettings": "settings",
+    "RewardUnavailable": "errors",
+    "Scores": "client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,238 @@
+"""The trainer's side of the wire: futures and plain calls over one background thread with an event loop."""
+
+import asyncio
+import contextlib
+import operator
+import os
+import ssl
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from plaudit.errors import ConfigError
+from plaudit.rewards.endpoint import Endpoint
+from plaudit.rewards.errors import RewardRejected
+from plaudit.rewards.function import FunctionSource
+from plaudit.rewards.settings import RewardComponent, RewardSettings
+from plaudit.rewards.source import Source
+from plaudit.wire import ModelInfo, RewardItem
+
+API_KEY_VARIABLE = "PLAUDIT_REWARD_API_KEY"
+CLOSE_TIMEOUT_S = 5.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of a list of responses, in its order."""
+
+    totals: list[float]
+    """The weighted sum."""
+    components: dict[str, list[float]]
+    """Each reward by its name, before its weight."""
+
+
+class RewardClient:
+    """Scores completions over HTTP; use as a context manager.
+
+    `on_wait` is told, from the client's own thread, what is being waited for, and "" when the wait is over.
+    Raises `ConfigError` when there is nobody to ask, or a file or function that the settings name can't be had.
+    """
+
+    def __init__(self, settings: RewardSettings, *, on_wait: Callable[[str], None] | None = None) -> None:
+        self._components = settings.components
+        if not any(component.says_whom_to_ask for component in self._components):
+            raise ConfigError(
+                "reward.url is empty: give the reward service's address, for example --reward.url http://127.0.0.1:8000"
+            )
+        self._clients = {c.name: _http_client(c, settings) for c in self._components if c.function is None}
+
+        def open_source(component: RewardComponent) -> Source | FunctionSource:
+            if component.function is not None:
+                return FunctionSource(component, settings)
+            http = self._clients[component.name]
+            endpoints = [
+                Endpoint(url, component, http, settings.request_timeout_s, settings.max_in_flight)
+                for url in component.url
+            ]
+            return Source(component, settings, endpoints, on_wait)
+
+        self._sources = [open_source(component) for component in self._components]
+        self._closed = False
+        self._under_way: set[Future[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def revision(self) -> str:
+        """The reward model's revision; of several, `name=revision` of each. Raises `RuntimeError` before `connect`."""
+        revisions = {c.name: s.revision for c, s in zip(self._components, self._sources, strict=True)}
+        if None in revisions.values():
+            raise RuntimeError("the revision is not known before connect()")
+        if len(revisions) == 1:
+            return str(next(iter(revisions.values())))
+        return ", ".join(f"{name}={revision}" for name, revision in revisions.items())
+
+    def connect(self) -> ModelInfo:
+        """Wait until each reward has an endpoint that is ready; check labels and order. The first one's description.
+
+        Raises `RewardUnavailable` when patience runs out, `RewardRejected` when waiting won't help.
+        """
+        return self.connecting().result()
+
+    def connecting(self) -> Future[ModelInfo]:
+        """`connect` without waiting; bounded by the patience, and `cancel` gives it up."""
+
+        async def first() -> ModelInfo:
+            return (await _all([source.connect() for source in self._sources]))[0]
+
+        return self._start(first())
+
+    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> Future[list[float]]:
+        """Ask for rewards without waiting: the future gives one for each response, in order, or raises `RewardError`.
+
+        Its result is bounded by the patience and the time of a request; `cancel` takes the requests back. Of several
+        rewards it is the weighted sum.
+        """
+        self._check(prompts, responses)
+
+        async def totals() -> list[float]:
+            return (await self._score(list(prompts), list(responses))).totals
+
+        return self._start(totals())
+
+    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> Future[Scores]:
+        """`submit`, with each reward by its name as well."""
+        self._check(prompts, responses)
+        return self._start(self._score(list(prompts), list(responses)))
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """`submit`, and wait for it."""
+        return self.submit(prompts, responses).result()
+
+    def close(self) -> None:
+        """Take back what is under way and end the thread; waits a few seconds at most."""
+        if self._closed:
+            return
+        self._closed = True
+        for future in list(self._under_way):
+            future.cancel()
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed")
+        if any(source.revision is None for source in self._sources):
+            raise RuntimeError("call connect() first")
+
+    async def _score(self, prompts: list[str], responses: list[str]) -> Scores:
+        try:
+            items = [RewardItem(prompt=p, response=r) for p, r in zip(prompts, responses, strict=True)]
+        except ValidationError as error:
+            raise RewardRejected(f"a text can't be sent: {error}") from error
+        rewards = await _all([_in_chunks(source, items) for source in self._sources])
+        weights = [component.weight for component in self._components]
+        return Scores(
+            totals=[sum(map(operator.mul, weights, of_text)) for of_text in zip(*rewards, strict=True)],
+            components={c.name: r for c, r in zip(self._components, rewards, strict=True)},
+        )
+
+    async def _shut(self) -> None:
+        # What was started has been cancelled, and cancels what it started itself: a library's own tasks are its own,
+        # until they are late.
+        for grace_s in (CLOSE_TIMEOUT_S / 10, CLOSE_TIMEOUT_S / 4):
+            late = asyncio.all_tasks() - {asyncio.current_task()}
+            if late:
+                _, late = await asyncio.wait(late, timeout=grace_s)
+            for task in late:
+                task.cancel()
+        for http in self._clients.values():
+            await http.aclose()
+
+    def _start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        if self._closed:
+            work.close()
+            raise RuntimeError("the reward client is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+
+async def _in_chunks(source: Source | FunctionSource, items: Sequence[RewardItem]) -> list[float]:
+    size = source.max_items
+    starts = range(0, len(items), size)
+    answers = await _all([source.score(items[start : start + size]) for start in starts])
+    return [reward for answer in answers for reward in answer.rewards]
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results in order; the first failure cancels the rest and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+    return [task.result() for task in tasks]
+
+
+def _http_client(component: RewardComponent, settings: RewardSettings) -> httpx.AsyncClient:
+    in_flight = settings.max_in_flight * len(component.url)
+    return httpx.AsyncClient(
+        headers=_headers(component),
+        verify=_tls(component),
+        timeout=httpx.Timeout(settings.request_timeout_s, connect=settings.connect_timeout_s),
+        # Hedged chunks and descriptions may come on top of the chunks in flight.
+        limits=httpx.Limits(max_connections=2 * in_flight, max_keepalive_connections=in_flight),
+    )
+
+
+def _headers(component: RewardComponent) -> dict[str, str]:
+    headers = {"Accept": "application/json", "User-Agent": "plaudit"}
+    key = os.environ.get(API_KEY_VARIABLE)
+    if component.api_key_file is not None:
+        try:
+            key = component.api_key_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(f"reward.api_key_file={component.api_key_file} can't be read: {error}") from error
+    if key:
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                f"the key in {component.api_key_file or API_KEY_VARIABLE} must be one line of plain ASCII"
+            )
+        headers["Authorization"] = f"Bearer {key}"
+    for line in component.header:
+        name, _, value = line.partition(":")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
+def _tls(component: RewardComponent) -> ssl.SSLContext:
+    if not any(url.startswith("https:") for url in component.url):
+        # Trusts nobody and is never used: loading the system's authorities takes a fifth of a second.
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        return ssl.create_default_context(cafile=component.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"reward.ca_file={component.ca_file} can't be used: {error}") from error

@@ -1,0 +1,246 @@
+"""One endpoint: one request, one answer, and a verdict on what went wrong. It never waits and never tries again."""
+
+import asyncio
+import ssl
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import unquote, urlsplit
+
+import httpx
+from pydantic import ValidationError
+
+from plaudit.rewards.errors import Exchange, RewardRejected
+from plaudit.rewards.protocols import DIALECTS, recognise
+from plaudit.rewards.protocols.base import BrokenBody, Dialect, UnusableAnswer
+from plaudit.rewards.settings import RewardComponent, without_credentials
+from plaudit.wire import ModelInfo, Problem, RewardItem, RewardResponse
+
+RETRIED_STATUSES = frozenset({408, 425, 429})
+"""The refusals that pass with time. So does every 5xx but 501 and 505."""
+DESCRIBE_TIMEOUT_S = 10.0
+QUOTED_CHARS = 300
+MAX_ANSWER_BYTES = 16 * 2**20
+"""More than any answer to `wire.MAX_ITEMS_PER_REQUEST` texts needs; what is longer is not kept in memory."""
+
+
+class Trouble(Exception):
+    """A failure that may pass: the same request can be sent again, here or elsewhere."""
+
+    def __init__(
+        self, message: str, *, retry_after_s: float | None = None, server_error: bool = False, exchange: Exchange
+    ) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.server_error = server_error
+        """The server took the request and failed on it (500): the request itself may be the reason."""
+        self.exchange = exchange
+
+
+class Endpoint:
+    """A reward server at one URL, and how it has been doing."""
+
+    def __init__(
+        self,
+        url: str,
+        component: RewardComponent,
+        http: httpx.AsyncClient,
+        request_timeout_s: float,
+        max_in_flight: int,
+    ) -> None:
+        self.url = without_credentials(url).rstrip("/")
+        """As messages and files may show it."""
+        self.places = asyncio.Semaphore(max_in_flight)
+        """One for each request that may be under way."""
+        self.info: ModelInfo | None = None
+        self.outstanding = 0
+        self.failures = 0
+        """Failures since the last usable answer."""
+        self.aside_until = 0.0
+        """Loop time before which other endpoints are preferred."""
+        self._component = component
+        self._dialect: Dialect | None = None if component.kind == "auto" else DIALECTS[component.kind](component)
+        self._http = http
+        self._auth = _basic_auth(url)
+        self._request_timeout_s = request_timeout_s
+
+    async def describe(self) -> ModelInfo:
+        """Ask which model answers. Raises `Trouble` while it isn't ready, `RewardRejected` when it won't ever be."""
+
+        async def get(path: str) -> bytes:
+            exchange = Exchange("GET", self.url + path, "")
+            return await self._exchange(exchange, min(DESCRIBE_TIMEOUT_S, self._request_timeout_s))
+
+        try:
+            if self._dialect is None:
+                self._dialect = await recognise(self._component, get)
+            self.info = await self._dialect.describe(get)
+        except BrokenBody as error:
+            raise Trouble(f"{self.url}: broken answer ({error})", exchange=Exchange("GET", self.url, "")) from error
+        except UnusableAnswer as error:
+            spoken = f" as {self._dialect.name}" if self._dialect else ""
+            raise RewardRejected(f"{self.url} can't be used{spoken}: {error}") from error
+        return self.info
+
+    async def score(self, items: Sequence[RewardItem]) -> tuple[RewardResponse, Exchange]:
+        """One finite reward for each item, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
+        info = self.info or await self.describe()
+        assert self._dialect is not None
+        label = self._component.label
+        call = self._dialect.encode(items)
+        exchange = Exchange("POST", self.url + call.path, call.body.decode())
+        body = await self._exchange(exchange, self._request_timeout_s)
+        answered = _answered(exchange, 200, {}, body)
+        try:
+            answer = self._dialect.decode(body, info)
+        except BrokenBody as error:
+            raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
+        except UnusableAnswer as error:
+            raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
+        if len(answer.rewards) != len(items):
+            raise RewardRejected(
+                f"{self.url}: {len(items)} items were sent and {len(answer.rewards)} rewards came back", answered
+            )
+        if label is not None and answer.label != label:
+            raise RewardRejected(f"{self.url}: label {label!r} was asked for and {answer.label!r} came back", answered)
+        return answer, answered
+
+    async def _exchange(self, exchange: Exchange, timeout_s: float) -> bytes:
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._http.stream(
+                    exchange.method,
+                    exchange.url,
+                    content=exchange.request.encode() or None,
+                    headers={"Content-Type": "application/json"} if exchange.request else None,
+                    auth=self._auth,
+                ) as response,
+            ):
+                body, whole = await _read(response)
+        except TimeoutError as error:
+            raise Trouble(f"{self.url}: no whole answer within {timeout_s:g} s", exchange=exchange) from error
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            if _untrusted(error):
+                raise RewardRejected(
+                    f"{self.url}: its TLS certificate is not trusted ({error}). "
+                    "Name the certificate authority's file with --reward.ca-file.",
+                    exchange,
+                ) from error
+            raise Trouble(f"{self.url}: {_in_words(error)}", exchange=exchange) from error
+        status = response.status_code
+        answered = _answered(exchange, status, dict(response.headers), body)
+        if status == 200 and not whole:
+            raise RewardRejected(
+                f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes, beginning {_quote(body)}", answered
+            )
+        return self._accept(response, body, answered)
+
+    def _accept(self, response: httpx.Response, body: bytes, exchange: Exchange) -> bytes:
+        status = response.status_code
+        if status == 200:
+            kind = response.headers.get("content-type", "")
+            if exchange.method == "POST" and "json" not in kind:
+                raise RewardRejected(
+                    f"{self.url} answered {kind or 'something untyped'} instead of JSON: a proxy, a login page or "
+                    f"another server is in the way: {_quote(body)}",
+                    exchange,
+                )
+            return body
+        passing = self._dialect.retried_statuses if self._dialect else frozenset()
+        if status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505)):
+            raise Trouble(
+                f"{self.url}: {_in_short(response, body)}",
+                retry_after_s=_retry_after_s(response),
+                server_error=status == 500 or status in passing,
+                exchange=exchange,
+            )
+        if response.is_redirect:
+            raise RewardRejected(
+                f"{exchange.url} redirects to {response.headers.get('location')}: give that address with --reward.url",
+                exchange,
+            )
+        if status in (401, 403):
+            raise RewardRejected(
+                f"{exchange.url} refuses the credentials ({status} {response.reason_phrase}): put the key into "
+                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(body)}",
+                exchange,
+            )
+        raise RewardRejected(f"{exchange.url} refuses the request: {_in_short(response, body)}", exchange)
+
+
+async def _read(response: httpx.Response) -> tuple[bytes, bool]:
+    """The body, and whether that is all of it: one without an end would fill the memory."""
+    body = bytearray()
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            return bytes(body[:MAX_ANSWER_BYTES]), False
+    return bytes(body), True
+
+
+def _basic_auth(url: str) -> httpx.BasicAuth | None:
+    """The name and password that stand in the URL; a bearer token is not sent then."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return None
+    return httpx.BasicAuth(unquote(parts.username), unquote(parts.password or ""))
+
+
+def _answered(exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
+    return Exchange(exchange.method, exchange.url, exchange.request, status, headers, body.decode(errors="replace"))
+
+
+def _in_short(response: httpx.Response, body: bytes) -> str:
+    return ": ".join(filter(None, (f"{response.status_code} {response.reason_phrase}".strip(), _quote(body))))
+
+
+def _quote(body: bytes) -> str:
+    """What a person needs of an error's body: a problem document's detail, or the beginning of the text."""
+    try:
+        problem = Problem.model_validate_json(body)
+    except ValidationError:
+        return " ".join(body[: 4 * QUOTED_CHARS].decode(errors="replace").split())[:QUOTED_CHARS]
+    labels = f" (labels: {', '.join(problem.labels)})" if problem.labels else ""
+    return problem.detail + labels
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """`Retry-After` in seconds, from either of its two forms (RFC 9110, 10.2.3).
+
+    A date counts from the answer's own `Date`, so that neither side's clock has to be right.
+    """
+    value = response.headers.get("retry-after")
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        now = parsedate_to_datetime(response.headers["date"]) if "date" in response.headers else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _untrusted(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _in_words(error: Exception) -> str:
+    kinds: dict[type[Exception], str] = {
+        httpx.ConnectTimeout: "connecting timed out",
+        httpx.ReadTimeout: "the answer timed out",
+        httpx.PoolTimeout: "no free connection",
+        httpx.ConnectError: "connection failed",
+        httpx.ReadError: "connection lost",
+        httpx.RemoteProtocolError: "connection lost",
+        httpx.DecodingError: "broken answer",
+    }
+    kind = kinds.get(type(error), type(error).__name__)
+    return f"{kind} ({error})" if str(error) else kind

@@ -1,0 +1,62 @@
+"""The protocols of reward endpoints: one small file each, all translated to and from `plaudit.wire`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from plaudit.rewards.errors import RewardRejected
+from plaudit.rewards.protocols.base import BrokenBody, Dialect, Get, UnusableAnswer, from_json
+from plaudit.rewards.protocols.hf_inference import HFInference
+from plaudit.rewards.protocols.infinity import Infinity
+from plaudit.rewards.protocols.kserve import KServe
+from plaudit.rewards.protocols.openrlhf import OpenRLHF
+from plaudit.rewards.protocols.plaudit import Plaudit
+from plaudit.rewards.protocols.sglang import SGLang
+from plaudit.rewards.protocols.tei import TEI
+from plaudit.rewards.protocols.vllm import VLLMClassify, VLLMPooling
+from plaudit.rewards.settings import RewardComponent
+
+DIALECTS: dict[str, type[Dialect]] = {
+    dialect.name: dialect
+    for dialect in (Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe)
+}
+
+_TELLTALES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+    "/v1/model": ("plaudit", lambda about: "limits" in about),
+    "/info": ("tei", lambda about: "max_client_batch_size" in about),
+    "/get_model_info": ("sglang", lambda about: "model_path" in about),
+    "/models": ("infinity", lambda about: _owner(about) == "infinity"),
+    "/v1/models": ("vllm-classify", lambda about: _owner(about) not in (None, "infinity")),
+    "/v2": ("kserve", lambda about: "extensions" in about),
+}
+"""Route, and what only this protocol's answer to it has. Plaudit's own comes first: its service speaks many."""
+
+
+async def recognise(component: RewardComponent, get: Get) -> Dialect:
+    """The dialect that the endpoint speaks, found by asking for each protocol's description of the server.
+
+    Raises what `get` raises while the server isn't up, and `UnusableAnswer` when no protocol is recognised.
+    """
+    for path, (name, is_its) in _TELLTALES.items():
+        try:
+            about = from_json(await get(path))
+        except BrokenBody:
+            continue
+        except RewardRejected as error:
+            status = error.exchange.status if error.exchange else None
+            if status in (None, 401, 403) or status in range(300, 400):
+                raise
+            continue
+        if isinstance(about, dict) and is_its(about):
+            return DIALECTS[name](component)
+    kinds = ", ".join(kind for kind in DIALECTS)
+    raise UnusableAnswer(
+        f"its protocol is not recognised. Is it a reward service? Say what it speaks, --reward.kind: {kinds}"
+    )
+
+
+def _owner(models: dict[str, Any]) -> str | None:
+    """Whose the first model of an OpenAI-like list is: infinity and vLLM both have one, and a `/classify` each."""
+    try:
+        return str(models["data"][0]["owned_by"])
+    except (KeyError, TypeError, IndexError):
+        return None

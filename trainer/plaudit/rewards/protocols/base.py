@@ -1,0 +1,151 @@
+"""What a protocol is: how it describes its model, asks for rewards and answers. It never waits and never retries."""
+
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from plaudit.rewards.settings import RewardComponent
+from plaudit.wire import MAX_TEXT_CHARS, Limits, ModelInfo, RewardItem, RewardResponse
+
+SIGMOIDS_SHOW_IN = 4
+Get = Callable[[str], Awaitable[bytes]]
+"""Fetches a path below the endpoint's URL; raises unless the answer is a success."""
+
+
+class BrokenBody(Exception):
+    """The answer was cut off or garbled on its way; the same request may well succeed."""
+
+
+class UnusableAnswer(Exception):
+    """A whole answer, but not to what was asked."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A POST below the endpoint's URL, with a JSON body."""
+
+    path: str
+    body: bytes
+
+
+class Dialect(Protocol):
+    name: str
+    retried_statuses: frozenset[int]
+    """Statuses that mean "try again" in this protocol, besides those that mean it everywhere."""
+
+    def __init__(self, component: RewardComponent) -> None: ...
+
+    async def describe(self, get: Get) -> ModelInfo:
+        """Which model answers, its revision, labels (none where the protocol doesn't tell) and limits.
+
+        Raises what `get` raises while it isn't ready.
+        """
+
+    def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The request for these items."""
+
+    def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The rewards in request order. Raises `BrokenBody` or `UnusableAnswer`."""
+
+
+def joined(items: Sequence[RewardItem]) -> list[str]:
+    """Prompt and response as one text each, for protocols that know only texts."""
+    return [item.prompt + item.response for item in items]
+
+
+def to_json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def from_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise BrokenBody(f"not JSON: {error}") from error
+
+
+def model_info(
+    model: str, *, revision: str | None = None, labels: Sequence[str] = (), max_items: int | None = None
+) -> ModelInfo:
+    """What is known of a foreign server's model. Without a revision of its own, the model's name stands for it."""
+    limits = Limits(
+        max_items=max_items or 1024, max_text_chars=MAX_TEXT_CHARS, max_body_bytes=2**31 - 1, max_tokens=2**31 - 1
+    )
+    return ModelInfo(id=model, revision=revision or model, labels=list(labels), limits=limits)
+
+
+def response(rewards: Sequence[object], label: str | None, info: ModelInfo) -> RewardResponse:
+    """Checked as strictly as Plaudit's own answers: finite numbers, no strings, no booleans, no null."""
+    for reward in rewards:
+        if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+            raise UnusableAnswer(f"{reward!r} came back as a reward; it must be a finite number")
+    return RewardResponse(rewards=list(rewards), model=info.id, revision=info.revision, label=label)  # type: ignore[arg-type]
+
+
+def in_index_order(entries: Any) -> list[dict[str, Any]]:
+    """Entries with an `index` field, put in its order; the indices must be 0 to n - 1, each once."""
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UnusableAnswer(f"a list of objects was expected, not {entries!r:.80}")
+    indices = [entry.get("index") for entry in entries]
+    if sorted(indices, key=str) != sorted(range(len(entries)), key=str):
+        raise UnusableAnswer(f"the answer's indices are {indices}, not 0 to {len(entries) - 1}")
+    return sorted(entries, key=lambda entry: entry["index"])
+
+
+def logit_by_name(scores: Any, label: str | None) -> object:
+    """From one text's `[{"label": ..., "score": ...}, ...]`, the score of the label asked for, wherever it stands."""
+    if not isinstance(scores, list) or not all(isinstance(s, dict) and "label" in s and "score" in s for s in scores):
+        raise UnusableAnswer(f"labels with scores were expected, not {scores!r:.80}")
+    if label is None and len(scores) == 1:
+        return scores[0]["score"]
+    found = [entry["score"] for entry in scores if entry["label"] == label]
+    if len(found) != 1:
+        raise UnusableAnswer(f"label {label!r} is not among {', '.join(str(entry['label']) for entry in scores)}")
+    return found[0]
+
+
+def logit_by_index(row: Any, component: RewardComponent) -> object:
+    """From one text's row of unnamed logits, the one at `label_index`; a row of one needs no index."""
+    if not isinstance(row, list) or not row:
+        raise UnusableAnswer(f"a row of logits was expected, not {row!r:.80}")
+    index = component.label_index
+    if index is None and len(row) > 1:
+        raise UnusableAnswer(
+            f"{len(row)} logits came back and this protocol doesn't name their labels: say which one with "
+            "--reward.label-index"
+        )
+    if index is not None and not 0 <= index < len(row):
+        raise UnusableAnswer(f"reward.label_index={index}, but {len(row)} logits came back")
+    return row[index or 0]
+
+
+class ProbabilityCheck:
+    """Raises `UnusableAnswer` for probabilities where raw logits are wanted.
+
+    A row of two or more that sums to one with nothing below zero is no row of logits. Sigmoids can only be told by all
+    of them lying between 0 and 1. That is looked at once, over the first answer of `SIGMOIDS_SHOW_IN` texts or more, so
+    that a run is refused at its start and never later on; and not at all where the protocol has no way to ask for
+    logits (`asked=False`), since there a model's own scores may be like that.
+    """
+
+    def __init__(self, component: RewardComponent, *, asked: bool = True) -> None:
+        self._accepts = component.accept_probabilities
+        self._look_for_sigmoids = asked
+
+    def __call__(self, rows: Sequence[Sequence[object]]) -> None:
+        numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
+        if self._accepts or not numbers:
+            return
+        if all(len(row) > 1 and min(row) >= 0 and abs(sum(row) - 1) < 1e-3 for row in numbers):
+            raise UnusableAnswer(
+                "probabilities came back, and raw logits are wanted; --reward.accept-probabilities takes them"
+            )
+        if self._look_for_sigmoids and len(numbers) >= SIGMOIDS_SHOW_IN:
+            self._look_for_sigmoids = False
+            if all(0 <= number <= 1 for row in numbers for number in row):
+                raise UnusableAnswer(
+                    "every score lies between 0 and 1, as probabilities do, though raw logits were asked for; if the "
+                    "model's scores are like that, --reward.accept-probabilities takes them"
+                )

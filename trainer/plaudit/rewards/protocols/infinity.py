@@ -1,0 +1,54 @@
+"""infinity: `POST /classify`, labels by name. Asked for raw scores, versions up to 0.0.78 answer with probabilities."""
+
+from collections.abc import Sequence
+
+from plaudit.rewards.protocols.base import (
+    Call,
+    Get,
+    ProbabilityCheck,
+    UnusableAnswer,
+    from_json,
+    joined,
+    logit_by_name,
+    model_info,
+    response,
+    to_json,
+)
+from plaudit.rewards.settings import RewardComponent
+from plaudit.wire import ModelInfo, RewardItem, RewardResponse
+
+
+class Infinity:
+    name = "infinity"
+    retried_statuses: frozenset[int] = frozenset()
+
+    def __init__(self, component: RewardComponent) -> None:
+        self._component = component
+        self._check = ProbabilityCheck(component)
+        self._model = component.model
+
+    async def describe(self, get: Get) -> ModelInfo:
+        answer = from_json(await get("/models"))
+        try:
+            judges = [model["id"] for model in answer["data"] if "classify" in model["capabilities"]]
+        except (KeyError, TypeError) as error:
+            raise UnusableAnswer(f"/models lists no models: {answer!r:.200}") from error
+        if self._model not in judges and (self._model is not None or len(judges) != 1):
+            # It answers with whichever model it has when the name is wrong.
+            raise UnusableAnswer(
+                f"choose one of its classifiers with --reward.model: {', '.join(map(str, judges)) or 'it has none'}"
+            )
+        self._model = self._model or judges[0]
+        return model_info(self._model)
+
+    def encode(self, items: Sequence[RewardItem]) -> Call:
+        return Call("/classify", to_json({"model": self._model, "input": joined(items), "raw_scores": True}))
+
+    def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        answer = from_json(body)
+        texts = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(texts, list):
+            raise UnusableAnswer(f"labels with scores for each text were expected, not {answer!r:.80}")
+        rewards = [logit_by_name(scores, self._component.label) for scores in texts]
+        self._check([[entry["score"] for entry in scores] for scores in texts])
+        return response(rewards, self._component.label, info)

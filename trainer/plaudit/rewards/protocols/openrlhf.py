@@ -1,0 +1,45 @@
+"""OpenRLHF's reward server: `POST /get_reward`. It has no labels: what its reward is, the server decides."""
+
+from collections.abc import Sequence
+
+from plaudit.rewards.protocols.base import (
+    Call,
+    Get,
+    UnusableAnswer,
+    from_json,
+    joined,
+    model_info,
+    response,
+    to_json,
+)
+from plaudit.rewards.settings import RewardComponent
+from plaudit.wire import ModelInfo, RewardItem, RewardResponse
+
+
+class OpenRLHF:
+    name = "openrlhf"
+    retried_statuses: frozenset[int] = frozenset()
+
+    def __init__(self, component: RewardComponent) -> None:
+        self._component = component
+
+    async def describe(self, get: Get) -> ModelInfo:
+        if self._component.label is not None:
+            raise UnusableAnswer(
+                f"this protocol has no labels, so {self._component.label!r} can't be asked for: take what the server's "
+                "reward is with --reward.label None"
+            )
+        # It has no route for health or for the model.
+        return model_info(self._component.model or "openrlhf")
+
+    def encode(self, items: Sequence[RewardItem]) -> Call:
+        prompts = [item.prompt for item in items]
+        # `labels` are reference answers, which PPO on prompts has none of.
+        body = {"query": joined(items), "prompts": prompts, "labels": [""] * len(items)}
+        return Call("/get_reward", to_json(body))
+
+    def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        answer = from_json(body)
+        if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
+            raise UnusableAnswer(f'{{"rewards": [...]}} was expected, not {answer!r:.80}')
+        return response(answer["rewards"], None, info)

@@ -1,0 +1,42 @@
+"""Plaudit's own protocol (`plaudit.wire`): raw logits by label name, with the model's revision in every answer."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from plaudit.rewards.protocols.base import BrokenBody, Call, Get, UnusableAnswer
+from plaudit.rewards.settings import RewardComponent
+from plaudit.wire import MODEL_PATH, READYZ_PATH, REWARDS_PATH, ModelInfo, RewardItem, RewardRequest, RewardResponse
+
+Message = TypeVar("Message", bound=BaseModel)
+
+
+class Plaudit:
+    name = "plaudit"
+    retried_statuses: frozenset[int] = frozenset()
+
+    def __init__(self, component: RewardComponent) -> None:
+        self._component = component
+
+    async def describe(self, get: Get) -> ModelInfo:
+        await get(READYZ_PATH)
+        return _parse(ModelInfo, await get(MODEL_PATH))
+
+    def encode(self, items: Sequence[RewardItem]) -> Call:
+        request = RewardRequest(items=list(items), label=self._component.label)
+        return Call(REWARDS_PATH, request.model_dump_json().encode())
+
+    def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        return _parse(RewardResponse, body)
+
+
+def _parse(model: type[Message], body: bytes) -> Message:
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise BrokenBody(first["msg"]) from error
+        where = ".".join(str(part) for part in first["loc"])
+        raise UnusableAnswer(f"{where}: {first['msg']} (got {first['input']!r:.80})") from error

@@ -1,0 +1,154 @@
+"""Where rewards come from, and how long to wait for them. Needs pydantic and the standard library only."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from plaudit.settings.checks import positive, require
+
+EndpointKind = Literal[
+    "auto",
+    "plaudit",
+    "tei",
+    "openrlhf",
+    "vllm-classify",
+    "vllm-pooling",
+    "sglang",
+    "infinity",
+    "hf-inference",
+    "kserve",
+]
+
+
+@dataclass(frozen=True)
+class RewardComponent:
+    """One reward: who computes it, and its weight in the sum."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    """For lists of these in preset files: a misspelt key is an error."""
+
+    name: str = "reward"
+    """What the metrics call it."""
+    weight: float = 1.0
+    url: tuple[str, ...] = ()
+    """Base URL of a reward endpoint; several are used side by side."""
+    kind: EndpointKind = "auto"
+    """The protocol that the endpoints speak; found out by asking them unless given."""
+    label: str | None = "POSITIVE"
+    """Whose raw logit is the reward, by name."""
+    label_index: int | None = None
+    """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
+    model: str | None = None
+    """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
+    accept_probabilities: bool = False
+    """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
+    header: tuple[str, ...] = ()
+    """Further request header, for example "X-Tenant: blue"."""
+    api_key_file: Path | None = None
+    """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
+    ca_file: Path | None = None
+    """PEM file of the certificate authority that signed an https endpoint's certificate."""
+    function: str | None = None
+    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async."""
+
+    def __post_init__(self) -> None:
+        for url in self.url:
+            _check_url(url)
+        for line in self.header:
+            name, colon, _ = line.partition(":")
+            require(
+                bool(colon and name.strip()) and line.isascii() and line.isprintable(),
+                f"reward.header={line!r} must be a name and a value in plain ASCII, as in X-Tenant: blue",
+            )
+        if self.function is not None:
+            module, _, name = self.function.partition(":")
+            require(bool(module and name), f"reward.function={self.function!r} must be module:name")
+        require(
+            not (self.url and self.function),
+            f"reward {self.name!r} has both url and function: list them as two rewards under reward.components in a "
+            "settings file, each with its weight",
+        )
+        require(math.isfinite(self.weight), f"reward.weight={self.weight} must be finite")
+
+    @property
+    def says_whom_to_ask(self) -> bool:
+        """Whether there is a URL or a function. A settings file may leave that to the command line."""
+        return bool(self.url or self.function)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Where rewards come from, and how long to wait for them."""
+
+    components: tuple[RewardComponent, ...] = ()
+    """The rewards to add up, each with a weight."""
+    patience_s: float = 600.0
+    """How long an endpoint may stay unavailable before the run checkpoints and exits 75."""
+    request_timeout_s: float = 60.0
+    connect_timeout_s: float = 5.0
+    chunk_size: int = 32
+    """Completions in one request."""
+    max_in_flight: int = 8
+    """Requests under way at once for each endpoint."""
+    hedge_after_s: float | None = None
+    """With several endpoints: ask a second one when the first has not answered after so long; the faster one counts."""
+    check_order: bool = True
+    """At the start, score four texts together and one by one, to see that rewards come back in the texts' order."""
+    allow_revision_change: bool = False
+    """Go on when the reward model changes in mid-run."""
+
+    def __post_init__(self) -> None:
+        positive(
+            self,
+            "patience_s",
+            "request_timeout_s",
+            "connect_timeout_s",
+            "chunk_size",
+            "max_in_flight",
+            "hedge_after_s",
+        )
+        require(
+            self.hedge_after_s is None or self.hedge_after_s < self.request_timeout_s,
+            f"hedge_after_s={self.hedge_after_s} must be less than request_timeout_s={self.request_timeout_s}",
+        )
+        names = [component.name for component in self.components]
+        require(len(set(names)) == len(names), f"rewards need different names, not {', '.join(names)}")
+        for component in self.components[1:]:
+            require(component.says_whom_to_ask, f"reward {component.name!r} needs either url or function")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Settings for one reward, from its own fields and the shared ones: `of(url=("http://…",), patience_s=60)`."""
+        own = {f.name: values.pop(f.name) for f in dataclasses.fields(RewardComponent) if f.name in values}
+        return cls((RewardComponent(**own),), **values)
+
+    def asking(self, *urls: str) -> Self:
+        """The same with the first reward at these URLs."""
+        first, *others = self.components or (RewardComponent(),)
+        return dataclasses.replace(self, components=(dataclasses.replace(first, url=urls), *others))
+
+
+def without_credentials(url: str) -> str:
+    """The URL without a name and password in it, for messages and files."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _check_url(url: str) -> None:
+    shown = without_credentials(url) if "://" in url else url
+    require(
+        url.startswith(("http://", "https://")),
+        f"reward.url={shown!r} must start with http:// or https://, for example http://127.0.0.1:8000",
+    )
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    require(usable, f"reward.url={shown!r} must name a host, and a port from 1 to 65535 if it names one")
+    require(
+        not (parts.query or parts.fragment), f"reward.url={shown!r} must end with its path: no ?query, no #fragment"
+    )

@@ -1,0 +1,1 @@
+"""How a run lives on disk and in its process."""

@@ -1,0 +1,194 @@
+"""Checkpoints: everything the next step depends on, whole or not at all.
+
+A checkpoint is written into a directory beside its place and renamed, its manifest last, so a kill or a full disk in
+mid-write leaves litter and the previous checkpoint. Prompts and sampling depend on seed and step alone, so the position
+in the data is the step itself and there are no generator states to save beyond the stepper's own.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plaudit.errors import ConfigError
+from plaudit.learner.stepper import PPOStepper
+from plaudit.parallel.sharding import as_split, for_files, is_sharded
+from plaudit.policy.model import Policy
+from plaudit.run.storage import sync, writing
+from plaudit.settings.plain import to_dict
+from plaudit.settings.ppo import PPOConfig
+
+MANIFEST = "manifest.json"
+WEIGHTS = "trainable.safetensors"
+STATE = "state.pt"
+FORMAT = 1
+
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume",
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_samples_every",
+    "trackers",
+    "collective_timeout_s",
+    "merge",
+    "device",
+    "generation.static_cache",
+    "ppo.micro_batch_size",
+    "reward.",
+)
+"""Settings, or the beginnings of their names, that a resumed run may give anew without becoming another run."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    directory: Path
+    step: int
+    """Steps done; the next one has this index."""
+    config: dict[str, Any]
+    reward_revision: str | None
+
+
+def save_checkpoint(
+    root: Path, policy: Policy, stepper: PPOStepper, *, config: dict[str, Any], reward_revision: str | None, keep: int
+) -> Checkpoint:
+    """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
+
+    All processes of the run call this; the main one writes, and what it fails with all of them raise.
+
+    Raises:
+        NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
+    """
+    manifest = {"format": FORMAT, "step": stepper.steps_done, "config": config, "reward_revision": reward_revision}
+    weights = {name: for_files(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
+    state = stepper.state_dict()
+    checkpoint = Checkpoint(root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision)
+    stepper.processes.on_main(lambda: _write(checkpoint.directory, manifest, weights, state, keep=keep))
+    return checkpoint
+
+
+def _write(
+    final: Path, manifest: dict[str, Any], weights: dict[str, Tensor], state: dict[str, Any], *, keep: int
+) -> None:
+    beside = final.with_name(f".{final.name}.writing")
+    replaced = final.with_name(f"{final.name}.replaced")
+    _remove(beside)
+    with writing(beside):
+        try:
+            beside.mkdir(parents=True)
+            save_file(weights, beside / WEIGHTS)
+            # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
+            with (beside / STATE).open("wb") as file:
+                torch.save(state, file)
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            for written in (*beside.iterdir(), beside):
+                sync(written)
+        except BaseException:
+            # Its room is needed for whatever comes next.
+            _remove(beside)
+            raise
+        # One of the same step is a whole checkpoint until the new one is.
+        if final.exists():
+            _remove(replaced)
+            final.rename(replaced)
+        beside.rename(final)
+        sync(final.parent)
+    _remove(replaced)
+    for old in list_checkpoints(final.parent)[:-keep]:
+        _remove(old.directory)
+
+
+def forget_checkpoints_after(root: Path, step: int) -> list[Path]:
+    """Removes checkpoints of later steps: a run that goes on from `step` is about to take those steps again."""
+    later = [checkpoint.directory for checkpoint in list_checkpoints(root) if checkpoint.step > step]
+    for directory in reversed(later):
+        _remove(directory)
+    return later
+
+
+def list_checkpoints(root: Path) -> list[Checkpoint]:
+    """The complete checkpoints under `root`, oldest first."""
+    return sorted(
+        (read_checkpoint(path.parent) for path in root.glob(f"step-*/{MANIFEST}")),
+        key=lambda checkpoint: (checkpoint.step, checkpoint.directory.suffix == ""),
+    )
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """The checkpoint in `directory`. Raises ConfigError when there is none or this version can't read it."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise ConfigError(f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+        return Checkpoint(directory, manifest["step"], manifest["config"], manifest["reward_revision"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"{directory}: not a checkpoint ({error}); name a directory checkpoints/step-NNNNNN"
+        ) from error
+
+
+def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None:
+    """Put policy and stepper into the saved state, to the bit."""
+    # Of sharded weights, the whole need not fit on the device.
+    saved = load_file(checkpoint.directory / WEIGHTS, device="cpu" if is_sharded(policy) else str(policy.device))
+    trainable = dict(_trainable(policy))
+    if saved.keys() != trainable.keys():
+        differing = sorted(saved.keys() ^ trainable.keys())
+        raise ConfigError(
+            f"{checkpoint.directory}: trained parameters differ from the policy's, for example {differing[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(as_split(saved[name], parameter))
+    # Several processes of one machine that each need a part read it off the disk as they go.
+    state = torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu", mmap=is_sharded(policy))
+    stepper.load_state_dict(state)
+
+
+def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Compare a checkpoint's configuration with the current one; returns the harmless differences, one line each.
+
+    Raises:
+        ConfigError: a difference that would make the resumed run another run; all of them are named.
+    """
+    # A setting that is younger than the checkpoint had its default.
+    defaults = _flat(to_dict(PPOConfig()))
+    before, after = defaults | _flat(saved), defaults | _flat(current)
+    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
+    refused = [line for name, line in lines.items() if not name.startswith(FREE_TO_CHANGE)]
+    if refused:
+        raise ConfigError(
+            f"cannot resume with other settings: {'; '.join(refused)}. "
+            "Give the checkpoint's values, or start a new run in another --output-dir"
+        )
+    # Where to go on from is no setting of the run.
+    return [line for name, line in lines.items() if name != "resume"]
+
+
+def _trainable(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a checkpoint, its manifest first: without it, what a kill leaves is litter."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,163 @@
+"""A run's numbers: one flat dict a step, to metrics.jsonl and TensorBoard. Names are those of the classic trainer.
+
+What would be wrong here: a line lost or torn by a crash that makes the rest unreadable, or a step that counts twice
+after a resumed run repeats it.
+"""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plaudit.errors import ConfigError
+from plaudit.run.storage import write_text, writing
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+REWARD_MEAN = "env/reward_mean"
+"""Mean score of the step's responses, as the reward service gave it."""
+REWARD_STD = "env/reward_std"
+REWARD_COMPONENT = "rewards/{name}/{statistic}"
+"""Mean and std of one reward of several, before its weight, as the other trainers of the ecosystem name them."""
+KL = "objective/kl"
+"""Mean over responses of the summed KL to the reference, in nats."""
+KL_COEF = "objective/kl_coef"
+
+
+class MetricsLog:
+    """Appends steps to `directory/metrics.jsonl`, each flushed when written, and to `directory/tensorboard`.
+
+    A run that goes on from a checkpoint passes the first step it will write as `resume_from`: TensorBoard then hides
+    what an earlier process wrote beyond it, as `read_metrics` does. `trackers` are further ones (`open_tracker`).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resume_from: int | None = None,
+        tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
+    ) -> None:
+        self._directory, self._path = directory, directory / FILE_NAME
+        self._trackers = trackers
+        self._tensorboard: Any = None
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            torn = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
+            # Unbuffered: a line that found no room is not kept to be tried again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+            if torn:
+                self._append("\n")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            with writing(directory / TENSORBOARD_DIR):
+                self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=resume_from)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's metrics. A number that is not finite is written as null: JSON has no NaN. Raises `NotWritten`."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        with writing(self._path):
+            self._append(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+        if self._tensorboard is not None:
+            with writing(self._directory / TENSORBOARD_DIR):
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
+
+    def write_samples(self, step: int, samples: Sequence[tuple[str, str, float]]) -> None:
+        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page and for trackers."""
+        for tracker in self._trackers:
+            if hasattr(tracker, "log_table"):
+                rows = [list(sample) for sample in samples]
+                tracker.log_table("samples", columns=["prompt", "response", "reward"], data=rows, step=step)
+        if self._tensorboard is None:
+            return
+        lines = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
+        table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *lines])
+        with writing(self._directory / TENSORBOARD_DIR):
+            self._tensorboard.add_text("samples", table, step)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        if self._tensorboard is not None:
+            with writing(self._directory / TENSORBOARD_DIR):
+                self._tensorboard.close()
+
+    def _append(self, line: str) -> None:
+        data = line.encode()
+        while data:
+            data = data[self._file.write(data) :]
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tracker(name: str, directory: Path, config: Mapping[str, Any]) -> Any:
+    """A started tracker of accelerate's, which knows the run's settings. Files it keeps go to `directory`.
+
+    Raises:
+        ConfigError: there is none of this name, or its package is not installed.
+    """
+    from accelerate import tracking
+
+    if name not in tracking.LOGGER_TYPE_TO_CLASS:
+        raise ConfigError(f"trackers={name!r}: there are {', '.join(sorted(tracking.LOGGER_TYPE_TO_CLASS))}")
+    kind = tracking.LOGGER_TYPE_TO_CLASS[name]
+    options = {"logging_dir": str(directory)} if kind.requires_logging_directory else {}
+    try:
+        tracker = kind("plaudit", **options)
+        tracker.start()
+    except ImportError as error:
+        raise ConfigError(f"trackers={name!r} needs its package: pip install {error.name or name}") from error
+    tracker.store_init_configuration(dict(config))
+    return tracker
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps of a metrics.jsonl in order, each once: of a step that a resumed run repeated, the last record.
+
+    Skips a line that a crash cut off, and leaves out numbers that were not finite.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the metrics: {error.strerror}") from error
+    steps: dict[int, dict[str, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            steps[record["step"]] = {name: value for name, value in record.items() if value is not None}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _cell(text: str) -> str:
+    """Text in a Markdown table: on one line, and no character of it ends the cell or starts a tag."""
+    return html.escape(" ".join(text.split())).replace("|", "&#124;")
+
+
+def forget_steps_after(path: Path, steps_done: int) -> None:
+    """Drop metrics of steps that the checkpoint doesn't include: they are about to happen again."""
+    if not path.exists():
+        return
+    kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,89 @@
+"""How a run lives in its process: signals that ask it to stop, and the lock on its output directory."""
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+import filelock
+
+from plaudit.errors import ConfigError
+from plaudit.run.storage import writing
+
+T = TypeVar("T")
+POLL_S = 0.2
+"""How often a wait looks whether the run was asked to stop."""
+
+
+class StopRequested(Exception):
+    """SIGTERM or Ctrl-C arrived. The CLI exits with 128 + the signal's number, as shells do."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.exit_code = 128 + signal_number
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.exit_code - 128).name}"
+
+
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C, so that a step ends or is dropped in a place where nothing is half done."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Handle both signals inside the block. A second one acts at once, as it would without us."""
+        previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raise `StopRequested` if a signal has arrived."""
+        if self._received is not None:
+            raise StopRequested(self._received)
+
+    def wait(self, future: "Future[T]") -> T:
+        """The future's result, or `StopRequested` soon after a signal. The future bounds the wait, not we."""
+        while True:
+            self.check()
+            try:
+                return future.result(timeout=POLL_S)
+            except FutureTimeout:
+                if future.done():
+                    raise
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold `directory` for one run; the operating system lets go when the process dies, however it dies.
+
+    Raises:
+        ConfigError: another run holds it.
+        NotWritten: there can be no such directory, or no file in it.
+    """
+    lock = filelock.FileLock(directory / ".lock")
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                f"output_dir={directory} is in use by another run; wait for it or give another --output-dir"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()

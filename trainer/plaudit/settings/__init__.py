@@ -1,0 +1,1 @@
+"""One frozen dataclass a stage, checked when it is built."""

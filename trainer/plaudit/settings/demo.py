@@ -1,0 +1,39 @@
+"""The demo."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from plaudit.settings.checks import positive, require
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole of it on one machine: a reward service in its own process, PPO over HTTP, before and after."""
+
+    output_dir: Path = Path("runs/demo")
+    preset: Path = Path("demo")
+    """Settings of the PPO stage, as `plaudit ppo --config` reads them."""
+    reward_model: str = "imdb-distilbert-mini"
+    """Directory or hub id of the classifier that the reward service loads."""
+    stages: Literal["ppo", "all"] = "ppo"
+    """`all` first trains a small language model and a small reward model from scratch."""
+    from_scratch_steps: int = 300
+    """Optimizer steps of each of those two; the embedded models took about ten times as many."""
+    steps: int | None = None
+    """PPO steps; not given means the preset's."""
+    n_prompts: int = 256
+    """Held-out prompts of the evaluation."""
+    reward_url: tuple[str, ...] = ()
+    """Reward services that run already; with one, the demo starts none, and the policy may be a hub id."""
+    ready_timeout_s: float = 120.0
+    """How long the reward service may take to start."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "ready_timeout_s", "from_scratch_steps")
+        require(
+            self.stages == "ppo" or not self.reward_url,
+            "stages=all trains a reward model to serve; it can't be used with reward_url",
+        )
+        require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")

@@ -1,0 +1,155 @@
+"""Settings from a YAML file. A key that nothing reads, or a value of the wrong type, is an error that names it."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from plaudit import presets
+from plaudit.errors import ConfigError
+from plaudit.rewards.settings import RewardComponent, RewardSettings
+
+OLD_REWARD_KEYS: dict[str, Any] = {"function_weight": float, "also": tuple[RewardComponent, ...]}
+"""What `reward.components` was written as before it was one list."""
+
+T = TypeVar("T")
+
+
+def load(config_type: type[T], path: Path) -> T:
+    """The config that the file describes; what the file leaves out has its default."""
+    values = read(config_type, path)
+    try:
+        return _replaced(config_type(), values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def unchecked_defaults(config_type: type[T], path: Path) -> T:
+    """The file's settings over the defaults, *not checked against each other*.
+
+    For the command line alone, which overrides some of them and checks the whole when it builds the config: a file's
+    `batch_size` may well clash with a default `mini_batch_size` that the command line is about to change.
+    """
+    return _overlaid(config_type(), read(config_type, path))
+
+
+def read(config_type: type, path: Path) -> dict[str, Any]:
+    """The file's settings, nested as the dataclasses of `config_type` are, each value of its field's type.
+
+    Raises `ConfigError` with the file, the key, the value, and the nearest valid key or the type wanted.
+    """
+    import yaml
+
+    path = presets.find(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file; the presets are {', '.join(presets.names())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    return {} if values is None else _section(config_type, values, path, prefix="", root=config_type)
+
+
+def _section(config_type: type, values: object, path: Path, prefix: str, root: type) -> dict[str, Any]:
+    types = _types(config_type) | (OLD_REWARD_KEYS if config_type is RewardSettings else {})
+    if not isinstance(values, Mapping):
+        found = f"{prefix.removesuffix('.')}={values!r}" if prefix else f"found {values!r}"
+        raise ConfigError(f"{path}: {found}: must be lines of `key: value` with keys among {', '.join(types)}")
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if key not in types:
+            raise ConfigError(f"{path}: {dotted}={value!r}: no such setting; {_did_you_mean(root, dotted)}")
+        wanted = types[key]
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            result[key] = _section(wanted, value, path, f"{dotted}.", root)
+        else:
+            result[key] = _value(wanted, value, path, dotted)
+    return _listed(result, path) if config_type is RewardSettings else result
+
+
+def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Reward settings with `components` as their only list, whether the file has it, or one reward's keys beside it."""
+    own = {key: values.pop(key) for key in _types(RewardComponent) if key in values}
+    also, function_weight = values.pop("also", ()), values.pop("function_weight", 1.0)
+    if not own and not also:
+        return values
+    if "components" in values:
+        raise ConfigError(f"{path}: reward.components and reward.{next(iter(own), 'also')} can't both be given")
+    try:
+        components = []
+        if own.get("url") and own.get("function"):
+            function = own.pop("function")
+            extra = own | {"url": (), "function": function, "name": function.partition(":")[2]}
+            components = [RewardComponent(**own), RewardComponent(**extra | {"weight": function_weight})]
+        elif own.get("url") or own.get("function") or not also:
+            components = [RewardComponent(**own)]
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return values | {"components": (*components, *also)}
+
+
+def _value(wanted: Any, value: object, path: Path, dotted: str) -> object:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # Not strict: YAML 1.1 reads 1e-5, which has no dot, as a string.
+        result: object = TypeAdapter(wanted).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        hint = f"; write it as a list: [{value}]" if problem["type"] == "tuple_type" else ""
+        raise ConfigError(f"{path}: {dotted}={value!r}: {problem['msg'].lower()}{hint}") from None
+    if isinstance(value, bool) and not isinstance(result, bool):
+        raise ConfigError(f"{path}: {dotted}={value!r}: input should be a number, not true or false")
+    return result
+
+
+def _did_you_mean(config_type: type, dotted: str) -> str:
+    keys = list(_dotted_keys(config_type))
+    leaf = dotted.rpartition(".")[2]
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == leaf]
+    section = dotted.rpartition(".")[0]
+    beside = [key for key in keys if key.rpartition(".")[0] == section]
+    near = elsewhere or difflib.get_close_matches(dotted, beside, n=1) or difflib.get_close_matches(dotted, keys, n=1)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"the settings here are {', '.join(beside)}"
+
+
+def _dotted_keys(config_type: type, prefix: str = "") -> Iterator[str]:
+    for name, wanted in _types(config_type).items():
+        yield f"{prefix}{name}"
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted):
+            yield from _dotted_keys(wanted, f"{prefix}{name}.")
+
+
+def _types(config_type: type) -> dict[str, Any]:
+    types = typing.get_type_hints(config_type)
+    if config_type is RewardSettings:
+        # One reward's keys may stand beside the shared ones.
+        types = typing.get_type_hints(RewardComponent) | types
+    return {
+        name: kind
+        for name, kind in types.items()
+        if typing.get_origin(kind) is not typing.ClassVar and kind is not typing.ClassVar
+    }
+
+
+def _replaced(config: T, values: Mapping[str, Any]) -> T:
+    changes = {k: _replaced(getattr(config, k), v) if isinstance(v, dict) else v for k, v in values.items()}
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def _overlaid(config: T, values: Mapping[str, Any]) -> T:
+    result = object.__new__(type(config))  # __init__ would check
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        current = getattr(config, field.name)
+        value = values.get(field.name, current)
+        object.__setattr__(result, field.name, _overlaid(current, value) if isinstance(value, dict) else value)
+    return result

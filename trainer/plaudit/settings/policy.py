@@ -1,0 +1,69 @@
+"""The policy: its adapters, how it is held and computed, how it samples."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plaudit.settings.checks import positive, require
+
+Quantization = Literal["8bit", "4bit"]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the policy (peft.LoraConfig)."""
+
+    enabled: bool = True
+    """Off trains every parameter; the reference is then a frozen second copy."""
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    """Recorded with the adapters. PPO itself runs without dropout: a ratio compares two scores of one network."""
+    target_modules: tuple[str, ...] | None = None
+    """Module names to adapt; found by architecture when not given."""
+
+    def __post_init__(self) -> None:
+        positive(self, "r", "alpha")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How the policy is held in memory and computed."""
+
+    quantization: Quantization | None = None
+    """Base weights in 8 or 4 bits (bitsandbytes); adapters and value head stay in full precision."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass of updates: less memory, about a third more time."""
+    bf16: bool = False
+    """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
+    compile: bool = False
+    """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, faster steps after."""
+    separate_value_model: bool = False
+    """Values from a transformer of their own, which starts as a copy of the policy and learns whole."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How responses are sampled. Each row draws its own length between the two bounds."""
+
+    min_new_tokens: int = 4
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary. Log-probabilities are those of the distribution sampled from."""
+    top_p: float = 1.0
+    batch_size: int = 128
+    """Prompts generated at once; also the size of the chunks sent to the reward service."""
+    static_cache: bool | None = None
+    """Sample with CUDA graphs and a key-value cache of fixed size. By default on GPUs, where the model can; slower on
+    CPUs. `plaudit evaluate` does without."""
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens={self.min_new_tokens} and max_new_tokens={self.max_new_tokens}: "
+            "need 1 <= min_new_tokens <= max_new_tokens",
+        )
+        positive(self, "temperature", "batch_size")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p} must lie in (0, 1]")
+        require(self.top_k >= 0, f"top_k={self.top_k} must be 0 (off) or more")

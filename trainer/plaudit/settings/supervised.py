@@ -1,0 +1,49 @@
+"""What stages 1 and 2 share: the shape of a model from scratch, and the optimizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plaudit.settings.checks import fraction, positive, require
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Shape of a model trained from scratch. Head size is `hidden_size / heads`."""
+
+    model_type: str
+    """A `model_type` that transformers knows: gpt2, llama, distilbert, ..."""
+    vocab_size: int = 4096
+    hidden_size: int = 192
+    layers: int = 3
+    heads: int = 3
+    max_positions: int = 128
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "hidden_size", "layers", "heads", "max_positions")
+        require(
+            self.hidden_size % self.heads == 0, f"heads={self.heads} does not divide hidden_size={self.hidden_size}"
+        )
+        # 256 bytes and the special tokens are in every vocabulary that the byte-level BPE trainer makes.
+        require(self.vocab_size >= 264, f"vocab_size={self.vocab_size} must be at least 264")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How stages 1 and 2 learn."""
+
+    learning_rate: float = 5e-5
+    """AdamW's."""
+    muon_learning_rate: float | None = None
+    """When given, torch.optim.Muon with this rate learns the weight matrices, AdamW the rest. Helps from scratch."""
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    warmup_fraction: float = 0.03
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "learning_rate", "muon_learning_rate", "batch_size", "epochs", "max_steps", "max_grad_norm")
+        fraction(self, "warmup_fraction")
