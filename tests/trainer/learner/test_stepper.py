@@ -178,6 +178,15 @@ def test_a_resumed_stepper_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert resumed.kl_coef == straight.kl_coef
 
 
+def test_a_resumed_stepper_keeps_its_own_way_to_compute(tmp_path: Path) -> None:
+    """A checkpoint of a CPU goes on with a GPU's kernels, and the other way round."""
+    straight, resumed = make_stepper(), make_stepper()
+    straight.step(QUERIES, RESPONSES, SCORES)
+    resumed.optimizer.param_groups[0]["fused"] = True
+    resumed.load_state_dict(straight.state_dict())
+    assert resumed.optimizer.param_groups[0]["fused"] is True
+
+
 # Defect 11: temperature and truncation missing from the log-probabilities made the KL negative.
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(top_k=20), Sampling(1.3, 50, 0.9)])
 def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(sampling: Sampling) -> None:

@@ -1,5 +1,6 @@
 """Sampling: tokens come from the policy that is scored, and a sample does not depend on its company."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM
 
 from plaudit.errors import ConfigError
+from plaudit.learner.rollout import sampler
 from plaudit.policy.generation import Draws, decode_responses, generate, sample_tokens
+from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Samples
-from plaudit.policy.static_generation import Decoder, StaticGenerator
-from plaudit.settings.policy import GenerationSettings
+from plaudit.policy.static_generation import Decoder, StaticGenerator, supports
+from plaudit.settings.policy import GenerationSettings, LoraSettings
 from tests.support.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 
 QUERIES = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33]]
@@ -159,5 +162,28 @@ def test_a_model_that_does_not_generate_with_fixed_shapes_is_refused_by_name() -
         FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
     )
     for model in (tiny_gpt2(attn_implementation="eager"), alibi.eval()):
+        policy = Policy(add_lora(model, LoraSettings()))
         with pytest.raises(ConfigError, match=f"static_cache=True: {type(model).__name__}"):
-            StaticGenerator(model, SETTINGS, TOKENIZER)
+            sampler(policy, dataclasses.replace(SETTINGS, static_cache=True), TOKENIZER)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fixed_shapes_are_supported_in_half_precision(architecture: str) -> None:
+    # Rotary positions leave keys in fp32 where values are bf16.
+    policy = Policy(add_lora(ARCHITECTURES[architecture](), LoraSettings()), autocast=torch.bfloat16)
+    with policy.generating():
+        assert supports(policy.language_model)
+        static = StaticGenerator(policy.language_model, SETTINGS, TOKENIZER)(QUERIES, draws())
+        assert rows(static) == rows(generate(policy.language_model, QUERIES, draws(), SETTINGS, TOKENIZER))
+
+
+def test_fixed_shapes_that_give_other_logits_are_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_gpt2()
+    prefill = Decoder.prefill
+
+    def one_position_late(self: Decoder, samples: Samples, draws: Draws) -> None:
+        prefill(self, samples, draws)
+        self._position.add_(9)
+
+    monkeypatch.setattr(Decoder, "prefill", one_position_late)
+    assert not supports(model)

@@ -1,5 +1,6 @@
 """The policy: log-probabilities that no padding moves, a reference that is not the policy, files that others load."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +206,26 @@ def test_gradient_checkpointing_recomputes_in_updates_and_is_off_in_rollouts(tmp
 def test_bf16_autocast_computes_in_bf16_and_answers_in_fp32(tmp_path: Path) -> None:
     policy = load_policy(tiny_gpt2_dir(tmp_path), LORA, ModelSettings(bf16=True))
     dtypes = []
+    policy.language_model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
     policy.language_model.get_output_embeddings().register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
     outputs = policy(samples())
-    assert dtypes == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16, torch.float32], "the blocks in bf16, the logits in fp32"
     assert {outputs.logprobs.dtype, outputs.values.dtype, outputs.entropy.dtype} == {torch.float32}
     exact = load_policy(tmp_path, LORA)(samples())
     assert 0 < (outputs.logprobs - exact.logprobs).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"], indirect=True)
+def test_a_pass_and_its_gradient_read_nothing_back_from_the_device(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a GPU each such read waits for everything before it. Tensors without data can't be read at all.
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # knows no such device
+    policy = lora_policy().to("meta")
+    policy._takes_own_mask, policy._packs = True, layout == "packed"
+    outputs = policy(samples().to("meta"))
+    (outputs.logprobs.sum() + outputs.values.sum() + outputs.entropy.sum()).backward()
+    assert policy.reference_logprobs(samples().to("meta")).shape == outputs.logprobs.shape
 
 
 def test_gpt2_with_the_recipes_lora_learns_590593_of_125030401_parameters() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from plaudit.data.sources import Prompts
+from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.sharding import is_sharded
 from plaudit.policy.generation import Draws, decode_responses, generate
@@ -69,13 +70,24 @@ def wait_for(future: "Future[Scores]") -> Scores:
 
 
 def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any) -> Sampler:
-    """How a run samples from its policy: with fixed shapes where settings or device ask for it."""
+    """How a run samples from its policy: with fixed shapes where settings or device ask for it.
+
+    Raises `ConfigError` for a model that can't, if the settings insist.
+    """
     model, static = policy.language_model, settings.static_cache
     if static is None:
         # Graphs remember where weights lie, and gathered ones lie elsewhere every time.
-        static = policy.device.type == "cuda" and supports(model) and not is_sharded(policy)
+        static = policy.device.type == "cuda" and not is_sharded(policy)
     if static:
-        return StaticGenerator(model, settings, tokenizer)
+        with policy.generating():
+            supported = supports(model)
+        if supported:
+            return StaticGenerator(model, settings, tokenizer)
+        if settings.static_cache:
+            raise ConfigError(
+                f"generation.static_cache=True: {type(model).__name__} does not generate with fixed shapes; "
+                "leave the setting out"
+            )
     return functools.partial(generate, model, settings=settings, tokenizer=tokenizer)
 
 

@@ -18,11 +18,15 @@ from plaudit.learner.memory import Fitting
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import as_split, for_files, is_sharded, whole
 from plaudit.policy.model import Policy, ResponseOutputs
-from plaudit.policy.samples import Evaluation, Rollout, Samples, stack_rows
+from plaudit.policy.samples import Evaluation, Rollout, Samples, on_device, stack_rows
 from plaudit.ppo import kl, losses, rewards
 from plaudit.ppo.advantages import gae
 from plaudit.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
+
+
+OWN_OPTIONS = ("fused", "foreach", "capturable")
+"""Of an optimizer's options, those that change how it computes and not what."""
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -83,7 +87,7 @@ class _Minibatch:
     @classmethod
     def of(cls, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> "_Minibatch":
         whole = cls(rollout.samples, rollout.logprobs, rollout.values, advantages, returns, rollout.support)
-        return whole.rows(rows.to(rollout.samples.mask.device))
+        return whole.rows(rows)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -94,14 +98,18 @@ class _Minibatch:
 
     def rows(self, rows: Tensor | Sequence[int]) -> "_Minibatch":
         samples = self.samples.select(rows)
-        rows, width = torch.as_tensor(rows, device=self.mask.device), samples.mask.shape[1]
+        width, chosen = samples.mask.shape[1], on_device(torch.as_tensor(rows), self.mask.device)
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[:, :width].index_select(0, chosen)
+
         return _Minibatch(
             samples,
-            self.logprobs[rows, :width],
-            self.values[rows, :width],
-            self.advantages[rows, :width],
-            self.returns[rows, :width],
-            None if self.support is None else self.support[rows, :width],
+            of(self.logprobs),
+            of(self.values),
+            of(self.advantages),
+            of(self.returns),
+            None if self.support is None else of(self.support),
         )
 
 
@@ -445,7 +453,10 @@ class PPOStepper:
         """Goes on where `state_dict` was taken, to the bit."""
         saved, parameters = state["optimizer"], self._parameters()
         own = _tensors(saved["state"], lambda i, moment: as_split(moment, parameters[i]) if moment.ndim else moment)
-        self.optimizer.load_state_dict({**saved, "state": own})
+        # How steps are computed is this process's business, not that of the one which wrote the file.
+        pairs = zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        groups = [group | {name: current[name] for name in OWN_OPTIONS} for group, current in pairs]
+        self.optimizer.load_state_dict({"state": own, "param_groups": groups})
         self.kl_coef = state["kl_coef"]
         self.moments = rewards.RunningMoments(*state["moments"])
         self.steps_done = state["steps_done"]
@@ -464,7 +475,9 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Ad
             {"params": [p for p in learning if id(p) not in head], "lr": rate, "initial_lr": rate},
             {"params": [p for p in learning if id(p) in head], "lr": head_rate, "initial_lr": head_rate},
         ]
-    return torch.optim.Adam(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps)
+    # One kernel for all parameters; split ones have none.
+    fused = True if policy.device.type == "cuda" and not is_sharded(policy) else None
+    return torch.optim.Adam(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=fused)
 
 
 def learning_rate_factor(

@@ -109,6 +109,15 @@ def device_named(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def settle_arithmetic(*, tf32: bool = False) -> None:
+    """How GPUs of this process compute: matrix products in TF32 if asked for, and attention without cuDNN.
+
+    cuDNN's attention, torch's first choice on recent GPUs, is not deterministic, and makes a plan for each new shape.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 @contextmanager
 def joined(device: str | None, *, timeout_s: float) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that `accelerate launch` or `torchrun` started, and this one's device; else this one alone.

@@ -82,9 +82,7 @@ def generate(
             cache.batch_select_indices(keep)
         last, position = chosen.unsqueeze(1), position[:, -1:] + 1
         seen = torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1)
-    width = int(written.max())
-    mask = torch.arange(width, device=device) < written.unsqueeze(1)
-    return Samples(samples.query_ids, samples.query_mask, tokens[:, :width], mask)
+    return samples.answered(tokens, written)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tensor:
@@ -103,6 +101,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings
 
 def decode_responses(tokenizer: Any, samples: Samples) -> list[str]:
     """The responses as text, without special tokens."""
-    ids = [row[keep].tolist() for row, keep in zip(samples.response_ids, samples.mask, strict=True)]
+    rows = zip(samples.response_ids.tolist(), samples.lengths[1].tolist(), strict=True)
+    ids = [row[:length] for row, length in rows]
     texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts

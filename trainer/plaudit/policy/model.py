@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError
-from plaudit.policy.packing import ModelInput, packed, padded, worth_packing
+from plaudit.policy.head import fp32_logits
+from plaudit.policy.packing import ModelInput, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.samples import Samples
 from plaudit.ppo import distributions
 from plaudit.settings.policy import LoraSettings, ModelSettings, Quantization
@@ -93,9 +94,16 @@ class Policy(nn.Module):
         # BLOOM, MPT and others read positions off the attention mask and take none.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
         disable_dropout(self)
-        self._packs = self._tells_packed_samples_apart()
         # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
         self._reference: list[Any] = []
+        self._takes_own_mask = takes_own_mask(self.language_model) and self._agrees(
+            lambda samples: padded(samples, takes_positions=self._takes_positions, own_mask=True)
+        )
+        # By their positions, most architectures tell the samples of a row apart.
+        self._packs = self._takes_positions and self._agrees(
+            lambda samples: packed(samples, own_mask=self._takes_own_mask)
+        )
+        self._last_input: tuple[Samples, ModelInput] | None = None
         if reference is not None:
             self.use_reference(reference)
 
@@ -149,7 +157,7 @@ class Policy(nn.Module):
             states = self._value_states(given)
         logits = _sampling_logits(logits, samples, temperature, support)
         logprobs, entropies = distributions.token_statistics(
-            logits, samples.response_ids[samples.mask], entropy=entropy
+            logits, samples.gather(samples.response_ids), entropy=entropy
         )
         with torch.autocast(states.device.type, enabled=False):
             values: Tensor = self.v_head(states.float()).squeeze(-1)
@@ -165,7 +173,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Log-probabilities of the response tokens under the reference, [B, T] fp32, 0 on padding."""
         logits = self.reference_logits(samples, temperature=temperature, support=support)
-        logprobs, _ = distributions.token_statistics(logits, samples.response_ids[samples.mask])
+        logprobs, _ = distributions.token_statistics(logits, samples.gather(samples.response_ids))
         return samples.spread(logprobs)
 
     @torch.no_grad()
@@ -209,14 +217,14 @@ class Policy(nn.Module):
         if top_k == 0 and top_p == 1.0:
             return None
         kept = distributions.truncation(self.policy_logits(samples, temperature=temperature), top_k=top_k, top_p=top_p)
-        return samples.spread(kept.scatter(-1, samples.response_ids[samples.mask].unsqueeze(-1), True), fill=True)
+        return samples.spread(kept.scatter(-1, samples.gather(samples.response_ids).unsqueeze(-1), True), fill=True)
 
     def _response_logits(self, model: Any, given: ModelInput) -> tuple[Tensor, Tensor]:
         """Logits [N, V] for the real response tokens, and the states [N, H] that the LM head saw."""
         seen: list[Tensor] = []
 
         def keep_response_states(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0].flatten(0, 1)[given.states])
+            seen.append(inputs[0].flatten(0, 1).index_select(0, given.states))
             return (seen[0].unsqueeze(0), *inputs[1:])
 
         hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
@@ -230,24 +238,34 @@ class Policy(nn.Module):
     def _value_states(self, given: ModelInput) -> Tensor:
         with self.autocasting():
             states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)[given.states]
+        return states.flatten(0, 1).index_select(0, given.states)
 
     def _input_of(self, samples: Samples) -> ModelInput:
-        if self._packs and worth_packing(samples):
-            return packed(samples)
-        return padded(samples, takes_positions=self._takes_positions)
+        # Policy, reference and values are asked about the same samples in turn.
+        if self._last_input is None or self._last_input[0] is not samples:
+            if self._packs and worth_packing(samples):
+                given = packed(samples, own_mask=self._takes_own_mask)
+            else:
+                # On a CPU, transformers' look at the mask costs nothing and may save the mask.
+                own_mask = self._takes_own_mask and self.device.type != "cpu"
+                given = padded(samples, takes_positions=self._takes_positions, own_mask=own_mask)
+            self._last_input = samples, given
+        return self._last_input[1]
 
     @torch.no_grad()
-    def _tells_packed_samples_apart(self) -> bool:
-        """By their positions, as most architectures do; each model is asked, not believed."""
-        if not self._takes_positions or self.device.type == "meta":
+    def _agrees(self, make_input: Callable[[Samples], ModelInput]) -> bool:
+        """Whether an input of another form gives the logits of plain padded rows. Each model is asked, not believed."""
+        if self.device.type == "meta":
             return False
         probe = Samples.from_lists([[1, 2, 3], [4, 5]], [[6, 7], [7, 6, 5]], pad_token_id=0, device=self.device)
-        alone, _ = self._response_logits(self.model, padded(probe, takes_positions=True))
-        together, _ = self._response_logits(self.model, packed(probe))
+        plain, _ = self._response_logits(self.model, padded(probe, takes_positions=self._takes_positions))
+        try:
+            logits, _ = self._response_logits(self.model, make_input(probe))
+        except (RuntimeError, TypeError, ValueError):
+            return False
         exact = self.autocast is None and self.language_model.dtype == torch.float32
         tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
-        return bool((alone - together).abs().max() < tolerance * alone.std())
+        return bool((plain - logits).abs().max() < tolerance * plain.std())
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
@@ -255,11 +273,17 @@ class Policy(nn.Module):
         with torch.compiler.set_stance("force_eager"), self.autocasting():
             yield
 
-    def autocasting(self) -> torch.autocast:
-        """The precision that the policy computes in."""
+    @contextlib.contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """The precision that the policy and its reference compute in; their logits are fp32."""
         # No cache: each weight is cast once a pass anyway, and a recorded graph would keep an old step's copy.
         enabled = self.autocast is not None
-        return torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False)
+        heads = [self._head_of(model) for model in (self.model, *self._reference)]
+        with (
+            fp32_logits(*heads, autocast=self.autocast),
+            torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False),
+        ):
+            yield
 
     @staticmethod
     def _head_of(model: Any) -> Any:
@@ -312,7 +336,7 @@ def _bare(model: Any) -> Any:
 
 
 def _sampling_logits(logits: Tensor, samples: Samples, temperature: float, support: Tensor | None) -> Tensor:
-    kept = None if support is None else support[samples.mask]
+    kept = None if support is None else samples.gather(support)
     return distributions.sampling_logits(logits, temperature=temperature, support=kept)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
 
-from plaudit.policy.samples import Samples
+from plaudit.policy.samples import Samples, on_device
 
 PACKED_TOKENS = 64
 """Least length of a packed row. Longer ones waste less at their ends, and more on attention that the mask drops."""
@@ -29,18 +31,33 @@ class ModelInput:
     in the order of `mask`."""
 
 
-def padded(samples: Samples, *, takes_positions: bool) -> ModelInput:
-    """A row a sample, [B, Q + T - 1]: the last token is no input. Left padding shifts no position."""
+def padded(samples: Samples, *, takes_positions: bool, own_mask: bool = False) -> ModelInput:
+    """A row a sample, [B, Q + T - 1]: the last token is no input. Left padding shifts no position.
+
+    With `own_mask` the model gets the whole attention mask, [B, 1, C, C]. From one of [B, C], transformers would first
+    read on the host whether there is any padding.
+    """
     mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
     arguments = {
         "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
-        "attention_mask": mask,
+        "attention_mask": _own_segments(mask) if own_mask else mask,
     }
     if takes_positions:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     first = samples.query_ids.shape[1] - 1
-    starts = torch.arange(len(samples), device=mask.device) * mask.shape[1] + first
+    starts = torch.arange(len(samples)) * mask.shape[1] + first
     return ModelInput(arguments, _states(samples, starts))
+
+
+def takes_own_mask(model: Any) -> bool:
+    """Whether the model attends as a mask [R, 1, C, C] says and in no other way: torch's attention, no window."""
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return False
+    try:
+        layers = StaticCache(config=model.config, max_cache_len=1).layers
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return all(type(layer) is StaticLayer for layer in layers)
 
 
 def worth_packing(samples: Samples) -> bool:
@@ -48,33 +65,53 @@ def worth_packing(samples: Samples) -> bool:
     return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
 
 
-def packed(samples: Samples) -> ModelInput:
+def packed(samples: Samples, *, own_mask: bool = False) -> ModelInput:
     """Several samples a row, each with positions from 0, by which the model tells them apart; no attention mask.
 
-    Padding is left at the ends of rows alone. It stands at position 0, so it is nobody's neighbour.
+    Padding is left at the ends of rows alone. It stands at position 0, so it is nobody's neighbour. With `own_mask` the
+    model gets the whole attention mask, [R, 1, C, C], in place of reading the positions on the host.
     """
-    device = samples.mask.device
-    lengths = samples.query_lengths + samples.response_lengths - 1
+    query_lengths, response_lengths = samples.lengths
+    lengths = query_lengths + response_lengths - 1
     places, rows, columns = _first_fit(lengths.tolist())
-    starts = torch.tensor(places, device=device)
+    starts = torch.tensor(places)
+    # Where each input token stands among the samples' own cells, and where it goes; all of it follows from the lengths.
+    sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    position = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
+    width = samples.query_ids.shape[1] + samples.response_ids.shape[1]
+    own_cell = sample * width + (samples.query_ids.shape[1] - query_lengths)[sample] + position
+    cell = starts[sample] + position
+    # Elsewhere a token of a query: of padding at the ends of rows, transformers would warn.
+    source = torch.full((rows * columns,), samples.query_ids.shape[1] - 1).index_copy(0, cell, own_cell)
+    position_ids = torch.zeros(rows * columns, dtype=torch.long).index_copy(0, cell, position)
+    segments = torch.zeros(rows * columns, dtype=torch.long).index_copy(0, cell, sample + 1)
+    source, position_ids, segments = on_device(torch.stack([source, position_ids, segments]), samples.mask.device)
+    ids = torch.cat([samples.query_ids, samples.response_ids], dim=1).flatten()
+    arguments = {
+        "input_ids": ids.index_select(0, source).view(rows, columns),
+        "position_ids": position_ids.view(rows, columns),
+    }
+    if own_mask:
+        arguments["attention_mask"] = _own_segments(segments.view(rows, columns))
+    return ModelInput(arguments, _states(samples, starts + query_lengths - 1))
 
-    ids = torch.cat([samples.query_ids, samples.response_ids], dim=1)
-    real = torch.cat([samples.query_mask, samples.mask], dim=1)
-    positions = real.cumsum(1) - 1
-    inputs = real & (positions < lengths.unsqueeze(1))
-    cells = (starts.unsqueeze(1) + positions)[inputs]
-    # A token of a query: of padding at the ends of rows, transformers would warn.
-    filler = samples.query_ids[0, -1]
-    input_ids = filler.repeat(rows * columns).index_copy(0, cells, ids[inputs])
-    position_ids = ids.new_zeros(rows * columns).index_copy(0, cells, positions[inputs])
-    arguments = {"input_ids": input_ids.view(rows, columns), "position_ids": position_ids.view(rows, columns)}
-    return ModelInput(arguments, _states(samples, starts + samples.query_lengths - 1))
+
+def _own_segments(segments: Tensor) -> Tensor:
+    """[R, 1, C, C] bool: a token sees itself and earlier ones of its segment [R, C]; segment 0 is padding."""
+    columns = segments.shape[1]
+    causal = torch.ones(columns, columns, dtype=torch.bool, device=segments.device).tril()
+    together = (segments.unsqueeze(2) == segments.unsqueeze(1)) & (segments > 0).unsqueeze(1)
+    # A softmax over nothing is no number.
+    itself = torch.eye(columns, dtype=torch.bool, device=segments.device)
+    return ((together & causal) | itself).unsqueeze(1)
 
 
 def _states(samples: Samples, first: Tensor) -> Tensor:
     """Indices of the states before each real response token, given that before each sample's first one, [B]."""
-    columns = torch.arange(samples.mask.shape[1], device=first.device)
-    return (first.unsqueeze(1) + columns)[samples.mask]
+    lengths = samples.lengths[1]
+    sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    within = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
+    return on_device(first[sample] + within, samples.mask.device)
 
 
 def _first_fit(lengths: list[int]) -> tuple[list[int], int, int]:

@@ -3,9 +3,13 @@
 Everything is indexed by response token: `logprobs[b, t]` belongs to token t of response b, `values[b, t]` to the state
 before it. `mask` is True on real tokens. Queries are padded on the left and responses on the right, so a row is
 query ++ response and every response starts at the same column.
+
+Lengths are known on the host, and so is everything that follows from them alone: which rows and columns a selection
+has, where the real tokens are. A GPU is asked for them once and never waited for again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -40,7 +44,16 @@ class Samples:
             raise ValueError(f"{len(queries)} queries and {len(responses)} responses must be as many")
         query_ids, query_mask = _pad(queries, pad_token_id, left=True, name="query")
         response_ids, mask = _pad(responses, pad_token_id, left=False, name="response")
-        return cls(query_ids, query_mask, response_ids, mask).to(device)
+        samples = cls(query_ids, query_mask, response_ids, mask)
+        # Counted here, where the host has the masks.
+        return samples._of_lengths(samples.lengths).to(device)
+
+    def answered(self, tokens: Tensor, written: Tensor) -> "Samples":
+        """These queries with other responses: the first `written` [B] of each row of `tokens` [B, T]."""
+        lengths = torch.stack([self.lengths[0], written.cpu()])
+        columns = torch.arange(int(lengths[1].max()), device=tokens.device)
+        mask = columns < written.unsqueeze(1)
+        return Samples(self.query_ids, self.query_mask, tokens[:, : len(columns)], mask)._of_lengths(lengths)
 
     def __len__(self) -> int:
         return self.query_ids.shape[0]
@@ -49,22 +62,47 @@ class Samples:
         """The same samples on another device; None leaves them where they are."""
         if device is None:
             return self
-        return Samples(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        moved = Samples(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        return moved._of_lengths(self.lengths)
+
+    @functools.cached_property
+    def lengths(self) -> Tensor:
+        """[2, B] on the host: tokens of each query and of each response."""
+        return torch.stack([self.query_mask.sum(1), self.mask.sum(1)]).cpu()
+
+    def _of_lengths(self, lengths: Tensor) -> "Samples":
+        """These samples, whose lengths are known already."""
+        self.__dict__["lengths"] = lengths
+        return self
+
+    @functools.cached_property
+    def cells(self) -> Tensor:
+        """[N], where the real response tokens are in [B, T] made flat."""
+        real = torch.arange(self.mask.shape[1]) < self.lengths[1].unsqueeze(1)
+        return on_device(real.flatten().nonzero().squeeze(1), self.mask.device)
 
     def select(self, indices: Tensor | Sequence[int]) -> "Samples":
         """These rows in this order, without the padding columns that none of them needs."""
-        rows = torch.as_tensor(indices, device=self.mask.device)
-        query_mask, mask = self.query_mask[rows], self.mask[rows]
-        skip = self.query_ids.shape[1] - int(query_mask.sum(1).max())
-        keep = int(mask.sum(1).max())
+        chosen = torch.as_tensor(indices).cpu()
+        lengths = self.lengths[:, chosen]
+        skip = self.query_ids.shape[1] - int(lengths[0].max())
+        keep = int(lengths[1].max())
+        rows = on_device(chosen, self.mask.device)
         return Samples(
-            self.query_ids[rows, skip:], query_mask[:, skip:], self.response_ids[rows, :keep], mask[:, :keep]
-        )
+            self.query_ids[:, skip:].index_select(0, rows),
+            self.query_mask[:, skip:].index_select(0, rows),
+            self.response_ids[:, :keep].index_select(0, rows),
+            self.mask[:, :keep].index_select(0, rows),
+        )._of_lengths(lengths)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B, T, ...], one for each response token, as [N, ...] for the real ones in the order of `mask`."""
+        return values.flatten(0, 1).index_select(0, self.cells)
 
     def spread(self, values: Tensor, fill: float = 0) -> Tensor:
         """[N, ...], one for each real response token in the order of `mask`, as [B, T, ...] with `fill` on padding."""
-        spread = values.new_full((*self.mask.shape, *values.shape[1:]), fill)
-        return spread.index_put((self.mask,), values)
+        spread = values.new_full((self.mask.numel(), *values.shape[1:]), fill)
+        return spread.index_copy(0, self.cells, values).view(*self.mask.shape, *values.shape[1:])
 
     def chunks(self, size: int) -> Iterator["Samples"]:
         """Consecutive groups of at most `size` rows."""
@@ -79,17 +117,22 @@ class Samples:
             query_mask=stack_rows([part.query_mask for part in parts], dim=1, left=True, fill=False),
             response_ids=stack_rows([part.response_ids for part in parts], dim=1, fill=0),
             mask=stack_rows([part.mask for part in parts], dim=1, fill=False),
-        )
+        )._of_lengths(torch.cat([part.lengths for part in parts], dim=1))
 
     @property
     def query_lengths(self) -> Tensor:
         """[B], in tokens."""
-        return self.query_mask.sum(1)
+        return on_device(self.lengths[0], self.mask.device)
 
     @property
     def response_lengths(self) -> Tensor:
         """[B], in tokens."""
-        return self.mask.sum(1)
+        return on_device(self.lengths[1], self.mask.device)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a small tensor of the host, without waiting for the device."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pad(rows: Sequence[Tensor | Sequence[int]], pad_token_id: int, *, left: bool, name: str) -> tuple[Tensor, Tensor]:

@@ -12,29 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StaticCache
-from transformers.cache_utils import StaticLayer
 
-from plaudit.errors import ConfigError
 from plaudit.policy.generation import Draws, sample_tokens
+from plaudit.policy.packing import takes_own_mask
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings
 
 QUERY_TOKENS = 8
 """Queries are padded to a multiple of this, so that few shapes, and few graphs, come up."""
+LOGITS_AGREE_WITHIN = 0.1
+"""Of their standard deviation. Half precision rounds to a hundredth of it; a wrong position or mask is far beyond."""
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has ended; each look makes the host wait for the device."""
 
 
 class StaticGenerator:
-    """`generate` for one model, as it is when first called: the same adapters, on the same device, for good."""
+    """`generate` for one model that `supports` it, as it is when first called: same adapters, same device."""
 
     def __init__(self, model: Any, settings: GenerationSettings, tokenizer: Any) -> None:
-        """Raises `ConfigError` for a model that can't (see `supports`)."""
-        if not supports(model):
-            raise ConfigError(
-                f"generation.static_cache=True: {type(model).__name__} does not generate with fixed shapes; "
-                "leave the setting out"
-            )
         self._model, self._settings, self._tokenizer = model, settings, tokenizer
         self._decoders: dict[int, Decoder] = {}
 
@@ -46,10 +41,8 @@ class StaticGenerator:
         samples = Samples.from_lists(queries, [[0]] * len(queries), self._tokenizer.pad_token_id, device)
         width = -(-samples.query_ids.shape[1] // QUERY_TOKENS) * QUERY_TOKENS
         tokens, written = self._decoder(len(queries), width).decode(samples, draws)
-        longest = int(written.max())
-        mask = torch.arange(longest, device=device) < written.unsqueeze(1)
-        filled = tokens[:, :longest].masked_fill(~mask, self._tokenizer.pad_token_id)
-        return Samples(samples.query_ids, samples.query_mask, filled, mask)
+        unwritten = torch.arange(tokens.shape[1], device=device) >= written.unsqueeze(1)
+        return samples.answered(tokens.masked_fill(unwritten, self._tokenizer.pad_token_id), written)
 
     def _decoder(self, rows: int, width: int) -> "Decoder":
         """The one for so many queries, wide enough. One is kept for each number of rows, since each holds a cache."""
@@ -63,24 +56,43 @@ class StaticGenerator:
 
 @torch.no_grad()
 def supports(model: Any) -> bool:
-    """Whether the model generates with fixed shapes: two tokens are tried, since no attribute tells.
+    """Whether the model generates with fixed shapes: three tokens are tried, since no attribute tells.
 
-    8-bit layers look at their inputs on the host, which a recorded graph can't do.
+    Call it as the model will be used, inside `Policy.generating`. On a GPU the graph is really recorded and replayed,
+    and its logits must be those of a plain pass over the same tokens. 8-bit layers look at their inputs on the host,
+    which a recorded graph can't do.
     """
     if getattr(model, "is_loaded_in_8bit", False):
         return False
-    layers = StaticCache(config=model.config, max_cache_len=1).layers
-    if model.config._attn_implementation != "sdpa" or any(type(layer) is not StaticLayer for layer in layers):
+    if not takes_own_mask(model):
         return False
-    settings = GenerationSettings(min_new_tokens=2, max_new_tokens=2)
-    samples = Samples.from_lists([[1, 1]], [[0]], 0, next(model.parameters()).device)
-    decoder = Decoder(model, settings, 1, 2, eos=None)
+    settings = GenerationSettings(min_new_tokens=3, max_new_tokens=3)
+    queries, device = [[1, 2, 1], [2]], next(model.parameters()).device
+    samples = Samples.from_lists(queries, [[0]] * len(queries), 0, device)
+    decoder = Decoder(model, settings, len(queries), 4, eos=None)
     try:
-        decoder.prefill(samples, Draws.of(settings, 1, seed=0, step=0))
-        decoder.advance()
+        tokens, _ = decoder.decode(samples, Draws.of(settings, len(queries), seed=0, step=0))
     except (RuntimeError, TypeError, ValueError):
         return False
-    return True
+    plain = [
+        model(input_ids=torch.tensor([query + row[:-1]], device=device), use_cache=False).logits[0, -1].float()
+        for query, row in zip(queries, tokens.tolist(), strict=True)
+    ]
+    difference = decoder.logits.float() - torch.stack(plain)
+    return bool(difference.abs().max() <= LOGITS_AGREE_WITHIN * torch.stack(plain).std())
+
+
+class _Cache(StaticCache):  # type: ignore[misc]
+    """Keys and values in one number format. Under autocast, rotary positions leave keys in fp32 and values are half."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        # Attention would round the keys to the same format, one token later.
+        states: tuple[Tensor, Tensor] = super().update(
+            key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs
+        )
+        return states
 
 
 class Decoder:
@@ -89,7 +101,7 @@ class Decoder:
     def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None) -> None:
         self._model, self._settings, self._eos, self.width = model, settings, -1 if eos is None else eos, width
         steps, device = settings.max_new_tokens, next(model.parameters()).device
-        self._cache = StaticCache(config=model.config, max_cache_len=width + steps)
+        self._cache = _Cache(config=model.config, max_cache_len=width + steps)
         self._seen = torch.zeros(rows, 1, 1, width + steps, dtype=torch.bool, device=device)
         self._last = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(rows, 1, dtype=torch.long, device=device)
@@ -99,6 +111,8 @@ class Decoder:
         self._tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
         self._written = torch.zeros(rows, dtype=torch.long, device=device)
         self._ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.logits = torch.zeros(rows, 0, device=device)
+        """[B, V] that the newest token was drawn from."""
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def decode(self, samples: Samples, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -145,8 +159,8 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = output.logits[:, -1]
-        return logits
+        self.logits = output.logits[:, -1]
+        return self.logits
 
     def _choose(self, logits: Tensor) -> None:
         chosen = sample_tokens(logits, self._uniforms.gather(1, self._step).squeeze(1), self._settings)

@@ -36,6 +36,8 @@ class ModelSettings:
     """Recompute activations in the backward pass of updates: less memory, about a third more time."""
     bf16: bool = False
     """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
+    tf32: bool = False
+    """Multiply fp32 matrices with 10 bits of mantissa on GPUs that can: several times as fast, no longer exact fp32."""
     compile: bool = False
     """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, faster steps after."""
     separate_value_model: bool = False

@@ -12,7 +12,7 @@ from torch import Tensor
 from plaudit import demo_models
 from plaudit.data.sources import Prompts, load_prompts
 from plaudit.errors import ConfigError
-from plaudit.parallel.processes import device_named
+from plaudit.parallel.processes import device_named, settle_arithmetic
 from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.model import Policy, load_causal_lm, load_tokenizer
 from plaudit.policy.samples import Samples
@@ -49,6 +49,7 @@ class EvaluationResult:
 
 def run(config: EvaluateConfig) -> EvaluationResult:
     """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
+    settle_arithmetic()
     policy, tokenizer = load_pair(config)
     prompts = held_out_prompts(config, tokenizer)
     draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)

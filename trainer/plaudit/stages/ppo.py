@@ -17,7 +17,7 @@ from plaudit.errors import ConfigError
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
 from plaudit.learner.rollout import Collected, Sampler, collect, sampler
 from plaudit.learner.stepper import NonFiniteUpdate, PPOStepper, Sampling
-from plaudit.parallel.processes import Processes, joined
+from plaudit.parallel.processes import Processes, joined, settle_arithmetic
 from plaudit.parallel.sharding import shard, sharding_for, whole_weights
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import Policy, PolicyWeights, load_policy, load_tokenizer
@@ -65,6 +65,7 @@ def run(config: PPOConfig) -> PPOResult:
         )
     torch.manual_seed(config.seed)
     keep_freed_memory()
+    settle_arithmetic(tf32=config.model.tf32)
     timeout_s = config.reward.patience_s + config.reward.request_timeout_s + config.collective_timeout_s
     with (
         _telling_where_to_go_on(config.output_dir / CHECKPOINTS),
