@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import plaudit
-from tests.support.parts import PARTS, all_modules, imported_distributions, modules_of
+from tests.support.parts import PARTS, all_modules, imported_distributions, modules_of, plaudit_modules_imported
 
 SHARED = ("plaudit.wire", "plaudit.demo_models", "plaudit.console")
 """What the programs have in common: the messages, the embedded models' names, the console scripts."""
@@ -59,6 +59,28 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
         name: imported_distributions(path, at_the_head=True) & optional for name, path in all_modules().items()
     }
     assert {name: found for name, found in at_the_head.items() if found} == {}
+
+
+ORDER = (
+    *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("policy", "data"), ("settings",)),
+    *(("rewards",), ("ppo", "presets", "demo_models", "wire", "errors", "console")),
+)
+"""The trainer's packages, from the outside in. Each imports only those after its own line."""
+
+
+def test_imports_go_one_way() -> None:
+    rank = {name: i for i, names in enumerate(ORDER) for name in names}
+    for name, path in modules_of("trainer").items():
+        package = name.split(".")[1]
+        imported = {target.split(".")[1] for target in plaudit_modules_imported(path) if target.count(".")} - {package}
+        if package == "rewards":
+            # One module, without anything behind it.
+            assert {t for t in plaudit_modules_imported(path) if t.startswith("plaudit.settings")} <= CHECKS
+            imported -= {"settings"}
+        assert {other for other in imported if rank[other] <= rank[package]} == set(), name
+
+
+CHECKS = {"plaudit.settings.checks"}
 
 
 def test_every_module_belongs_to_a_part() -> None:

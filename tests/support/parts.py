@@ -1,9 +1,11 @@
 """Which modules each part of the distribution has: what `pip install 'plaudit[PART]'` must be able to import."""
 
 import ast
+import functools
 import importlib.metadata
 import pkgutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import plaudit
@@ -32,6 +34,7 @@ PARTS = {
 }
 
 
+@functools.cache
 def all_modules() -> dict[str, Path]:
     """Every module of the project and its file, packages included."""
     found = {}
@@ -55,7 +58,7 @@ def modules_of(part: str) -> dict[str, Path]:
 
 def imported_distributions(path: Path, *, at_the_head: bool = False) -> set[str]:
     """The installed distributions whose modules a file imports, at its head alone or inside functions too."""
-    provided_by = importlib.metadata.packages_distributions()
+    provided_by = _distributions()
     names: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body if at_the_head else ast.walk(tree):
@@ -65,3 +68,20 @@ def imported_distributions(path: Path, *, at_the_head: bool = False) -> set[str]
             names.add(node.module.partition(".")[0])
     names -= {*sys.stdlib_module_names, "plaudit"}
     return {provided_by.get(name, [name])[0].lower().replace("_", "-") for name in names}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def plaudit_modules_imported(path: Path) -> set[str]:
+    """The modules of this project that a file imports, at its head or inside a function."""
+    known, found = set(all_modules()), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("plaudit")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "plaudit":
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (submodules & known) or {str(node.module)}
+    return found

@@ -30,6 +30,8 @@ def assemble(settings: Settings, keys: Sequence[str], *, reloads: bool = True) -
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    # On a GPU it would make a plan for each new shape, inside somebody's request.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     scorer = load_scorer(settings)
     engine = Engine(scorer, batch_tokens=settings.batch_tokens, max_queue_tokens=settings.max_queue_tokens).start()
     return create_app(

@@ -24,7 +24,6 @@ from plaudit.ppo.advantages import gae
 from plaudit.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
 
-
 OWN_OPTIONS = ("fused", "foreach", "capturable")
 """Of an optimizer's options, those that change how it computes and not what."""
 
