@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plaudit.errors import ConfigError
+from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs
 from plaudit.learner.memory import Fitting
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import as_split, for_files, is_sharded, whole
@@ -24,8 +25,18 @@ from plaudit.ppo.advantages import gae
 from plaudit.ppo.masked import masked_mean, masked_sum, masked_var, scale, whiten
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
 
-OWN_OPTIONS = ("fused", "foreach", "capturable")
-"""Of an optimizer's options, those that change how it computes and not what."""
+OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
+"""Of an optimizer's options, those that a checkpoint does not decide: how it computes, and the rate, set each step."""
+
+
+STATISTICS = (
+    *(f"ppo/loss/{name}" for name in ("policy", "value", "total")),
+    *(f"ppo/policy/{name}" for name in ("entropy", "approxkl", "policykl", "clipfrac", "advantages_mean", "ratio")),
+    "ppo/policy/ratio_drift",
+    *("ppo/returns/mean", "ppo/returns/var"),
+    *(f"ppo/val/{name}" for name in ("vpred", "error", "clipfrac", "mean", "var")),
+)
+"""What is measured of each mini-batch, in the order of `PPOStepper._measured`."""
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -112,12 +123,22 @@ class _Minibatch:
         )
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A mini-batch whose update a recorded graph has computed, and its statistics on the device."""
+
+    statistics: Tensor
+    rows: Tensor
+    epoch: int
+
+
 class PPOStepper:
     """The optimizer, KL coefficient and running moments of a run, and the step that moves them.
 
     `reference` is a frozen model, or None to hold the policy to the reference it brings (its own weights with the
     adapters off, or a frozen copy). `total_steps` is needed by learning-rate schedules that end. With several
-    `processes`, each calls `update` with the same rollout of the whole batch.
+    `processes`, each calls `update` with the same rollout of the whole batch. On a GPU, updates are recorded as CUDA
+    graphs where that is possible, unless `graphs` is off.
     """
 
     def __init__(
@@ -130,6 +151,7 @@ class PPOStepper:
         total_steps: int | None = None,
         seed: int = 0,
         processes: Processes | None = None,
+        graphs: bool = True,
     ) -> None:
         if config.lr_schedule != "constant" and total_steps is None:
             raise ConfigError(f"lr_schedule={config.lr_schedule} needs to know the number of steps")
@@ -150,6 +172,20 @@ class PPOStepper:
         share = self.processes.largest_share(config.mini_batch_size)
         self.fitting = Fitting(min(config.micro_batch_size or share, share), fixed=is_sharded(policy))
         self._shuffles = torch.Generator().manual_seed(seed)
+        self._graphs = UpdateGraphs(self._parameters(), self._learn) if graphs and self._can_record() else None
+
+    def _can_record(self) -> bool:
+        """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU."""
+        return (
+            self.policy.device.type == "cuda"
+            and self.processes.count == 1
+            and self.policy.packs
+            and self.config.gradient_accumulation_steps == 1
+            and self.config.micro_batch_size is None
+            and not getattr(self.policy.language_model, "is_gradient_checkpointing", False)
+            and self.sampling.top_k == 0
+            and self.sampling.top_p == 1.0
+        )
 
     def step(
         self,
@@ -215,7 +251,7 @@ class PPOStepper:
         advantages, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=config.lam)
         advantages = whiten(advantages, mask)
 
-        self._set_learning_rates()
+        learning_rate = self._set_learning_rates()
         minibatches, permutations = self._optimise(rollout, advantages, returns, minibatch_permutations)
         mean_kl = masked_sum(kls, mask, dim=1).mean().item()
         statistics = {
@@ -228,7 +264,7 @@ class PPOStepper:
             **_length_statistics("queries", rollout.samples.query_lengths),
             **_length_statistics("responses", rollout.samples.response_lengths),
             **minibatches,
-            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ppo/learning_rate": learning_rate,
         }
         if config.adap_kl_ctrl:
             self.kl_coef = kl.adapt_coefficient(
@@ -257,7 +293,8 @@ class PPOStepper:
             scores = (rewards.normalise_scores if config.use_score_norm else rewards.scale_scores)(scores, self.moments)
         return scores if config.score_clip is None else scores.clamp(-config.score_clip, config.score_clip)
 
-    def _set_learning_rates(self) -> None:
+    def _set_learning_rates(self) -> float:
+        """For the step to come; the first group's."""
         factor = learning_rate_factor(
             self.steps_done,
             self.config.lr_schedule,
@@ -265,7 +302,12 @@ class PPOStepper:
             total_steps=self.total_steps,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            rate = group["initial_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)  # in place, for whatever graph reads it
+            else:
+                group["lr"] = rate
+        return float(self.optimizer.param_groups[0]["initial_lr"] * factor)
 
     def _optimise(
         self,
@@ -278,12 +320,21 @@ class PPOStepper:
         config = self.config
         self.policy.train()
         history: list[dict[str, float]] = []
+        recorded: list[_Recorded] = []
         orders: list[list[int]] = []
         for epoch in range(config.ppo_epochs):
             order = self._order(epoch, permutations)
             orders.append(order.tolist())
             for group in torch.split(order, config.mini_batch_size * config.gradient_accumulation_steps):
-                history += self._optimizer_step(rollout, advantages, returns, group, epoch=epoch)
+                done = self._recorded_step(rollout, advantages, returns, group, epoch=epoch)
+                if done is None:
+                    history += self._optimizer_step(rollout, advantages, returns, group, epoch=epoch)
+                else:
+                    recorded.append(done)
+            if config.early_stopping or epoch == config.ppo_epochs - 1:
+                # One look at the device for all of them.
+                history += self._read(recorded, rollout)
+                recorded.clear()
             if config.early_stopping and history[-1]["ppo/policy/policykl"] > 1.5 * config.target_kl:
                 break
         self.policy.eval()
@@ -322,6 +373,71 @@ class PPOStepper:
             statistics["ppo/grad_norm"] = norm.item()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return history
+
+    def _recorded_step(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
+    ) -> "_Recorded | None":
+        """The same for one mini-batch, by a recorded graph, unread; None where there is none."""
+        if self._graphs is None:
+            return None
+        minibatch = _Minibatch.of(rollout, advantages, returns, rows)
+        flat = FlatMinibatch.of(
+            minibatch.samples,
+            logprobs=minibatch.logprobs,
+            values=minibatch.values,
+            advantages=minibatch.advantages,
+            returns=minibatch.returns,
+        )
+        statistics = self._graphs.update(flat)
+        if statistics is None:
+            self._graphs = None
+            self.optimizer.zero_grad()
+            return None
+        return _Recorded(statistics, rows, epoch)
+
+    def _learn(self, minibatch: FlatMinibatch, hold: Tensor) -> Tensor:
+        """One mini-batch's update without a look from the host: its statistics, the gradient's norm last.
+
+        No weight moves if the mean ratio is over the threshold, if loss or gradient is not finite, or if `hold` > 0.
+        """
+        config, mask = self.config, minibatch.mask
+        new = self.policy.score(minibatch.given, minibatch.tokens, temperature=self.sampling.temperature)
+        loss = masked_sum(self._token_losses(minibatch, new), mask) / mask.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self._parameters(), config.max_grad_norm or math.inf)
+        measured = self._measured(minibatch, ResponseOutputs(*(output.detach() for output in vars(new).values())))
+        stays = (
+            (measured["ppo/policy/ratio"] > config.ratio_threshold)
+            | ~measured["ppo/loss/total"].isfinite()
+            | ~norm.isfinite()
+        )
+        # As torch.amp.GradScaler tells a fused optimizer.
+        told: Any = self.optimizer
+        told.grad_scale, told.found_inf = None, torch.maximum(stays.float(), hold)
+        try:
+            told.step()
+        finally:
+            del told.grad_scale, told.found_inf
+        return torch.stack([*measured.values(), norm])
+
+    def _read(self, recorded: Sequence["_Recorded"], rollout: Rollout) -> list[dict[str, float]]:
+        """The statistics of recorded updates. Raises `NonFiniteUpdate` for one whose weights did not move for that."""
+        history: list[dict[str, float]] = []
+        if not recorded:
+            return history
+        for done, (*values, norm) in zip(
+            recorded, torch.stack([done.statistics for done in recorded]).tolist(), strict=True
+        ):
+            statistics, skipped = self._judged(dict(zip(STATISTICS, values, strict=True)))
+            if not skipped:
+                if not math.isfinite(statistics["ppo/loss/total"]):
+                    what = f"loss is {statistics['ppo/loss/total']}"
+                    raise self._non_finite(what, rollout, done.rows, done.epoch)
+                if not math.isfinite(norm):
+                    raise self._non_finite(f"gradient norm is {norm}", rollout, done.rows, done.epoch)
+                statistics["ppo/grad_norm"] = norm
+            history.append(statistics)
         return history
 
     def _accumulate(
@@ -363,11 +479,7 @@ class PPOStepper:
                 temperature=self.sampling.temperature,
                 support=group.support,
             )
-            policy_losses, value_losses = self._losses(group, new)
-            losses = policy_losses + self.config.vf_coef * value_losses
-            if self.config.entropy_coef != 0:
-                losses = losses - self.config.entropy_coef * new.entropy
-            loss = masked_sum(losses, group.mask) / divisor
+            loss = masked_sum(self._token_losses(group, new), group.mask) / divisor
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
         return stack_rows(groups, dim=2)
@@ -378,7 +490,12 @@ class PPOStepper:
         loss = 0.0 * (new.logprobs.sum() + new.values.sum())
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def _losses(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[Tensor, Tensor]:
+    def _token_losses(self, old: "_Minibatch | FlatMinibatch", new: ResponseOutputs) -> Tensor:
+        policy_losses, value_losses = self._losses(old, new)
+        losses = policy_losses + self.config.vf_coef * value_losses
+        return losses if self.config.entropy_coef == 0 else losses - self.config.entropy_coef * new.entropy
+
+    def _losses(self, old: "_Minibatch | FlatMinibatch", new: ResponseOutputs) -> tuple[Tensor, Tensor]:
         config = self.config
         ratios = (new.logprobs - old.logprobs).exp()
         return (
@@ -386,8 +503,8 @@ class PPOStepper:
             losses.value_losses(new.values, old.values, old.returns, cliprange=config.cliprange_value),
         )
 
-    def _statistics(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
-        """What a whole mini-batch was like, and whether it has to be skipped."""
+    def _measured(self, old: "_Minibatch | FlatMinibatch", new: ResponseOutputs) -> dict[str, Tensor]:
+        """What a whole mini-batch was like, still on the device."""
         config, mask = self.config, old.mask
         log_ratios = new.logprobs - old.logprobs
         ratios = log_ratios.exp()
@@ -396,7 +513,7 @@ class PPOStepper:
         entropy = masked_mean(new.entropy, mask)
         policy_clipped = losses.policy_clipped(ratios, old.advantages, cliprange=config.cliprange)
         value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
-        measured = {
+        return {
             "ppo/loss/policy": policy_loss,
             "ppo/loss/value": value_loss,
             "ppo/loss/total": policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy,
@@ -415,8 +532,16 @@ class PPOStepper:
             "ppo/val/mean": masked_mean(old.values, mask),
             "ppo/val/var": masked_var(old.values, mask),
         }
+
+    def _statistics(self, old: "_Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
+        """What a whole mini-batch was like, and whether it has to be skipped."""
+        measured = self._measured(old, new)
         # One copy from the device for all of them.
-        statistics = dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))
+        return self._judged(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
+
+    def _judged(self, statistics: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """The statistics of a mini-batch, and whether it was skipped."""
+        config = self.config
         skipped = statistics["ppo/policy/ratio"] > config.ratio_threshold
         if skipped:
             warnings.warn(
@@ -441,7 +566,10 @@ class PPOStepper:
         """
         optimizer = self.optimizer.state_dict()
         return {
-            "optimizer": {**optimizer, "state": _tensors(optimizer["state"], lambda _, moment: for_files(moment))},
+            "optimizer": {
+                "state": _tensors(optimizer["state"], lambda _, moment: for_files(moment)),
+                "param_groups": [group | {"lr": float(group["lr"])} for group in optimizer["param_groups"]],
+            },
             "kl_coef": self.kl_coef,
             "moments": (self.moments.count, self.moments.mean, self.moments.var),
             "steps_done": self.steps_done,
@@ -476,7 +604,11 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Ad
         ]
     # One kernel for all parameters; split ones have none.
     fused = True if policy.device.type == "cuda" and not is_sharded(policy) else None
-    return torch.optim.Adam(groups, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=fused)
+    if fused:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=policy.device)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, fused=fused, capturable=bool(fused))
 
 
 def learning_rate_factor(

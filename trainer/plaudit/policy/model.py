@@ -151,21 +151,41 @@ class Policy(nn.Module):
         `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`). Without
         `entropy` that is left at 0.
         """
-        given = self._input_of(samples)
+        flat = self.score(
+            self._input_of(samples),
+            samples.gather(samples.response_ids),
+            temperature=temperature,
+            support=None if support is None else samples.gather(support),
+            entropy=entropy,
+        )
+        return ResponseOutputs(samples.spread(flat.logprobs), samples.spread(flat.values), samples.spread(flat.entropy))
+
+    def score(
+        self,
+        given: ModelInput,
+        tokens: Tensor,
+        *,
+        temperature: float = 1.0,
+        support: Tensor | None = None,
+        entropy: bool = True,
+    ) -> ResponseOutputs:
+        """`forward` on an input that is made already: everything is [N], for the response tokens [N] of the input.
+
+        `support` is [N, V] here.
+        """
         logits, states = self._response_logits(self.model, given)
         if self.value_model is not None:
             states = self._value_states(given)
-        logits = _sampling_logits(logits, samples, temperature, support)
-        logprobs, entropies = distributions.token_statistics(
-            logits, samples.gather(samples.response_ids), entropy=entropy
-        )
+        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
+        logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
         with torch.autocast(states.device.type, enabled=False):
             values: Tensor = self.v_head(states.float()).squeeze(-1)
-        return ResponseOutputs(
-            logprobs=samples.spread(logprobs),
-            values=samples.spread(values),
-            entropy=samples.spread(torch.zeros_like(logprobs) if entropies is None else entropies),
-        )
+        return ResponseOutputs(logprobs, values, torch.zeros_like(logprobs) if entropies is None else entropies)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it scores packed rows under a mask of ours, whose shapes can be fixed."""
+        return self._packs and self._takes_own_mask
 
     @torch.no_grad()
     def reference_logprobs(

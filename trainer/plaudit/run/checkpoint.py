@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (
     "merge",
     "device",
     "generation.static_cache",
+    "model.cuda_graphs",
     "ppo.micro_batch_size",
     "reward.",
 )

@@ -40,6 +40,8 @@ class ModelSettings:
     """Multiply fp32 matrices with 10 bits of mantissa on GPUs that can: several times as fast, no longer exact fp32."""
     compile: bool = False
     """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, faster steps after."""
+    cuda_graphs: bool = True
+    """On a GPU, record the update of a whole mini-batch as one CUDA graph, where model and settings allow it."""
     separate_value_model: bool = False
     """Values from a transformer of their own, which starts as a copy of the policy and learns whole."""
 

@@ -96,6 +96,7 @@ def run(config: PPOConfig) -> PPOResult:
             total_steps=steps,
             seed=config.seed,
             processes=processes,
+            graphs=config.model.cuda_graphs,
         )
         if resumed is not None:
             checkpoints.restore(resumed, policy, stepper)
