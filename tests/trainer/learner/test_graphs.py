@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs
+from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
 from plaudit.learner.stepper import STATISTICS, NonFiniteUpdate, PPOStepper
 from plaudit.policy.samples import Samples
 from plaudit.settings.ppo import PPOHyperparameters
@@ -29,7 +29,8 @@ def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2",
     stepper = PPOStepper(make_policy(architecture), None, config, **options)
     for group in stepper.optimizer.param_groups:
         group["fused"] = True  # what looks at `found_inf`
-    stepper._graphs = UpdateGraphs(stepper._parameters(), stepper._learn)
+    stepper._updates = UpdateGraphs(stepper._parameters(), stepper._learn)
+    stepper._evaluations = Graphs(stepper._think)
     return stepper
 
 
@@ -70,13 +71,13 @@ def test_a_non_finite_loss_moves_no_weight_and_names_its_samples() -> None:
 
 def test_the_warm_up_before_a_recording_moves_no_weight() -> None:
     graphed = with_graphs()
-    assert graphed._graphs is not None
+    assert graphed._updates is not None
     before = weights(graphed)
     samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
     columns = dict.fromkeys(("logprobs", "values", "advantages", "returns"), ones)
-    graphed._graphs._hold.fill_(1.0)
-    graphed._graphs.update(FlatMinibatch.of(samples, **columns))
+    graphed._updates._hold.fill_(1.0)
+    graphed._updates.run(FlatMinibatch.of(samples, **columns))
     assert same(weights(graphed), before)
 
 

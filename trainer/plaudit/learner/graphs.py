@@ -1,19 +1,18 @@
-"""A mini-batch's whole update as one CUDA graph: forward, losses, backward, clipping, Adam, statistics.
+"""A mini-batch's whole update, or the evaluation of a rollout, as one CUDA graph.
 
-For a small model Python launches kernels more slowly than a GPU runs them. A recorded update is launched once, and
-reads nothing back: whether the weights may move is decided on the device (`found_inf`, as for loss scaling), and the
-statistics of all mini-batches are read together. Shapes are rounded up, so that few graphs come up; the tokens added
-are padding, and see only themselves.
+For a small model Python launches kernels more slowly than a GPU runs them. A recorded update (forward, losses,
+backward, clipping, Adam, statistics) is launched once and reads nothing back: whether weights may move is decided on the
+device (`found_inf`, as for loss scaling), and the statistics of all mini-batches are read together. Shapes are rounded
+up, so that few graphs come up; the tokens added are padding, and see only themselves.
 
 Failure modes: a graph that goes on with old addresses (weights are changed in place only; gradients have their own
 tensors here), or a warm-up that moves a weight (`hold` forbids it).
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,23 +27,20 @@ WARM_UPS = 2
 
 
 @dataclass(frozen=True)
-class FlatMinibatch:
-    """Some rows of a rollout as their N response tokens one after another. All but the model's input is [N]."""
+class FlatSamples:
+    """Samples as their N response tokens one after another, with the model's input. Padded to a rounded shape."""
 
     given: ModelInput
     tokens: Tensor
+    """[N]"""
     mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
+    """[N] bool, True on real tokens."""
 
     @classmethod
-    def of(cls, samples: Samples, **columns: Tensor) -> "FlatMinibatch":
-        """`columns` are [b, T] of the same samples. Padding is added up to a rounded number of tokens."""
+    def of(cls, samples: Samples, **columns: Tensor) -> Self:
+        """`columns` are [b, T] of the same samples, for the further fields of a subclass."""
         given = packed(samples, own_mask=True, rounded=True)
-        count = len(given.states)
-        missing = -count % TOKENS
+        missing = -len(given.states) % TOKENS
 
         def flat(tensor: Tensor) -> Tensor:
             return functional.pad(samples.gather(tensor), (0, missing))
@@ -56,81 +52,99 @@ class FlatMinibatch:
             **{name: flat(tensor) for name, tensor in columns.items()},
         )
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What decides which graph fits."""
+        return (*self.given.arguments["input_ids"].shape, len(self.mask))
+
     def tensors(self) -> Mapping[str, Tensor]:
         """All of them by name."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
         return {**own, **self.given.arguments, "states": self.given.states}
 
-    def copy_(self, other: "FlatMinibatch") -> None:
+    def copy_(self, other: Self) -> None:
         """Takes another one's contents, of the same shapes, in place."""
+        own = self.tensors()
         for name, tensor in other.tensors().items():
-            self.tensors()[name].copy_(tensor)
+            own[name].copy_(tensor)
 
-    def clone(self) -> "FlatMinibatch":
+    def clone(self) -> Self:
         """A copy with tensors of its own."""
         arguments = {name: tensor.clone() for name, tensor in self.given.arguments.items()}
         own = {f.name: getattr(self, f.name).clone() for f in dataclasses.fields(self) if f.name != "given"}
-        return FlatMinibatch(given=ModelInput(arguments, self.given.states.clone()), **own)
+        return type(self)(given=ModelInput(arguments, self.given.states.clone()), **own)
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    graph: Any
-    given: FlatMinibatch
-    statistics: Tensor
+class FlatMinibatch(FlatSamples):
+    """Some rows of a rollout, token by token. All further fields are [N] as well."""
+
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
-class UpdateGraphs:
-    """Recorded updates, one for each shape. `learn` computes one and moves the weights, unless `hold` is above 0."""
+Batch = TypeVar("Batch", bound=FlatSamples)
+
+
+class Graphs(Generic[Batch]):
+    """One piece of work on the GPU, recorded once for each shape of its batch, and replayed from then on."""
+
+    def __init__(self, work: Callable[[Batch], Tensor]) -> None:
+        self._work = work
+        self._recorded: dict[tuple[int, ...], tuple[Any, Batch, Tensor]] = {}
+        self._pool: Any = None
+
+    def run(self, batch: Batch) -> Tensor:
+        """What the work gives. Raises `RuntimeError` where it can't be recorded; on a CPU it just runs."""
+        if not batch.mask.is_cuda:
+            return self._work(batch)
+        if batch.shape not in self._recorded:
+            self._recorded[batch.shape] = self._record(batch.clone())
+        graph, given, result = self._recorded[batch.shape]
+        given.copy_(batch)
+        graph.replay()
+        return result.clone()
+
+    def _record(self, own: Batch) -> tuple[Any, Batch, Tensor]:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._work(own)
+        torch.cuda.current_stream().wait_stream(side)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = self._work(own)
+        return graph, own, result
+
+
+class UpdateGraphs(Graphs[FlatMinibatch]):
+    """Updates. `learn` computes one from gradients of zero and moves the weights, unless `hold` is above 0."""
 
     def __init__(self, parameters: list[nn.Parameter], learn: Callable[[FlatMinibatch, Tensor], Tensor]) -> None:
+        super().__init__(self._from_zero)
         self._parameters = parameters
         self._learn = learn
         self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
         self._hold = torch.zeros((), device=parameters[0].device)
-        self._recorded: dict[tuple[torch.Size, int], _Recorded] = {}
-        self._pool: Any = None
 
-    def update(self, minibatch: FlatMinibatch) -> Tensor | None:
-        """Moves the weights once; the statistics, on the device. None where this update can't be recorded."""
+    def run(self, batch: FlatMinibatch) -> Tensor:
+        """Moves the weights once; the statistics, still on the device."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        if not minibatch.mask.is_cuda:
-            return self._compute(minibatch)
-        shape = minibatch.given.arguments["input_ids"].shape, len(minibatch.mask)
-        recorded = self._recorded.get(shape)
-        if recorded is None:
-            try:
-                recorded = self._recorded[shape] = self._record(minibatch)
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                warnings.warn(
-                    f"updates are not recorded as CUDA graphs, and slower for it: {reason:.200}", stacklevel=2
-                )
-                return None
-        recorded.given.copy_(minibatch)
-        recorded.graph.replay()
-        return recorded.statistics.clone()
+        return super().run(batch)
 
-    def _compute(self, minibatch: FlatMinibatch) -> Tensor:
+    def _from_zero(self, batch: FlatMinibatch) -> Tensor:
         torch._foreach_zero_(self._gradients)
-        return self._learn(minibatch, self._hold)
+        return self._learn(batch, self._hold)
 
-    def _record(self, minibatch: FlatMinibatch) -> _Recorded:
-        own = minibatch.clone()
+    def _record(self, own: FlatMinibatch) -> tuple[Any, FlatMinibatch, Tensor]:
         self._hold.fill_(1.0)
         try:
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._compute(own)
-            torch.cuda.current_stream().wait_stream(side)
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                statistics = self._compute(own)
+            return super()._record(own)
         finally:
             self._hold.zero_()
-        return _Recorded(graph, own, statistics)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plaudit.errors import ConfigError
-from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs
+from plaudit.learner.graphs import FlatMinibatch, FlatSamples, Graphs, UpdateGraphs
 from plaudit.learner.memory import Fitting
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import as_split, for_files, is_sharded, whole
@@ -172,7 +172,10 @@ class PPOStepper:
         share = self.processes.largest_share(config.mini_batch_size)
         self.fitting = Fitting(min(config.micro_batch_size or share, share), fixed=is_sharded(policy))
         self._shuffles = torch.Generator().manual_seed(seed)
-        self._graphs = UpdateGraphs(self._parameters(), self._learn) if graphs and self._can_record() else None
+        self._updates: UpdateGraphs | None = None
+        self._evaluations: Graphs[FlatSamples] | None = None
+        if graphs and self._can_record():
+            self._updates, self._evaluations = UpdateGraphs(self._parameters(), self._learn), Graphs(self._think)
 
     def _can_record(self) -> bool:
         """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU."""
@@ -211,7 +214,30 @@ class PPOStepper:
             lambda size: Evaluation.concatenate([self._evaluate(chunk) for chunk in samples.chunks(size)])
         )
 
+    def _think(self, flat: FlatSamples) -> Tensor:
+        """[3, N]: log-probabilities and values of the policy, and log-probabilities of the reference."""
+        temperature = self.sampling.temperature
+        own = self.policy.score(flat.given, flat.tokens, temperature=temperature, entropy=False)
+        reference = self.policy.reference_score(flat.given, flat.tokens, temperature=temperature)
+        return torch.stack([own.logprobs, own.values, reference])
+
+    def _recorded_evaluation(self, samples: Samples) -> Evaluation | None:
+        """`_evaluate` by a recorded graph; None where there is none."""
+        if self._evaluations is None or self.config.kl_penalty == "full":
+            return None
+        try:
+            thought = self._evaluations.run(FlatSamples.of(samples))
+        except RuntimeError as error:
+            self._evaluations = None
+            _warn_of_no_graphs("evaluations", error)
+            return None
+        logprobs, values, reference = (samples.spread(row[: len(samples.cells)]) for row in thought)
+        return Evaluation(samples=samples, logprobs=logprobs, values=values, ref_logprobs=reference)
+
     def _evaluate(self, samples: Samples) -> Evaluation:
+        recorded = self._recorded_evaluation(samples)
+        if recorded is not None:
+            return recorded
         temperature = self.sampling.temperature
         support = self.policy.support(
             samples, temperature=temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p
@@ -379,7 +405,7 @@ class PPOStepper:
         self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
     ) -> "_Recorded | None":
         """The same for one mini-batch, by a recorded graph, unread; None where there is none."""
-        if self._graphs is None:
+        if self._updates is None:
             return None
         minibatch = _Minibatch.of(rollout, advantages, returns, rows)
         flat = FlatMinibatch.of(
@@ -389,12 +415,13 @@ class PPOStepper:
             advantages=minibatch.advantages,
             returns=minibatch.returns,
         )
-        statistics = self._graphs.update(flat)
-        if statistics is None:
-            self._graphs = None
+        try:
+            return _Recorded(self._updates.run(flat), rows, epoch)
+        except RuntimeError as error:
+            self._updates = None
             self.optimizer.zero_grad()
+            _warn_of_no_graphs("updates", error)
             return None
-        return _Recorded(statistics, rows, epoch)
 
     def _learn(self, minibatch: FlatMinibatch, hold: Tensor) -> Tensor:
         """One mini-batch's update without a look from the host: its statistics, the gradient's norm last.
@@ -629,6 +656,11 @@ def _tensors(
 ) -> dict[int, dict[str, Tensor]]:
     """An optimizer's state, `change` applied to each parameter's number and each of its tensors."""
     return {i: {name: change(i, tensor) for name, tensor in state.items()} for i, state in states.items()}
+
+
+def _warn_of_no_graphs(what: str, error: RuntimeError) -> None:
+    reason = " ".join(str(error).split())
+    warnings.warn(f"{what} are not recorded as CUDA graphs, and slower for it: {reason:.200}", stacklevel=2)
 
 
 def _std(values: Tensor) -> float:

@@ -192,9 +192,19 @@ class Policy(nn.Module):
         self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None
     ) -> Tensor:
         """Log-probabilities of the response tokens under the reference, [B, T] fp32, 0 on padding."""
-        logits = self.reference_logits(samples, temperature=temperature, support=support)
-        logprobs, _ = distributions.token_statistics(logits, samples.gather(samples.response_ids))
-        return samples.spread(logprobs)
+        kept = None if support is None else samples.gather(support)
+        given, tokens = self._input_of(samples), samples.gather(samples.response_ids)
+        return samples.spread(self.reference_score(given, tokens, temperature=temperature, support=kept))
+
+    @torch.no_grad()
+    def reference_score(
+        self, given: ModelInput, tokens: Tensor, *, temperature: float = 1.0, support: Tensor | None = None
+    ) -> Tensor:
+        """`reference_logprobs` on an input that is made already, [N]; `support` is [N, V] here."""
+        with self.as_reference() as reference:
+            logits, _ = self._response_logits(reference, given)
+        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
+        return distributions.token_statistics(logits, tokens)[0]
 
     @torch.no_grad()
     def policy_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
