@@ -1,9 +1,9 @@
 """A mini-batch's whole update, or the evaluation of a rollout, as one CUDA graph.
 
 For a small model Python launches kernels more slowly than a GPU runs them. A recorded update (forward, losses,
-backward, clipping, Adam, statistics) is launched once and reads nothing back: whether weights may move is decided on the
-device (`found_inf`, as for loss scaling), and the statistics of all mini-batches are read together. Shapes are rounded
-up, so that few graphs come up; the tokens added are padding, and see only themselves.
+backward, clipping, Adam, statistics) is launched once and reads nothing back. Whether weights may move is decided on
+the device (`found_inf`, as for loss scaling), and the statistics of all mini-batches are read together. Shapes are
+rounded up, so that few graphs come up; the tokens added are padding, and see only themselves.
 
 Failure modes: a graph that goes on with old addresses (weights are changed in place only; gradients have their own
 tensors here), or a warm-up that moves a weight (`hold` forbids it).
