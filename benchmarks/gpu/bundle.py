@@ -40,7 +40,8 @@ WHEELS = (
     "docstring-parser",
 )
 PLATFORMS = tuple(
-    f"manylinux{version}_x86_64" for version in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1")
+    f"manylinux{version}_x86_64"
+    for version in ("_2_28", "_2_27", "_2_24", "_2_17", "2014", "_2_12", "2010", "_2_5", "1")
 )
 LIMIT_MIB = 45.0
 VOCABULARY = 50_257

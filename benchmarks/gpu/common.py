@@ -108,7 +108,10 @@ def attempt(
     *,
     limit_s: float = 60.0,
 ) -> bool:
-    """Adds `row` with what `work` gave, one row or several, or with its error. Whether it worked."""
+    """Adds `row` with what `work` gave, one row or several, or with its error. Whether it worked.
+
+    A row that `work` gives may name another section.
+    """
     limit_s = min(limit_s, setting.left_s)
     if limit_s <= 0:
         results.add(section, **row, error="no time left")
@@ -120,7 +123,7 @@ def attempt(
         results.add(section, **row, error=answer, took_s=seconds)
         return False
     for more in [answer] if isinstance(answer, Mapping) else answer or []:
-        results.add(section, **{**row, **more})
+        results.add(more.get("section", section), **{**row, **{k: v for k, v in more.items() if k != "section"}})
     return True
 
 

@@ -1,8 +1,8 @@
 """Part 2. One IMDB epoch as published, by the stage that users run, with rewards over HTTP from the same card.
 
 First the whole epoch; then a few steps of each number format and with each fast path off in turn; then the epoch again
-with the fastest of them, if it was another. Times are the run's own metrics; `training_s` is what the training loop took, checkpoints and metrics included, and
-`start_s` everything before its first step.
+with the fastest of them, if it was another. Times are the run's own metrics; `training_s` is what the training loop
+took, checkpoints and metrics included, and `start_s` everything before its first step.
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from typing import Any
 from benchmarks.gpu.common import Results, Setting, attempt, rounded, use_format
 
 EPOCHS, BATCH = 4, 128
+FEW_CELLS = 2048
+"""The trainer's own bound for packing."""
 PEAK_TFLOPS = {"fp32": 67.0, "TF32": 494.7, "bf16": 989.4}
 """Of an H100 SXM, dense, by its data sheet."""
 
@@ -29,7 +31,6 @@ class Variant:
     number_format: str
     static: bool | None = None
     packed: bool = True
-    gelu: str | None = None
     stub: bool = False
     """Rewards from a function in the same process: no HTTP, no wait."""
     cudnn: bool = True
@@ -46,6 +47,8 @@ VARIANTS = (
     Variant("bf16, no cuDNN attention", "bf16", cudnn=False),
     Variant("bf16, rewards from a function", "bf16", stub=True),
 )
+
+
 def measure(setting: Setting, results: Results) -> None:
     setting.models_ready()
     with judged(setting, results) as url:
@@ -63,7 +66,10 @@ def measure(setting: Setting, results: Results) -> None:
                 results.add("variants", variant=variant.name, error="left out: no time")
                 continue
             work = functools.partial(run, setting, variant, url, 2 if setting.tiny else 20)
-            if attempt(setting, results, "variants", {"variant": variant.name}, work, limit_s=45.0) and not variant.stub:
+            if (
+                attempt(setting, results, "variants", {"variant": variant.name}, work, limit_s=45.0)
+                and not variant.stub
+            ):
                 taken[variant] = results.sections["variants"][-1]["step_ms"]
         best = min(taken, key=lambda v: taken[v], default=DEFAULT)
         if best != DEFAULT and setting.left_s > epoch_s * taken[best] / taken.get(DEFAULT, taken[best]):
@@ -93,10 +99,8 @@ def run(setting: Setting, variant: Variant, url: str, steps: int | None) -> dict
     from plaudit.stages import ppo
 
     bf16 = use_format(variant.number_format)
-    if not variant.packed:
-        packing.FEW_CELLS = 10**9
-    if not variant.cudnn:
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    packing.FEW_CELLS = FEW_CELLS if variant.packed else 10**9
+    torch.backends.cuda.enable_cudnn_sdp(variant.cudnn)
     name = "".join(c if c.isalnum() else "-" for c in variant.name)
     output = setting.work / "runs" / f"{name}-{steps or 'epoch'}"
     config = recipe(setting, variant, url, output, bf16)
@@ -149,7 +153,9 @@ def of_steps(setting: Setting, variant: Variant, metrics: list[dict[str, float]]
         "reward_wait_ms": rounded(1e3 * median("time/reward_wait_s")),
         "update_ms": rounded(1e3 * median("time/update_s")),
         "first_step_s": rounded(metrics[0]["time/step_s"], 3),
-        "samples_per_s": rounded(len(counted) * (8 if setting.tiny else BATCH) / sum(m["time/step_s"] for m in counted)),
+        "samples_per_s": rounded(
+            len(counted) * (8 if setting.tiny else BATCH) / sum(m["time/step_s"] for m in counted)
+        ),
         "TFLOP a step": rounded(needed / 1e12, 3),
         "TFLOP/s": rounded(needed / step_s / 1e12, 3),
         "peak_mib": round(max(m["memory/update_peak_mib"] for m in metrics)),

@@ -30,7 +30,6 @@ from benchmarks.gpu.common import (
 
 def measure(setting: Setting, results: Results) -> None:
     attempt(setting, results, "card", {}, functools.partial(card, setting))
-    attempt(setting, results, "attention", {}, functools.partial(attention, setting))
     for family in FAMILIES:
         for number_format in ("fp32", "bf16"):
             row = {"model": family, "format": number_format}
@@ -38,6 +37,7 @@ def measure(setting: Setting, results: Results) -> None:
     attempt(setting, results, "number formats", {}, functools.partial(number_formats, setting))
     attempt(setting, results, "classic cases", {}, functools.partial(classic_cases, setting))
     attempt(setting, results, "packed", {}, functools.partial(packed_against_padded, setting))
+    attempt(setting, results, "attention", {}, functools.partial(attention, setting))
     for number_format in FORMATS:
         for cudnn in (True, False) if number_format == "bf16" and setting.on_gpu else (True,):
             row = {"format": number_format, "cuDNN attention": cudnn}
@@ -87,42 +87,45 @@ def median_seconds(setting: Setting, work: Any, *, repeats: int = 7) -> float:
 def attention(setting: Setting) -> list[dict[str, Any]]:
     """Which kernel scaled dot product attention takes, and what a shape costs when it is met first."""
     import torch
-    from torch.nn.attention import SDPBackend
 
-    heads, width, rows = (2, 16, 4) if setting.tiny else (12, 64, 32)
     found = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for name, columns in (("additive mask", 64), ("bool mask", 72), ("causal", 80)):
             for cudnn in (True, False) if setting.on_gpu else (True,):
-                # Each its own width, so that no plan is there already.
-                length = columns + 256 * (not cudnn)
-                q, k, v = (torch.randn(rows, heads, length, width, device=setting.device, dtype=dtype) for _ in "qkv")
-                kept = torch.ones(rows, 1, length, length, dtype=torch.bool, device=setting.device).tril()
-                mask = {"bool mask": kept, "causal": None}.get(name, torch.zeros_like(kept, dtype=dtype))
-                options = {"attn_mask": mask, "is_causal": name == "causal"}
+                row = {"dtype": str(dtype).removeprefix("torch."), "mask": name, "cuDNN allowed": cudnn}
                 before = torch.backends.cuda.cudnn_sdp_enabled()
                 torch.backends.cuda.enable_cudnn_sdp(cudnn and before)
                 try:
-                    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, name == "causal")
-                    began = synchronized(setting.device)
-                    torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
-                    first = synchronized(setting.device) - began
-                    again = median_seconds(
-                        setting, lambda q=q, k=k, v=v, o=options: torch.nn.functional.scaled_dot_product_attention(q, k, v, **o)
-                    )
+                    # Each its own width, so that no plan is there already.
+                    row |= one_attention(setting, dtype, name, columns + 256 * (not cudnn))
+                except RuntimeError as error:
+                    row["error"] = said(error)
                 finally:
                     torch.backends.cuda.enable_cudnn_sdp(before)
-                found.append(
-                    {
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "mask": name,
-                        "cuDNN allowed": cudnn,
-                        "kernel": SDPBackend(choice).name if choice >= 0 else str(choice),
-                        "first_ms": rounded(first * 1e3, 3),
-                        "then_ms": rounded(again * 1e3, 3),
-                    }
-                )
+                found.append(row)
     return found
+
+
+def one_attention(setting: Setting, dtype: Any, kind: str, length: int) -> dict[str, Any]:
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    heads, width, rows = (2, 16, 4) if setting.tiny else (12, 64, 32)
+    q, k, v = (torch.randn(rows, heads, length, width, device=setting.device, dtype=dtype) for _ in "qkv")
+    kept = torch.ones(rows, 1, length, length, dtype=torch.bool, device=setting.device).tril()
+    mask = {"bool mask": kept, "causal": None}.get(kind, torch.zeros_like(kept, dtype=dtype))
+    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, kind == "causal")
+    work = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, q, k, v, attn_mask=mask, is_causal=kind == "causal"
+    )
+    began = synchronized(setting.device)
+    work()
+    first = synchronized(setting.device) - began
+    return {
+        "kernel": SDPBackend(choice).name if choice >= 0 else str(choice),
+        "first_ms": rounded(first * 1e3, 3),
+        "then_ms": rounded(median_seconds(setting, work) * 1e3, 3),
+    }
 
 
 def capture(setting: Setting, family: str, number_format: str) -> dict[str, Any]:
@@ -250,11 +253,16 @@ def number_formats(setting: Setting) -> list[dict[str, Any]]:
     samples = random_samples(setting, vocabulary, count)
     policy = policy_of(model, "fp32")
     with torch.no_grad():
-        exact = copy.deepcopy(policy).double()
         few = samples.select(range(min(count, 32)))
-        logits, _ = exact._response_logits(exact.model, exact._input_of(few))
-        reference = logits.log_softmax(-1).gather(-1, few.response_ids[few.mask].unsqueeze(-1)).squeeze(-1)
+        exact = copy.deepcopy(policy).double().language_model
+        real = torch.cat([few.query_mask, few.mask], dim=1)
+        logits = exact(
+            input_ids=torch.cat([few.query_ids, few.response_ids], dim=1),
+            attention_mask=real.long(),
+            position_ids=(real.cumsum(1) - 1).clamp(min=0),
+        ).logits[:, few.query_ids.shape[1] - 1 : -1]
         offset = logits.mean().item()
+        reference = logits.log_softmax(-1).gather(-1, few.response_ids.unsqueeze(-1)).squeeze(-1)[few.mask]
         del exact, logits
     rows = []
     for number_format in FORMATS:
@@ -292,11 +300,12 @@ def classic_cases(setting: Setting) -> list[dict[str, Any]]:
 def reproduce(setting: Setting, name: str) -> dict[str, float]:
     import torch
 
+    from plaudit.learner.stepper import PPOStepper
     from tests.support.classic_ppo import KEY_BIAS, Recording
 
     recording = Recording(name)
-    stepper = recording.stepper()
-    stepper.policy.to(setting.device)
+    # Made again on the device: an optimizer looks at where its parameters are.
+    stepper = PPOStepper(recording.stepper().policy.to(setting.device), None, recording.config)
     worst = {"intermediates": 0.0, "statistics": 0.0, "kl_coef": 0.0}
     for step, recorded in enumerate(recording.case["steps"]):
         result = recording.run_step(stepper, step)
@@ -312,7 +321,7 @@ def reproduce(setting: Setting, name: str) -> dict[str, float]:
 
 
 def packed_against_padded(setting: Setting) -> list[dict[str, Any]]:
-    """The same samples one after another in rows, and a row each: largest difference of a log-probability and a value."""
+    """The same samples one after another in rows, and a row each: largest differences."""
     import torch
 
     from plaudit.policy import packing

@@ -32,11 +32,9 @@ def measure(setting: Setting, results: Results) -> None:
     for section, work in (
         ("waits by source line", waits),
         ("operations", operations),
-        ("launches", launches),
+        ("trace", trace),
     ):
         attempt(setting, results, section, {}, functools.partial(work, setting))
-    for what in ("kernels", "host"):
-        attempt(setting, results, f"trace, {what}", {}, functools.partial(trace, setting, what))
 
 
 class Step:
@@ -67,9 +65,9 @@ class Step:
 
     def run(self, around: Callable[[str], Any]) -> None:
         """One step, each phase inside what `around` gives for its name."""
-        from plaudit.policy.generation import Draws, decode_responses
-
         import torch
+
+        from plaudit.policy.generation import Draws, decode_responses
 
         prompts = self.schedule.batch(self.step)
         draws = Draws.of(self.generation, self.count, seed=0, step=self.step)
@@ -204,50 +202,56 @@ def operations(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def _profiled(setting: Setting, number_format: str = "TF32") -> Any:
+def trace(setting: Setting) -> list[dict[str, Any]]:
+    """One step in the profiler: what it asks of the device, and the operations that took most on either side."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    step = Step(setting, number_format).warm()
+    step = Step(setting, "TF32").warm()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiled:
         step.run(record_function)
         synchronized(setting.device)
-    return profiled
+    averages = [each for each in profiled.key_averages() if each.key not in PHASES]
+    return [
+        {"section": "launches", **launches(profiled.events())},
+        *({"section": "trace, kernels", **row} for row in kernels(averages)),
+        *({"section": "trace, host", **row} for row in on_the_host(averages)),
+    ]
 
 
-def launches(setting: Setting) -> dict[str, Any]:
-    """What one step asks of the device."""
-    profiled = _profiled(setting)
-    counts = Counter(event.name for event in profiled.events())
-    kernels = [event for event in profiled.events() if "CUDA" in str(event.device_type)]
+def launches(events: Any) -> dict[str, Any]:
+    """How often the device is asked for something, and how long it worked."""
+    counts = Counter(event.name for event in events)
+    ran = [event for event in events if "CUDA" in str(event.device_type) and event.name not in PHASES]
     return {
         "launches": sum(counts[name] for name in LAUNCHES),
         "of them graphs": counts["cudaGraphLaunch"],
         "copies and fills": sum(counts[name] for name in COPIES),
         "waits": sum(counts[name] for name in WAITS),
-        "kernels run": len(kernels),
-        "kernels_ms": rounded(sum(event.device_time for event in kernels) / 1e3),
+        "kernels run": len(ran),
+        "kernels_ms": rounded(sum(event.time_range.elapsed_us() for event in ran) / 1e3),
     }
 
 
-def trace(setting: Setting, what: str) -> list[dict[str, Any]]:
-    """The operations that took most, by the device's time or by the host's."""
-    averages = _profiled(setting).key_averages()
-    phases_and_more = {*PHASES, "ProfilerStep*"}
-    if what == "kernels":
-        found = [each for each in averages if "CUDA" in str(each.device_type) and each.key not in phases_and_more]
-        found.sort(key=lambda each: -each.self_device_time_total)
-        total = sum(each.self_device_time_total for each in found) or 1.0
-        return [
-            {
-                "kernel": each.key[:110],
-                "calls": each.count,
-                "ms": rounded(each.self_device_time_total / 1e3, 3),
-                "share": f"{each.self_device_time_total / total:.1%}",
-            }
-            for each in found[:TOP]
-        ]
-    found = [each for each in averages if "CPU" in str(each.device_type) and each.key not in phases_and_more]
+def kernels(averages: Any) -> list[dict[str, Any]]:
+    """By the device's time."""
+    found = [each for each in averages if "CUDA" in str(each.device_type)]
+    found.sort(key=lambda each: -each.self_device_time_total)
+    total = sum(each.self_device_time_total for each in found) or 1.0
+    return [
+        {
+            "kernel": each.key[:110],
+            "calls": each.count,
+            "ms": rounded(each.self_device_time_total / 1e3, 3),
+            "share": f"{each.self_device_time_total / total:.1%}",
+        }
+        for each in found[:TOP]
+    ]
+
+
+def on_the_host(averages: Any) -> list[dict[str, Any]]:
+    """By the host's time."""
+    found = [each for each in averages if "CPU" in str(each.device_type)]
     found.sort(key=lambda each: -each.self_cpu_time_total)
     return [
         {"operation": each.key[:80], "calls": each.count, "ms": rounded(each.self_cpu_time_total / 1e3, 3)}
