@@ -5,10 +5,12 @@ card: each check therefore has a process of its own, and each result is on disk 
 """
 
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +22,7 @@ from typing import Any
 
 FORKS = multiprocessing.get_context("fork")
 ERROR_CHARS = 400
+PR_SET_PDEATHSIG = 1
 DEMO_MODELS = Path(__file__).parents[2] / "trainer" / "plaudit" / "demo_models"
 ADAPTED = ("c_attn",)
 
@@ -75,6 +78,8 @@ class Results:
     def __init__(self, path: Path, part: str) -> None:
         self._path, self._part, self._began = path, part, time.monotonic()
         self.sections: dict[str, list[dict[str, Any]]] = {}
+        self.complete = True
+        """Whether nothing was left out for lack of time."""
         self._write("cut short")
 
     def add(self, section: str, **row: Any) -> None:
@@ -83,9 +88,14 @@ class Results:
         self._write("cut short")
         print(f"{self._part}: {section}: {row}", flush=True)
 
-    def end(self, state: str = "done") -> None:
+    def leave_out(self, section: str, **row: Any) -> None:
+        """Something for which there is no time."""
+        self.complete = False
+        self.add(section, **row, error="left out: no time")
+
+    def end(self) -> None:
         """The last word: how it ended."""
-        self._write(state)
+        self._write("done" if self.complete else "short of time")
 
     def _write(self, state: str) -> None:
         whole = {
@@ -114,7 +124,7 @@ def attempt(
     """
     limit_s = min(limit_s, setting.left_s)
     if limit_s <= 0:
-        results.add(section, **row, error="no time left")
+        results.leave_out(section, **row)
         return False
     began = time.monotonic()
     state, answer = _apart(work, limit_s) if setting.apart else _here(work)
@@ -140,6 +150,7 @@ def _apart(work: Callable[[], Any], limit_s: float) -> tuple[str, Any]:
     ours, theirs = FORKS.Pipe(duplex=False)
 
     def run() -> None:
+        end_with_parent()
         try:
             theirs.send(("done", work()))
         except BaseException as error:
@@ -172,6 +183,12 @@ def said(error: BaseException) -> str:
     """Type and text of an error, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:ERROR_CHARS]
+
+
+def end_with_parent() -> None:
+    """Ends this process at once when its parent ends, even if that is killed (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def end_all(pid: int, *, itself: bool = True) -> None:

@@ -32,7 +32,7 @@ def measure(setting: Setting, results: Results) -> None:
     attempt(setting, results, "card", {}, functools.partial(card, setting))
     for family in FAMILIES:
         for number_format in ("fp32", "bf16"):
-            row = {"model": family, "format": number_format}
+            row: dict[str, Any] = {"model": family, "format": number_format}
             attempt(setting, results, "capture", row, functools.partial(capture, setting, family, number_format))
     attempt(setting, results, "number formats", {}, functools.partial(number_formats, setting))
     attempt(setting, results, "classic cases", {}, functools.partial(classic_cases, setting))
@@ -309,7 +309,7 @@ def reproduce(setting: Setting, name: str) -> dict[str, float]:
     worst = {"intermediates": 0.0, "statistics": 0.0, "kl_coef": 0.0}
     for step, recorded in enumerate(recording.case["steps"]):
         result = recording.run_step(stepper, step)
-        on_cpu = {n: v.cpu() for n, v in vars(result).items() if isinstance(v, torch.Tensor)}
+        on_cpu: dict[str, Any] = {n: v.cpu() for n, v in vars(result).items() if isinstance(v, torch.Tensor)}
         result = dataclasses.replace(result, **on_cpu)
         worst["intermediates"] = max(worst["intermediates"], *recording.intermediate_differences(result, step).values())
         worst["statistics"] = max(worst["statistics"], *recording.statistic_differences(result, step).values())

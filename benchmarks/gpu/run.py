@@ -11,6 +11,7 @@ Wrong here would be a run that hangs, or a part that ends and leaves a process o
 """
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.common import FORKS, Results, Setting, end_all, make_models, said
+from benchmarks.gpu.common import FORKS, Results, Setting, end_all, end_with_parent, make_models, said
 
 PARTS = {
     "right": 100.0,
@@ -142,14 +143,15 @@ def run_part(setting: Setting, part: str, limit_s: float) -> tuple[str, float]:
         code = _in_a_new_interpreter(setting, part, limit_s)
     # And those whose parents have gone before them.
     _end_orphans(setting)
-    state = "done" if code == 0 else "cut short" if code is None else f"failed ({code})"
+    state = "cut short" if code is None else f"failed ({code})"
+    if code == 0:
+        state = json.loads((setting.out / f"{part}.json").read_text())["state"]
     return state, time.monotonic() - began
 
 
 def _in_a_new_interpreter(setting: Setting, part: str, limit_s: float) -> int | None:
-    plain = {name: str(value) for name, value in dataclasses.asdict(setting).items()}
-    code = "import json, sys; from benchmarks.gpu import run; run.from_text(json.loads(sys.argv[1]), sys.argv[2])"
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(plain), part])
+    code = "import sys; from benchmarks.gpu import run; run.from_text(sys.argv[1], sys.argv[2])"
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(dataclasses.asdict(setting), default=str), part])
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -158,16 +160,11 @@ def _in_a_new_interpreter(setting: Setting, part: str, limit_s: float) -> int | 
         end_all(process.pid)
 
 
-def from_text(plain: dict[str, str], part: str) -> None:
+def from_text(text: str, part: str) -> None:
     """A part in an interpreter of its own, for machines where forks can't use the card."""
-    setting = Setting(
-        plain["device"],
-        plain["tiny"] == "True",
-        *(Path(plain[name]) for name in ("out", "work", "bundle")),
-        apart=False,
-        deadline=float(plain["deadline"]),
-    )
-    _logged(setting, part, _part)
+    given = json.loads(text)
+    places = {name: Path(given[name]) for name in ("out", "work", "bundle")}
+    _logged(Setting(**{**given, **places}), part, _part)
 
 
 def _logged(setting: Setting, name: str, work: Callable[..., Any]) -> None:
@@ -176,6 +173,7 @@ def _logged(setting: Setting, name: str, work: Callable[..., Any]) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
     code = 0
     try:
         work(setting) if work is make_models else work(setting, name)
@@ -229,10 +227,8 @@ def _use(device: str) -> None:
 
 def _adopt_orphans() -> None:
     """Processes whose parents end become this one's children (Linux), so that they are found and ended."""
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    except (OSError, AttributeError):
-        return
 
 
 def _end_orphans(setting: Setting) -> None:

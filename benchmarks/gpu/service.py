@@ -105,7 +105,7 @@ def measure(setting: Setting, results: Results) -> None:
                 if each.kind.name not in FULL and (length, callers) not in LOADS[:2]:
                     continue
                 if setting.left_s < window_s + 2:
-                    results.add("left out", server=each.kind.name, lengths=length, callers=callers)
+                    results.leave_out("load", lengths=length, callers=callers, server=each.kind.name)
                     continue
                 results.add("load", **under_load(each, length, callers, window_s))
         compare(results)
