@@ -162,6 +162,8 @@ def _in_a_new_interpreter(setting: Setting, part: str, limit_s: float) -> int | 
 
 def from_text(text: str, part: str) -> None:
     """A part in an interpreter of its own, for machines where forks can't use the card."""
+    environment()
+    import_all()
     given = json.loads(text)
     places = {name: Path(given[name]) for name in ("out", "work", "bundle")}
     _logged(Setting(**{**given, **places}), part, _part)
