@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test parts-test compose-test ray-test check format lint types clean
+.PHONY: help install demo test parts-test compose-test ray-test gpu-bundle check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a 
 ray-test: install  ## Run the reward service over a Ray cluster of two nodes on this machine. Installs Ray into .venv.
 	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
 	$(BIN)/pytest tests/deploy/test_ray.py -s
+
+gpu-bundle: install  ## Collect what benchmarks/gpu needs on a machine without a network, in .gpu-bundle/.
+	PYTHONPATH=services:trainer $(BIN)/python -m benchmarks.gpu.bundle
 
 check: install format-check lint types test  ## Everything that must be green before a commit.
 

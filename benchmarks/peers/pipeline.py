@@ -1,4 +1,7 @@
-"""transformers' pipeline behind FastAPI's thread pool. PORT, and the model in REWARD_MODEL"""
+"""transformers' pipeline behind FastAPI's thread pool.
+
+PORT, and the model in REWARD_MODEL; where it runs in REWARD_DEVICE, its number format in REWARD_DTYPE.
+"""
 
 import os
 import sys
@@ -10,7 +13,14 @@ from pydantic import BaseModel
 from transformers import pipeline
 
 torch.set_num_threads(1)
-classify = pipeline("text-classification", model=os.environ["REWARD_MODEL"], top_k=None, function_to_apply="none")
+classify = pipeline(
+    "text-classification",
+    model=os.environ["REWARD_MODEL"],
+    device=os.environ.get("REWARD_DEVICE", "cpu"),
+    dtype=os.environ.get("REWARD_DTYPE", "float32"),
+    top_k=None,
+    function_to_apply="none",
+)
 app = FastAPI()
 
 

@@ -449,7 +449,9 @@ def load_policy(
         policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)
     if settings.gradient_checkpointing:
         for transformer in filter(None, (policy.language_model, value_model)):
-            transformer.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 gave it this name; before, it has only the other.
+            enable = getattr(transformer, "activation_checkpointing_enable", None)
+            (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
     return policy
 
 

@@ -17,9 +17,11 @@ STOP_TIMEOUT_S = 15.0
 
 
 @contextmanager
-def reward_service(model: str, directory: Path, *, ready_timeout_s: float, threads: int = 1) -> Iterator[str]:
+def reward_service(
+    model: str, directory: Path, *, ready_timeout_s: float, threads: int = 1, device: str | None = None
+) -> Iterator[str]:
     """Serve `model` on a free port for the length of the block; gives the URL. The service's output goes to
-    `directory/reward-service.log`.
+    `directory/reward-service.log`. `device` is where the model runs; the service's own default unless given.
 
     Raises:
         ConfigError: the service isn't installed, can't load the model, or isn't ready in time.
@@ -39,6 +41,7 @@ def reward_service(model: str, directory: Path, *, ready_timeout_s: float, threa
         "0",
         "--threads",
         str(threads),
+        *(() if device is None else ("--devices", device)),
     ]
     # A stray REWARD_* variable is meant for a service that the user starts, not for this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REWARD_")}

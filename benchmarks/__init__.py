@@ -1,0 +1,1 @@
+"""What was measured, and with what. Each module runs alone and says how in its docstring."""

@@ -1,0 +1,1 @@
+"""One run on a GPU that measures everything: see docs/gpu.md."""
