@@ -33,7 +33,8 @@ class Variant:
     packed: bool = True
     stub: bool = False
     """Rewards from a function in the same process: no HTTP, no wait."""
-    cudnn: bool = True
+    graphs: bool = True
+    """Updates and evaluations recorded as CUDA graphs."""
 
 
 DEFAULT = Variant("TF32", "TF32")
@@ -44,7 +45,7 @@ VARIANTS = (
     Variant("TF32, no static cache", "TF32", static=False),
     Variant("TF32, no packing", "TF32", packed=False),
     Variant("TF32, rewards from a function", "TF32", stub=True),
-    Variant("bf16, no cuDNN attention", "bf16", cudnn=False),
+    Variant("TF32, updates not recorded", "TF32", graphs=False),
     Variant("bf16, rewards from a function", "bf16", stub=True),
 )
 
@@ -92,15 +93,12 @@ def judged(setting: Setting, results: Results) -> Iterator[str]:
 
 def run(setting: Setting, variant: Variant, url: str, steps: int | None) -> dict[str, Any]:
     """A run of the PPO stage; what its metrics say, and what it took."""
-    import torch
-
     from plaudit.policy import packing
     from plaudit.run.metrics import read_metrics
     from plaudit.stages import ppo
 
     bf16 = use_format(variant.number_format)
     packing.FEW_CELLS = FEW_CELLS if variant.packed else 10**9
-    torch.backends.cuda.enable_cudnn_sdp(variant.cudnn)
     name = "".join(c if c.isalnum() else "-" for c in variant.name)
     output = setting.work / "runs" / f"{name}-{steps or 'epoch'}"
     config = recipe(setting, variant, url, output, bf16)
@@ -203,7 +201,7 @@ def recipe(setting: Setting, variant: Variant, url: str, output: Path, bf16: boo
         generation=GenerationSettings(batch_size=batch, static_cache=variant.static),
         reward=reward,
         lora=LoraSettings(r=16, alpha=32, target_modules=("c_attn",)),
-        model=ModelSettings(bf16=bf16),
+        model=ModelSettings(bf16=bf16, tf32=variant.number_format == "TF32", cuda_graphs=variant.graphs),
         ppo=PPOHyperparameters(batch_size=batch, mini_batch_size=batch, ppo_epochs=EPOCHS, learning_rate=1.41e-5),
         trackers=("tensorboard",),
         device=setting.device,

@@ -26,7 +26,6 @@ from benchmarks.gpu.common import (
     small_model,
     synchronized,
     use_format,
-    without_cudnn_attention,
 )
 
 RECORDINGS = Path(__file__).parents[2] / "tests" / "support" / "classic_ppo.py"
@@ -43,9 +42,8 @@ def measure(setting: Setting, results: Results) -> None:
     attempt(setting, results, "packed", {}, functools.partial(packed_against_padded, setting))
     attempt(setting, results, "attention", {}, functools.partial(attention, setting))
     for number_format in FORMATS:
-        for cudnn in (True, False) if number_format == "bf16" and setting.on_gpu else (True,):
-            row = {"format": number_format, "cuDNN attention": cudnn}
-            attempt(setting, results, "resume", row, functools.partial(resume, setting, number_format, cudnn))
+        row = {"format": number_format}
+        attempt(setting, results, "resume", row, functools.partial(resume, setting, number_format))
 
 
 def card(setting: Setting) -> dict[str, Any]:
@@ -365,18 +363,14 @@ def packed_against_padded(setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def resume(setting: Setting, number_format: str, cudnn: bool) -> dict[str, Any]:
+def resume(setting: Setting, number_format: str) -> dict[str, Any]:
     """Four steps at once, beside two steps, an end and two more: the same numbers and weights, to the bit?"""
     with tempfile.TemporaryDirectory(dir=setting.work) as folder:
-        bf16 = use_format(number_format)
         directory = Path(folder)
         model = directory / "model"
         small_model("gpt2", "cpu", tiny=setting.tiny).save_pretrained(model)
         tokenizer_for(setting, model)
-        if cudnn:
-            return _resumed(setting, directory, bf16)
-        with without_cudnn_attention():
-            return _resumed(setting, directory, bf16)
+        return _resumed(setting, directory, number_format)
 
 
 def tokenizer_for(setting: Setting, directory: Path) -> None:
@@ -387,14 +381,16 @@ def tokenizer_for(setting: Setting, directory: Path) -> None:
     train_tokenizer(texts, vocab_size=300, max_length=64).save_pretrained(directory)
 
 
-def _resumed(setting: Setting, directory: Path, bf16: bool) -> dict[str, Any]:
+def _resumed(setting: Setting, directory: Path, number_format: str) -> dict[str, Any]:
     from plaudit.run.metrics import read_metrics
     from plaudit.stages import ppo
 
     count = 8 if setting.tiny else 128
     texts = [f"{'very ' * (i % 5)}good film number {i}, seen with {i * 13} others" for i in range(3 * count)]
     (directory / "prompts.txt").write_text("\n".join(texts))
-    config = run_config(setting, directory / "model", directory / "prompts.txt", directory / "straight", count, bf16)
+    config = run_config(
+        setting, directory / "model", directory / "prompts.txt", directory / "straight", count, number_format
+    )
     began = time.perf_counter()
     ppo.run(dataclasses.replace(config, steps=4))
     seconds = time.perf_counter() - began
@@ -433,7 +429,7 @@ def _tensors(file: Path) -> Any:
 
 
 def run_config(
-    setting: Setting, model: Path, prompts: Path, output: Path, batch: int, bf16: bool, **ppo_settings: Any
+    setting: Setting, model: Path, prompts: Path, output: Path, batch: int, number_format: str, **ppo_settings: Any
 ) -> Any:
     """A stage of PPO with a reward function, for runs that are about something else."""
     from plaudit.rewards.settings import RewardSettings
@@ -449,7 +445,7 @@ def run_config(
         generation=GenerationSettings(batch_size=batch),
         reward=RewardSettings.of(function="benchmarks.gpu.common:lengths"),
         lora=LoraSettings(r=8, alpha=16),
-        model=ModelSettings(bf16=bf16),
+        model=ModelSettings(bf16=number_format == "bf16", tf32=number_format == "TF32"),
         ppo=PPOHyperparameters(batch_size=batch, mini_batch_size=batch, learning_rate=1e-3, **ppo_settings),
         trackers=(),
         device=setting.device,
