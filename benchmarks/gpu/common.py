@@ -86,7 +86,8 @@ class Results:
         """Another row of a section; columns are the names."""
         self.sections.setdefault(section, []).append(row)
         self._write("cut short")
-        print(f"{self._part}: {section}: {row}", flush=True)
+        if self._part != "machine":  # The run itself says a line about that.
+            print(f"{self._part}: {section}: {row}", flush=True)
 
     def leave_out(self, section: str, **row: Any) -> None:
         """Something for which there is no time."""
