@@ -78,16 +78,20 @@ def measure(setting: Setting, results: Results) -> None:
 
 
 @contextlib.contextmanager
-def judged(setting: Setting, results: Results) -> Iterator[str]:
+def judged(setting: Setting, results: Results, dtype: str = "fp32") -> Iterator[str]:
     """The reward service on the same device, in a process of its own; its URL."""
     from plaudit.run.reward_process import reward_service
 
     began = time.perf_counter()
     with reward_service(
-        str(setting.judge), setting.work / "service", ready_timeout_s=60.0, device=setting.device
+        str(setting.judge),
+        setting.work / "service",
+        ready_timeout_s=60.0,
+        device=setting.device,
+        flags=("--batch-tokens", "16384", "--dtype", dtype),
     ) as url:
         name = "tiny" if setting.tiny else "DistilBERT-base"
-        results.add("service", model=name, dtype="fp32", start_s=rounded(time.perf_counter() - began))
+        results.add("service", model=name, dtype=dtype, start_s=rounded(time.perf_counter() - began))
         yield url
 
 
@@ -189,7 +193,8 @@ def recipe(setting: Setting, variant: Variant, url: str, output: Path, bf16: boo
     from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 
     batch = 8 if setting.tiny else BATCH
-    reward = RewardSettings.of(url=(url,), label="POSITIVE", patience_s=20.0)
+    # One request a step: the judge takes it as one batch.
+    reward = RewardSettings.of(url=(url,), label="POSITIVE", patience_s=20.0, chunk_size=BATCH)
     if variant.stub:
         reward = RewardSettings.of(function="benchmarks.gpu.common:lengths")
     return PPOConfig(

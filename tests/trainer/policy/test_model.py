@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from plaudit.errors import ConfigError
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import ModelNotFound, Policy, add_lora, load_policy, load_tokenizer, merge_adapters
+from plaudit.policy.model import (
+    ModelNotFound,
+    Policy,
+    add_lora,
+    fuse_activations,
+    load_policy,
+    load_tokenizer,
+    merge_adapters,
+)
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 from tests.support.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
@@ -226,6 +234,15 @@ def test_a_pass_and_its_gradient_read_nothing_back_from_the_device(
     outputs = policy(samples().to("meta"))
     (outputs.logprobs.sum() + outputs.values.sum() + outputs.entropy.sum()).backward()
     assert policy.reference_logprobs(samples().to("meta")).shape == outputs.logprobs.shape
+
+
+def test_a_fused_activation_gives_the_same_to_a_rounding() -> None:
+    model = tiny_gpt2()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model(input_ids=ids).logits
+    fuse_activations(model)
+    assert isinstance(model.transformer.h[0].mlp.act, nn.GELU)
+    assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
 
 
 def test_gpt2_with_the_recipes_lora_learns_590593_of_125030401_parameters() -> None:

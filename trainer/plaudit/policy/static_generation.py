@@ -120,12 +120,16 @@ class Decoder:
         self.prefill(samples, draws)
         if self._seen.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
             self._graph = self._record()
+            # Where every replay leaves them.
+            self._graph_logits = self.logits
             self.prefill(samples, draws)
         advance = self.advance if self._graph is None else self._graph.replay
         for step in range(1, int(draws.lengths.max())):
             if step % LOOK_EVERY == 0 and bool(self._ended.all()):
                 break
             advance()
+        if self._graph is not None:
+            self.logits = self._graph_logits
         return self._tokens, self._written
 
     def prefill(self, samples: Samples, draws: Draws) -> None:

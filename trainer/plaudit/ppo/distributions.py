@@ -60,7 +60,7 @@ class _TokenStatistics(torch.autograd.Function):
             log_distribution = torch.log_softmax(logits[rows].float(), -1, out=None if kept is None else kept[rows])
             logprobs[rows] = log_distribution.gather(-1, token_ids[rows].unsqueeze(-1)).squeeze(-1)
             if entropies is not None:
-                entropies[rows] = -torch.linalg.vecdot(log_distribution.exp(), _finite(log_distribution))
+                entropies[rows] = _minus_dot(log_distribution.exp(), _finite(log_distribution))
         ctx.save_for_backward(kept, token_ids, entropies)
         ctx.set_materialize_grads(False)
         ctx.dtype = logits.dtype
@@ -91,6 +91,15 @@ def _few_rows(logits: Tensor) -> Iterator[slice]:
     elements = 2**18 if logits.device.type == "cpu" else 2**26
     size = max(1, elements // logits.shape[-1])
     return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _minus_dot(probabilities: Tensor, log_distribution: Tensor) -> Tensor:
+    """-sum(p log p) of each row; `probabilities` are lost."""
+    if probabilities.is_cuda:
+        # cuBLAS has no fast product for one vector a row.
+        return -probabilities.mul_(log_distribution).sum(-1)
+    dot: Tensor = torch.linalg.vecdot(probabilities, log_distribution)
+    return -dot
 
 
 def _finite(log_distribution: Tensor) -> Tensor:

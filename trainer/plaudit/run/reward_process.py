@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,17 @@ STOP_TIMEOUT_S = 15.0
 
 @contextmanager
 def reward_service(
-    model: str, directory: Path, *, ready_timeout_s: float, threads: int = 1, device: str | None = None
+    model: str,
+    directory: Path,
+    *,
+    ready_timeout_s: float,
+    threads: int = 1,
+    device: str | None = None,
+    flags: Sequence[str] = (),
 ) -> Iterator[str]:
     """Serve `model` on a free port for the length of the block; gives the URL. The service's output goes to
-    `directory/reward-service.log`. `device` is where the model runs; the service's own default unless given.
+    `directory/reward-service.log`. `device` is where the model runs, by default where the service puts it;
+    `flags` are any others of `plaudit-reward`.
 
     Raises:
         ConfigError: the service isn't installed, can't load the model, or isn't ready in time.
@@ -42,6 +49,7 @@ def reward_service(
         "--threads",
         str(threads),
         *(() if device is None else ("--devices", device)),
+        *flags,
     ]
     # A stray REWARD_* variable is meant for a service that the user starts, not for this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REWARD_")}
