@@ -77,14 +77,14 @@ def test_the_warm_up_before_a_recording_moves_no_weight() -> None:
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
     columns = dict.fromkeys(("logprobs", "values", "advantages", "returns"), ones)
     graphed._updates._hold.fill_(1.0)
-    graphed._updates.run(FlatMinibatch.of(samples, **columns))
+    graphed._updates.run(FlatMinibatch.of(samples, torch.float32, **columns))
     assert same(weights(graphed), before)
 
 
 def test_shapes_are_rounded_up_and_padding_counts_for_nothing() -> None:
     samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
     values = torch.randn(samples.mask.shape)
-    flat = FlatMinibatch.of(samples, logprobs=values, values=values, advantages=values, returns=values)
+    flat = FlatMinibatch.of(samples, torch.float32, logprobs=values, values=values, advantages=values, returns=values)
     assert flat.given.arguments["input_ids"].shape == (8, 64)
     assert flat.mask.sum() == sum(map(len, RESPONSES))
     assert len(flat.mask) == 128
@@ -98,5 +98,5 @@ def test_every_statistic_has_its_name() -> None:
     stepper = make_stepper()
     samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
-    flat = FlatMinibatch.of(samples, logprobs=ones, values=ones, advantages=ones, returns=ones)
+    flat = FlatMinibatch.of(samples, torch.float32, logprobs=ones, values=ones, advantages=ones, returns=ones)
     assert tuple(stepper._measured(flat, stepper.policy.score(flat.given, flat.tokens))) == STATISTICS

@@ -37,9 +37,9 @@ class FlatSamples:
     """[N] bool, True on real tokens."""
 
     @classmethod
-    def of(cls, samples: Samples, **columns: Tensor) -> Self:
-        """`columns` are [b, T] of the same samples, for the further fields of a subclass."""
-        given = packed(samples, own_mask=True, rounded=True)
+    def of(cls, samples: Samples, mask_dtype: torch.dtype | None, **columns: Tensor) -> Self:
+        """`mask_dtype` is `Policy.mask_dtype`; `columns` are [b, T], for the further fields of a subclass."""
+        given = packed(samples, mask_dtype=mask_dtype, rounded=True)
         missing = -len(given.states) % TOKENS
 
         def flat(tensor: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class PPOStepper:
         if self._evaluations is None or self.config.kl_penalty == "full":
             return None
         try:
-            thought = self._evaluations.run(FlatSamples.of(samples))
+            thought = self._evaluations.run(FlatSamples.of(samples, self.policy.mask_dtype))
         except RuntimeError as error:
             self._evaluations = None
             _warn_of_no_graphs("evaluations", error)
@@ -410,6 +410,7 @@ class PPOStepper:
         minibatch = _Minibatch.of(rollout, advantages, returns, rows)
         flat = FlatMinibatch.of(
             minibatch.samples,
+            self.policy.mask_dtype,
             logprobs=minibatch.logprobs,
             values=minibatch.values,
             advantages=minibatch.advantages,

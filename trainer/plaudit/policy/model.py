@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.head import fp32_logits
-from plaudit.policy.packing import ModelInput, packed, padded, takes_own_mask, worth_packing
+from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.samples import Samples
 from plaudit.ppo import distributions
 from plaudit.settings.policy import LoraSettings, ModelSettings, Quantization
@@ -99,12 +99,13 @@ class Policy(nn.Module):
         self._reference: list[Any] = []
         if self.device.type == "cuda":
             fuse_activations(self)
-        self._takes_own_mask = takes_own_mask(self.language_model) and self._agrees(
-            lambda samples: padded(samples, takes_positions=self._takes_positions, own_mask=True)
+        self._takes_own_mask = takes_own_mask(self.language_model)
+        self._takes_own_mask = self._takes_own_mask and self._agrees(
+            lambda samples: padded(samples, takes_positions=self._takes_positions, mask_dtype=self.mask_dtype)
         )
         # By their positions, most architectures tell the samples of a row apart.
         self._packs = self._takes_positions and self._agrees(
-            lambda samples: packed(samples, own_mask=self._takes_own_mask)
+            lambda samples: packed(samples, mask_dtype=self.mask_dtype)
         )
         self._last_input: tuple[Samples, ModelInput] | None = None
         if reference is not None:
@@ -189,6 +190,14 @@ class Policy(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             values: Tensor = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(logprobs, values, torch.zeros_like(logprobs) if entropies is None else entropies)
+
+    @property
+    def mask_dtype(self) -> torch.dtype | None:
+        """What a whole attention mask must be made of; None for a model that makes its own."""
+        if not self._takes_own_mask:
+            return None
+        with self.autocasting():
+            return attention_dtype(self.language_model)
 
     @property
     def packs(self) -> bool:
@@ -282,11 +291,11 @@ class Policy(nn.Module):
         # Policy, reference and values are asked about the same samples in turn.
         if self._last_input is None or self._last_input[0] is not samples:
             if self._packs and worth_packing(samples):
-                given = packed(samples, own_mask=self._takes_own_mask)
+                given = packed(samples, mask_dtype=self.mask_dtype)
             else:
                 # On a CPU, transformers' look at the mask costs nothing and may save the mask.
-                own_mask = self._takes_own_mask and self.device.type != "cpu"
-                given = padded(samples, takes_positions=self._takes_positions, own_mask=own_mask)
+                mask_dtype = None if self.device.type == "cpu" else self.mask_dtype
+                given = padded(samples, takes_positions=self._takes_positions, mask_dtype=mask_dtype)
             self._last_input = samples, given
         return self._last_input[1]
 
@@ -308,8 +317,17 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
         """Around generation: the policy's precision, and nothing compiled, since every token has another shape."""
-        with torch.compiler.set_stance("force_eager"), self.autocasting():
-            yield
+
+        def in_one_piece(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # The last states of all rows lie apart, and torch would multiply them row by row.
+            return (inputs[0].contiguous(), *inputs[1:])
+
+        hook = self._head_of(self.model).register_forward_pre_hook(in_one_piece)
+        try:
+            with torch.compiler.set_stance("force_eager"), self.autocasting():
+                yield
+        finally:
+            hook.remove()
 
     @contextlib.contextmanager
     def autocasting(self) -> Iterator[None]:

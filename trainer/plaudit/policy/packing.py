@@ -31,22 +31,31 @@ class ModelInput:
     in the order of `mask`."""
 
 
-def padded(samples: Samples, *, takes_positions: bool, own_mask: bool = False) -> ModelInput:
+def padded(samples: Samples, *, takes_positions: bool, mask_dtype: torch.dtype | None = None) -> ModelInput:
     """A row a sample, [B, Q + T - 1]: the last token is no input. Left padding shifts no position.
 
-    With `own_mask` the model gets the whole attention mask, [B, 1, C, C]. From one of [B, C], transformers would first
-    read on the host whether there is any padding.
+    With `mask_dtype` the model gets the whole attention mask, [B, 1, C, C]. Given one of [B, C], transformers would
+    first read on the host whether there is any padding.
     """
     mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
     arguments = {
         "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
-        "attention_mask": _own_segments(mask) if own_mask else mask,
+        "attention_mask": mask if mask_dtype is None else _own_segments(mask, mask_dtype),
     }
     if takes_positions:
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     first = samples.query_ids.shape[1] - 1
     starts = torch.arange(len(samples)) * mask.shape[1] + first
     return ModelInput(arguments, _states(samples, starts))
+
+
+def attention_dtype(model: Any) -> torch.dtype:
+    """The number format of the model's attention, here and now: that of autocast, or the model's own."""
+    device = next(model.parameters()).device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = model.dtype
+    return dtype
 
 
 def takes_own_mask(model: Any) -> bool:
@@ -65,11 +74,11 @@ def worth_packing(samples: Samples) -> bool:
     return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
 
 
-def packed(samples: Samples, *, own_mask: bool = False, rounded: bool = False) -> ModelInput:
+def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: bool = False) -> ModelInput:
     """Several samples a row, each with positions from 0, by which the model tells them apart; no attention mask.
 
-    Padding is left at the ends of rows alone. It stands at position 0, so it is nobody's neighbour. With `own_mask` the
-    model gets the whole attention mask, [R, 1, C, C], in place of reading the positions on the host. `rounded` adds
+    Padding is left at the ends of rows alone. It stands at position 0, so it is nobody's neighbour. With `mask_dtype`
+    the model gets the whole attention mask, [R, 1, C, C], in place of reading the positions on the host. `rounded` adds
     padding up to a multiple of 8 rows and of 16 columns, so that few shapes come up.
     """
     query_lengths, response_lengths = samples.lengths
@@ -94,19 +103,24 @@ def packed(samples: Samples, *, own_mask: bool = False, rounded: bool = False) -
         "input_ids": ids.index_select(0, source).view(rows, columns),
         "position_ids": position_ids.view(rows, columns),
     }
-    if own_mask:
-        arguments["attention_mask"] = _own_segments(segments.view(rows, columns))
+    if mask_dtype is not None:
+        arguments["attention_mask"] = _own_segments(segments.view(rows, columns), mask_dtype)
     return ModelInput(arguments, _states(samples, starts + query_lengths - 1))
 
 
-def _own_segments(segments: Tensor) -> Tensor:
-    """[R, 1, C, C] bool: a token sees itself and earlier ones of its segment [R, C]; segment 0 is padding."""
+def _own_segments(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, 1, C, C]: a token sees itself and earlier ones of its segment [R, C]; segment 0 is padding."""
     columns = segments.shape[1]
     causal = torch.ones(columns, columns, dtype=torch.bool, device=segments.device).tril()
     together = (segments.unsqueeze(2) == segments.unsqueeze(1)) & (segments > 0).unsqueeze(1)
     # A softmax over nothing is no number.
     itself = torch.eye(columns, dtype=torch.bool, device=segments.device)
-    return ((together & causal) | itself).unsqueeze(1)
+    return additive(((together & causal) | itself).unsqueeze(1), dtype)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where attention is allowed, -inf elsewhere. From a mask of booleans, each layer would make this anew."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
 def _states(samples: Samples, first: Tensor) -> Tensor:

@@ -136,18 +136,19 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _pad(rows: Sequence[Tensor | Sequence[int]], pad_token_id: int, *, left: bool, name: str) -> tuple[Tensor, Tensor]:
-    tensors = [torch.as_tensor(row, dtype=torch.long).cpu() for row in rows]
-    for i, tensor in enumerate(tensors):
-        if tensor.ndim != 1 or tensor.numel() == 0:
-            raise ValueError(f"{name} {i} must be a list of at least one token, not of shape {tuple(tensor.shape)}")
-    width = max(tensor.numel() for tensor in tensors)
-    ids = torch.full((len(tensors), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros(len(tensors), width, dtype=torch.bool)
-    for i, tensor in enumerate(tensors):
-        columns = slice(width - tensor.numel(), width) if left else slice(0, tensor.numel())
-        ids[i, columns] = tensor
-        mask[i, columns] = True
-    return ids, mask
+    """Ids and mask [B, T]. A few operations for all rows: on a GPU, an operation a row would be most of a step."""
+    for i, row in enumerate(rows):
+        if (isinstance(row, Tensor) and row.ndim != 1) or len(row) == 0:
+            shape = tuple(row.shape) if isinstance(row, Tensor) else (0,)
+            raise ValueError(f"{name} {i} must be a list of at least one token, not of shape {shape}")
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    columns = torch.arange(width)
+    mask = columns >= width - lengths.unsqueeze(1) if left else columns < lengths.unsqueeze(1)
+    tokens = [token for row in rows for token in (row.tolist() if isinstance(row, Tensor) else row)]
+    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
+    # In the order of rows and columns, as the mask's real cells are.
+    return ids.masked_scatter(mask, torch.tensor(tokens, dtype=torch.long)), mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from plaudit.policy.generation import Draws, sample_tokens
-from plaudit.policy.packing import takes_own_mask
+from plaudit.policy.packing import additive, attention_dtype, takes_own_mask
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings
 
@@ -102,7 +102,8 @@ class Decoder:
         self._model, self._settings, self._eos, self.width = model, settings, -1 if eos is None else eos, width
         steps, device = settings.max_new_tokens, next(model.parameters()).device
         self._cache = _Cache(config=model.config, max_cache_len=width + steps)
-        self._seen = torch.zeros(rows, 1, 1, width + steps, dtype=torch.bool, device=device)
+        self._mask = torch.zeros(rows, 1, 1, width + steps, dtype=attention_dtype(model), device=device)
+        """0 on the cells that are seen, -inf elsewhere."""
         self._last = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._position = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._uniforms = torch.zeros(rows, steps, dtype=torch.float64, device=device)
@@ -118,7 +119,7 @@ class Decoder:
     def decode(self, samples: Samples, draws: Draws) -> tuple[Tensor, Tensor]:
         """Tokens [B, T], with anything behind a row's end, and how many of them count, [B]."""
         self.prefill(samples, draws)
-        if self._seen.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
+        if self._mask.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
             self._graph = self._record()
             # Where every replay leaves them.
             self._graph_logits = self.logits
@@ -139,20 +140,22 @@ class Decoder:
         ids = torch.nn.functional.pad(samples.query_ids, (skip, 0))
         if self._cache.is_initialized:
             self._cache.reset()
-        for buffer in (self._seen, self._step, self._written, self._ended):
+        for buffer in (self._step, self._written, self._ended):
             buffer.zero_()
         self._lengths.copy_(draws.lengths)
         self._uniforms.copy_(draws.uniforms)
-        self._seen[..., : self.width] = real[:, None, None]
+        seen = torch.nn.functional.pad(real[:, None, None], (0, self._mask.shape[-1] - self.width))
+        self._mask.copy_(additive(seen, self._mask.dtype))
         self._position.copy_(samples.query_lengths.unsqueeze(1) - 1)
-        causal = torch.ones(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
+        causal = torch.ones(self.width, seen.shape[-1], dtype=torch.bool, device=ids.device).tril()
         # A padding token sees itself: a softmax over nothing is no number.
-        own = torch.eye(self.width, self._seen.shape[-1], dtype=torch.bool, device=ids.device)
-        self._choose(self._logits(ids, (self._seen & causal) | own, (real.cumsum(1) - 1).clamp(min=0)))
+        own = torch.eye(self.width, seen.shape[-1], dtype=torch.bool, device=ids.device)
+        mask = additive((seen & causal) | own, self._mask.dtype)
+        self._choose(self._logits(ids, mask, (real.cumsum(1) - 1).clamp(min=0)))
 
     def advance(self) -> None:
         """One more token for every row. Reads nothing back to the host."""
-        self._choose(self._logits(self._last, self._seen, self._position))
+        self._choose(self._logits(self._last, self._mask, self._position))
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         output = self._model(
@@ -174,7 +177,7 @@ class Decoder:
         # The chosen token is read next; its keys and values go into the cell that is seen from now on.
         self._last.copy_(chosen.unsqueeze(1))
         self._position.add_(1)
-        self._seen.view(len(chosen), -1).scatter_(1, self._step + self.width, True)
+        self._mask.view(len(chosen), -1).scatter_(1, self._step + self.width, 0.0)
         self._step.add_(1)
 
     def _record(self) -> torch.cuda.CUDAGraph:

@@ -73,7 +73,7 @@ class _TokenStatistics(torch.autograd.Function):
         of_logprobs, of_entropies = gradients
         result = torch.empty_like(kept, dtype=ctx.dtype)
         for rows in _few_rows(kept):
-            probabilities = kept[rows].exp()
+            probabilities = torch.exp(kept[rows], out=result[rows] if result.dtype == kept.dtype else None)
             slope = torch.zeros_like(entropies[rows]) if of_logprobs is None else -of_logprobs[rows]
             slope = slope.unsqueeze(-1)
             if of_entropies is not None:
@@ -82,7 +82,8 @@ class _TokenStatistics(torch.autograd.Function):
             gradient = probabilities.mul_(slope)
             if of_logprobs is not None:
                 gradient.scatter_add_(-1, token_ids[rows].unsqueeze(-1), of_logprobs[rows].unsqueeze(-1))
-            result[rows] = gradient
+            if result.dtype != kept.dtype:
+                result[rows] = gradient
         return result, None, None
 
 
