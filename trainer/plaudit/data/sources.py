@@ -115,6 +115,23 @@ def load_prompts(
     Raises:
         DataError: the source cannot be read, or no text is long enough.
     """
+    return load_sourced_prompts(settings, prompts, tokenizer, split, seed=seed, limit=limit)[0]
+
+
+def load_sourced_prompts(
+    settings: DataSettings,
+    prompts: PromptSettings,
+    tokenizer: Any,
+    split: Split,
+    *,
+    seed: int,
+    limit: int | None = None,
+) -> tuple[Prompts, list[str]]:
+    """`load_prompts`, and the text that each prompt is the opening of.
+
+    Raises:
+        DataError: as `load_prompts` does.
+    """
     texts = [text for text in load_texts(settings, split) if len(text) > prompts.min_text_chars]
     if not texts:
         raise DataError(
@@ -128,7 +145,7 @@ def load_prompts(
         "input_ids"
     ]
     token_ids = [ids[: draw.randint(prompts.min_tokens, prompts.max_tokens)] for ids in openings]
-    return Prompts(token_ids, tokenizer.batch_decode(token_ids))
+    return Prompts(token_ids, tokenizer.batch_decode(token_ids)), texts
 
 
 def load_ranked_answers(path: Path) -> list[RankedAnswers]:

@@ -65,7 +65,7 @@ class Strength:
 
 @dataclass(frozen=True)
 class Strengths:
-    """Scores of all policies, best first. `undefined` of the `resamples` have no maximum; the intervals leave them out."""
+    """Scores of all policies, best first. `undefined` of the `resamples` have no maximum and are left out of intervals."""
 
     policies: tuple[Strength, ...]
     resamples: int
@@ -174,7 +174,9 @@ def bradley_terry(wins: Array) -> Array:
     wins = np.array(wins, dtype=np.float64)
     n = len(wins)
     if wins.shape != (n, n) or n < 2 or (wins < 0).any():
-        raise ValueError(f"wins of shape {wins.shape}: a square table of two policies or more is needed, nothing below 0")
+        raise ValueError(
+            f"wins of shape {wins.shape}: a square table of two policies or more is needed, nothing below 0"
+        )
     np.fill_diagonal(wins, 0)
     if not _each_reaches_all(wins > 0):
         raise NoMaximum("one or more policies never lost to the others, never won or never met them: no finite score")

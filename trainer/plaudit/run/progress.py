@@ -1,6 +1,7 @@
 """Showing a long run to a person: a bar on a terminal, lines in a log file."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,3 +111,53 @@ class StepProgress:
             self._bar.refresh()
         else:
             self._waiting_line(what)
+
+
+class Counting:
+    """So many things done, perhaps of a known total: a bar on a terminal, a line now and then in a log file."""
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
+        self._what = what
+        self._total = total
+        self._done = done
+        self._line_at = time.monotonic()
+        self._lock = threading.Lock()
+        self._bar: _Bar | None = None
+        if sys.stderr.isatty():
+            self._bar = _Bar(
+                TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+            )
+            self._task = self._bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def add(self, count: int = 1) -> None:
+        """So many more are done. From any thread."""
+        with self._lock:
+            self._done += count
+            if self._bar is not None:
+                self._bar.waits_for = ""
+                self._bar.update(self._task, completed=self._done)
+            elif time.monotonic() - self._line_at >= LINE_EVERY_S:
+                self._line_at = time.monotonic()
+                of = "" if self._total is None else f"/{self._total}"
+                print(f"{self._done}{of} {self._what}", file=sys.stderr, flush=True)
+
+    def waiting(self, what: str) -> None:
+        """Say what is waited for."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.waits_for = what
+                self._bar.refresh()
+            elif time.monotonic() - self._line_at >= LINE_EVERY_S:
+                self._line_at = time.monotonic()
+                print(what, file=sys.stderr, flush=True)

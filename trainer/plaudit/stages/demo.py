@@ -41,7 +41,7 @@ def run(config: DemoConfig) -> None:
         )
         ppo.run(training)
         trained = time.monotonic()
-        evaluate.run(
+        evaluate.by_rewards(
             EvaluateConfig(
                 policy=policy,
                 after=str(training.output_dir),

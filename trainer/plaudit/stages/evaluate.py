@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from plaudit import demo_models
-from plaudit.data.sources import Prompts, load_prompts
+from plaudit.data.sources import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
 from plaudit.parallel.processes import device_named, settle_arithmetic
 from plaudit.policy.generation import Draws, decode_responses, generate
@@ -32,6 +32,8 @@ from plaudit.run.progress import WaitingLine
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
+from plaudit.stages import by_people
+from plaudit.stages.by_people import BothAnswers, PeopleResult
 from plaudit.stages.ppo import CONFIG_FILE
 
 EVALUATION_FILE = "evaluation.json"
@@ -47,9 +49,16 @@ class EvaluationResult:
     samples: list[Sample]
 
 
-def run(config: EvaluateConfig) -> EvaluationResult:
-    """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
+def run(config: EvaluateConfig) -> EvaluationResult | PeopleResult:
+    """Judge by rewards, or by people where the settings name a ranking service."""
     settle_arithmetic()
+    if config.by_people is None:
+        return by_rewards(config)
+    return by_people.run(config, lambda: both_answers(config))
+
+
+def by_rewards(config: EvaluateConfig) -> EvaluationResult:
+    """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
     policy, tokenizer = load_pair(config)
     prompts = held_out_prompts(config, tokenizer)
     draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
@@ -94,7 +103,12 @@ def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
 
 def held_out_prompts(config: EvaluateConfig, tokenizer: Any) -> Prompts:
     """As many as were asked for. Raises `ConfigError` if there are fewer."""
-    prompts = load_prompts(
+    return held_out_sources(config, tokenizer)[0]
+
+
+def held_out_sources(config: EvaluateConfig, tokenizer: Any) -> tuple[Prompts, list[str]]:
+    """`held_out_prompts`, and the text that each is the opening of."""
+    prompts, sources = load_sourced_prompts(
         config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts
     )
     if len(prompts) < config.n_prompts:
@@ -102,7 +116,28 @@ def held_out_prompts(config: EvaluateConfig, tokenizer: Any) -> Prompts:
             f"n_prompts={config.n_prompts} but data={config.dataset.data!r} has {len(prompts)} held-out prompts; "
             "ask for fewer, or use a larger source"
         )
-    return prompts
+    return prompts, sources
+
+
+def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
+    """Each held-out prompt with both policies' answers to it, from the same random numbers."""
+    policy, tokenizer = load_pair(config)
+    prompts, sources = held_out_sources(config, tokenizer)
+    draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
+
+    def texts(model: Any) -> list[str]:
+        size = config.generation.batch_size
+        listed: list[str] = []
+        for start in range(0, len(prompts), size):
+            rows = slice(start, min(start + size, len(prompts)))
+            queries, chunk = prompts.token_ids[rows], draws.rows(rows.start, rows.stop)
+            listed += decode_responses(tokenizer, generate(model, queries, chunk, config.generation, tokenizer))
+        return listed
+
+    with policy.as_reference() as model:
+        before = texts(model)
+    after = texts(policy.language_model)
+    return [BothAnswers(*row) for row in zip(prompts.texts, sources, before, after, strict=True)]
 
 
 @torch.no_grad()

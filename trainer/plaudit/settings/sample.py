@@ -1,0 +1,62 @@
+"""Answers for people to rank."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plaudit.settings.checks import require
+from plaudit.settings.data import Data, DataSettings, PromptSettings
+from plaudit.settings.people import PeopleSettings, check_url
+from plaudit.settings.policy import GenerationSettings
+
+MOST_ANSWERS = 9
+"""Answers that one task of the ranking service may hold."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Several answers of a policy to each prompt, for people to rank."""
+
+    policy: str = "runs/sft"
+    """Directory or hub id of a causal language model, or a directory of adapters that `plaudit ppo` wrote."""
+    to: str = "runs/sample/answers.jsonl"
+    """Where the answers go: a file of JSON lines, or the ranking service's address (http://…)."""
+    output_dir: Path = Path("runs/sample")
+    """Where the answers are kept as well if they go to a ranking service, so that a run that stopped goes on."""
+    k: int = 4
+    """Answers to each prompt."""
+    n: int = 256
+    """Different prompts, from texts of the training split alone."""
+    round: int = 0
+    """Which round of training asks: recorded with the batch."""
+    people: PeopleSettings = field(default_factory=PeopleSettings)
+    dataset: Data = field(default_factory=DataSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    device: str | None = None
+    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            2 <= self.k <= MOST_ANSWERS, f"k={self.k} must lie between 2 and {MOST_ANSWERS}: the keys 1 to 9 rank them"
+        )
+        require(self.n >= 1, f"n={self.n} must be 1 or more")
+        require(self.round >= 0, f"round={self.round} must be 0 or more")
+        require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        if "://" in self.to:
+            check_url("to", self.to)
+
+    @property
+    def to_service(self) -> bool:
+        """Whether the answers go to a ranking service."""
+        return "://" in self.to
+
+    @property
+    def file(self) -> Path:
+        """The file of answers, which is there either way."""
+        return self.output_dir / "answers.jsonl" if self.to_service else Path(self.to)
+
+    @property
+    def batch(self) -> str:
+        """The batch that the rows belong to."""
+        return self.people.batch or f"round-{self.round}"

@@ -1,0 +1,160 @@
+"""Simulated annotators in a real ranking service, by the routes that people's browsers use."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import transformers
+from rich.console import Console
+
+from plaudit import demo_models
+from plaudit.errors import ConfigError
+from plaudit.parallel.processes import device_named
+from plaudit.policy.model import load_tokenizer
+from plaudit.rewards import RewardClient
+from plaudit.run.annotator import Habits, Judge, work
+from plaudit.run.progress import Counting
+from plaudit.run.rankings import RankingAdmin, RankingPerson
+from plaudit.settings.annotate import AnnotateConfig
+
+RANKED = ("counted", "surplus", "late")
+
+
+@dataclass(frozen=True)
+class AnnotateResult:
+    """What the annotators did."""
+
+    annotators: int
+    statuses: Counter[str]
+    """Submissions by what became of them: counted, surplus, late, skipped."""
+    waiting: int
+    """Annotators who stopped while others still held tasks."""
+
+    @property
+    def ranked(self) -> int:
+        """Rankings submitted."""
+        return sum(self.statuses[status] for status in RANKED)
+
+
+def run(config: AnnotateConfig) -> AnnotateResult:
+    """Invite the annotators, let them rank until nothing is left for them, and say how many rankings they made.
+
+    The same seed invites the same people again, so that a second run goes on where the first one stopped.
+    """
+    with Counting("rankings") as counting, judging(config) as judge:
+        with RankingAdmin(
+            config.url, api_key_file=config.api_key_file, patience_s=config.patience_s, on_wait=counting.waiting
+        ) as admin:
+            links = [admin.invitation(name_of(config, i)) for i in range(config.annotators)]
+
+        def one(index: int) -> Counter[str]:
+            with RankingPerson(config.url, links[index], patience_s=config.patience_s) as person:
+                return work(
+                    person,
+                    judge,
+                    habits_of(config, index),
+                    person=name_of(config, index),
+                    limit=config.limit,
+                    patience_s=config.patience_s,
+                    on_done=lambda status: counting.add(),
+                )
+
+        done = _all_of(one, config.annotators, config.concurrency)
+    waiting = done.pop("waiting", 0)
+    result = AnnotateResult(config.annotators, done, waiting)
+    _say(result)
+    return result
+
+
+def name_of(config: AnnotateConfig, index: int) -> str:
+    """The name of one annotator, which the service's administration sees."""
+    return f"simulated {config.seed}.{index}"
+
+
+def habits_of(config: AnnotateConfig, index: int) -> Habits:
+    """How one annotator judges."""
+    names = ("temperature", "tie_margin", "carelessness", "skips")
+    return Habits(**{name: config.of(name, index) for name in names})
+
+
+@contextmanager
+def judging(config: AnnotateConfig) -> Iterator[Judge]:
+    """The hidden judge: a classifier in this process, or the reward endpoints."""
+    if config.judge is not None:
+        yield _Classifier(config.judge, config.label, config.device)
+        return
+    if not any(component.says_whom_to_ask for component in config.reward.components):
+        raise ConfigError(
+            "the annotators have no judge: name a classifier with --judge, or a reward endpoint with --reward.url"
+        )
+    with RewardClient(config.reward) as client:
+        client.connect()
+        yield lambda prompt, answers: client.score([prompt] * len(answers), answers)
+
+
+class _Classifier:
+    """Raw logits of prompt and answer as one text. One thread at a time."""
+
+    def __init__(self, path: str, label: str, device: str | None) -> None:
+        try:
+            self._tokenizer = load_tokenizer(path)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(demo_models.resolve(path))
+        except (ConfigError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"judge={path!r} is no classifier that loads ({' '.join(str(error).split()):.160})"
+            ) from error
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self._tokenizer.pad_token_id
+        self._model = model.eval().to(device_named(device))
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        if len(labels) > 1 and label not in labels:
+            raise ConfigError(f"judge={path!r} has no label {label!r}; its labels are {', '.join(labels)}")
+        self._index = labels.index(label) if len(labels) > 1 else 0
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, answers: Sequence[str]) -> list[float]:
+        limit = min(self._tokenizer.model_max_length, getattr(self._model.config, "max_position_embeddings", 10**9))
+        given = self._tokenizer(
+            [prompt + answer for answer in answers],
+            padding=True,
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        ).to(self._model.device)
+        with self._lock:
+            logits = self._model(**given).logits
+        scores: list[float] = logits[:, self._index].double().tolist()
+        return scores
+
+
+def _all_of(one: Callable[[int], Counter[str]], count: int, concurrency: int) -> Counter[str]:
+    """What `one(0)` to `one(count - 1)` counted, so many at once; the first failure is raised, and starts no other."""
+    total: Counter[str] = Counter()
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="annotator") as pool:
+        futures = [pool.submit(one, index) for index in range(count)]
+        try:
+            for future in futures:
+                total += future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return total
+
+
+def _say(result: AnnotateResult) -> None:
+    parts = ", ".join(f"{result.statuses[status]} {status}" for status in sorted(result.statuses)) or "none"
+    console = Console()
+    console.print(
+        f"{result.annotators} annotators submitted {result.ranked} rankings ({parts})", highlight=False, soft_wrap=True
+    )
+    if result.waiting:
+        console.print(
+            f"{result.waiting} of them stopped while others still held tasks: run the same command again to go on",
+            highlight=False,
+            soft_wrap=True,
+        )

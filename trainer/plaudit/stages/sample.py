@@ -1,0 +1,270 @@
+"""Several answers of a policy to each prompt, for people to rank: into a file, or straight into the ranking service.
+
+What would be wrong here: a prompt from a text that some stage holds out, or answers that change when a run that stopped
+goes on. Prompts therefore come from the training split with the hash of their source text, and every answer has random
+numbers of its own, drawn from the seed, the prompt's place and the answer's.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from plaudit.data.sources import DataError, Prompts, load_sourced_prompts
+from plaudit.errors import ConfigError
+from plaudit.parallel.processes import device_named, settle_arithmetic
+from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.writer import Writer, load_writer
+from plaudit.run.progress import Counting
+from plaudit.run.rankings import RankingAdmin, answers_in_pieces
+from plaudit.run.storage import write_text, writing
+from plaudit.settings.plain import to_dict
+from plaudit.settings.policy import GenerationSettings
+from plaudit.settings.sample import MOST_ANSWERS, SampleConfig
+from plaudit.wire import rankings as wire
+
+Sink = Callable[[Sequence[wire.AnswersRow]], None]
+"""Takes rows as they are complete; the same rows may come again."""
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """What was written, and what was merged."""
+
+    file: Path
+    batch: str
+    prompts: int
+    generated: int
+    """Prompts answered by this run; the others were in the file."""
+    merged_prompts: int
+    """Texts passed over because an earlier one gave the same prompt."""
+    same_answers: int
+    """Answers with the same text as another one to their prompt: people see them once."""
+
+
+def run(config: SampleConfig) -> SampleResult:
+    """Answer every prompt that the file doesn't hold yet. Rows go to the file, and to the service if one is named."""
+    settle_arithmetic()
+    if not config.to_service:
+        return sample(config, lambda rows: None)
+    with (
+        Counting("answers uploaded") as counting,
+        RankingAdmin(
+            config.to,
+            api_key_file=config.people.api_key_file,
+            patience_s=config.people.patience_s,
+            on_wait=counting.waiting,
+        ) as admin,
+    ):
+
+        def upload(rows: Sequence[wire.AnswersRow]) -> None:
+            for piece in answers_in_pieces(rows):
+                admin.upload(upload_of(config, piece))
+
+        # Before anything is generated: a wrong key or address shows now, and the batch is there.
+        admin.upload(upload_of(config, []))
+        return sample(config, upload)
+
+
+def upload_of(config: SampleConfig, rows: Sequence[wire.AnswersRow]) -> wire.BatchUpload:
+    """Rows as the ranking service takes them."""
+    return wire.BatchUpload(
+        id=config.batch,
+        round=config.round,
+        purpose="train",
+        overlap=config.people.overlap,
+        overlap_share=config.people.overlap_share,
+        instructions=config.people.instructions,
+        rows=list(rows),
+    )
+
+
+def sample(config: SampleConfig, sink: Sink) -> SampleResult:
+    """The rows of `config`, each handed to `sink` once it is in the file."""
+    writer = load_writer(config.policy, device=device_named(config.device))
+    prompts, groups, merged = training_prompts(config, writer)
+    kept = _rows_in(config.file)
+    settings = _settings_file(config, writer)
+    for number, row in enumerate(kept[: config.n], start=1):
+        _require_same(config, writer, number, row, prompts.texts[number - 1], groups[number - 1])
+    write_text(*settings)
+    if len(kept) > config.n:
+        raise ConfigError(f"{config.file} holds {len(kept)} prompts and n={config.n}: ask for at least as many")
+    sink(kept)
+    same = sum(_same_answers(row) for row in kept)
+    at_once = max(1, config.generation.batch_size // config.k)
+    with Counting("prompts answered", len(prompts), len(kept)) as counting, _appending(config.file) as append:
+        for start in range(len(kept), len(prompts), at_once):
+            stop = min(start + at_once, len(prompts))
+            texts = answers_to(writer, prompts.rows(start, stop), config.generation, config.k, config.seed, first=start)
+            rows = [
+                wire.new_answers_row(
+                    config.batch,
+                    prompts.texts[p],
+                    [
+                        wire.new_answer(
+                            text, policy=config.policy, revision=writer.revision, seed=number_of(config.seed, p, j)
+                        )
+                        for j, text in enumerate(listed)
+                    ],
+                    group=groups[p],
+                )
+                for p, listed in zip(range(start, stop), texts, strict=True)
+            ]
+            append(rows)
+            sink(rows)
+            same += sum(map(_same_answers, rows))
+            counting.add(len(rows))
+    result = SampleResult(config.file, config.batch, len(prompts), len(prompts) - len(kept), merged, same)
+    _say(config, result)
+    return result
+
+
+def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, list[str], int]:
+    """The first `n` different prompts of the training split, the group of each, and how many texts repeated one.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    found, sources = load_sourced_prompts(config.dataset, config.prompts, writer.tokenizer, "train", seed=config.seed)
+    first: dict[str, int] = {}
+    passed_over = 0
+    for i, text in enumerate(found.texts):
+        if len(first) == config.n:
+            break
+        passed_over += text in first
+        first.setdefault(text, i)
+    if len(first) < config.n:
+        raise ConfigError(
+            f"n={config.n} but data={config.dataset.data!r} has {len(first)} different prompts in its training split; "
+            "ask for fewer, use longer prompts (--prompts.max-tokens) or a larger source"
+        )
+    chosen = list(first.values())
+    prompts = Prompts([found.token_ids[i] for i in chosen], [found.texts[i] for i in chosen])
+    return prompts, [wire.group_of(sources[i]) for i in chosen], passed_over
+
+
+@torch.no_grad()
+def answers_to(
+    writer: Writer, prompts: Prompts, settings: GenerationSettings, k: int, seed: int, *, first: int = 0
+) -> list[list[str]]:
+    """`k` answers to each prompt, all at once. `first` is the place of the first prompt among all."""
+    places = [(first + p, j) for p in range(len(prompts)) for j in range(k)]
+    drawn = [Draws.of(settings, 1, seed=seed, step=p * MOST_ANSWERS + j) for p, j in places]
+    draws = Draws(torch.cat([draw.lengths for draw in drawn]), torch.cat([draw.uniforms for draw in drawn]))
+    queries = [prompts.token_ids[p - first] for p, _ in places]
+    texts = decode_responses(writer.tokenizer, generate(writer.model, queries, draws, settings, writer.tokenizer))
+    return [texts[start : start + k] for start in range(0, len(texts), k)]
+
+
+def number_of(seed: int, prompt: int, answer: int) -> int:
+    """What an answer records as its seed: the run's seed, and which random numbers of it were the answer's."""
+    return (seed << 32) + prompt * MOST_ANSWERS + answer
+
+
+def _same_answers(row: wire.AnswersRow) -> int:
+    return len(row.answers) - len({answer.text for answer in row.answers})
+
+
+def _rows_in(file: Path) -> list[wire.AnswersRow]:
+    """The rows that are there. A last line that was cut off is taken out of the file.
+
+    Raises:
+        DataError: a line before the last is no row of answers.
+    """
+    if not file.is_file():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with writing(file), file.open("r+b") as opened:
+            opened.truncate(len(whole))
+            opened.flush()
+            os.fsync(opened.fileno())
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            rows.append(wire.AnswersRow.model_validate_json(line))
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise DataError(f"{file}, line {number}: no row of answers ({reason}); name another file") from None
+    return rows
+
+
+def _require_same(
+    config: SampleConfig, writer: Writer, number: int, row: wire.AnswersRow, prompt: str, group: str
+) -> None:
+    """Raises `ConfigError` for a row that this run would not have written, whatever its answers say."""
+    seeds = [number_of(config.seed, number - 1, j) for j in range(config.k)]
+    for name, found, expected in (
+        ("batch", row.batch, config.batch),
+        ("number of answers", len(row.answers), config.k),
+        ("prompt", row.prompt, prompt),
+        ("group", row.group, group),
+        ("policy", row.answers[0].policy, config.policy),
+        ("revision of the policy", row.answers[0].revision, writer.revision),
+        ("seed", [answer.seed for answer in row.answers], seeds),
+    ):
+        if found != expected:
+            raise ConfigError(
+                f"{config.file}, line {number}: another {name} than this run's ({found!r:.60}, not {expected!r:.60}); "
+                "go on with the settings of then, or name another file"
+            )
+
+
+def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
+    """Where the settings are recorded, and what they are. Raises `ConfigError` if others are recorded there."""
+    path = config.file.with_name(f"{config.file.name}.settings.json")
+    fixed = to_dict(config)
+    for free in ("to", "output_dir", "n", "device", "people", "round"):
+        fixed.pop(free)
+    fixed |= {"revision": writer.revision, "batch": config.batch}
+    generation = fixed["generation"]
+    assert isinstance(generation, dict)
+    # No answer depends on these.
+    fixed["generation"] = {name: v for name, v in generation.items() if name not in ("batch_size", "static_cache")}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and config.file.is_file() and config.file.stat().st_size:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in fixed.items():
+            if recorded.get(name) != value:
+                raise ConfigError(
+                    f"{config.file} was begun with {name}={recorded.get(name)!r:.120}, and now it is {value!r:.120}; "
+                    "go on with the settings of then, or name another file"
+                )
+    return path, json.dumps(fixed, indent=2) + "\n"
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[Sink]:
+    """Rows to the end of a file, on the disk when the call returns."""
+    with writing(path):
+        file = path.open("a", encoding="utf-8", newline="")
+
+    def append(rows: Sequence[wire.AnswersRow]) -> None:
+        with writing(path):
+            file.writelines(row.model_dump_json() + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    with file:
+        yield append
+
+
+def _say(config: SampleConfig, result: SampleResult) -> None:
+    where = f"{config.to} as batch {result.batch}" if config.to_service else str(result.file)
+    Console().print(
+        f"{result.prompts} prompts with {config.k} answers each are in {where}: {result.generated} answered now, "
+        f"{result.merged_prompts} texts merged because their prompt was there, {result.same_answers} answers repeat "
+        "another one to their prompt",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
