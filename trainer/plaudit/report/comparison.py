@@ -65,7 +65,7 @@ class Strength:
 
 @dataclass(frozen=True)
 class Strengths:
-    """Scores of all policies, best first. `undefined` of the `resamples` have no maximum and are left out of intervals."""
+    """Scores of all policies, best first. Intervals leave out the `undefined` resamples, which have no maximum."""
 
     policies: tuple[Strength, ...]
     resamples: int

@@ -1,7 +1,8 @@
 """Before against after, by people: they see both answers to a held-out prompt and not which policy wrote which.
 
 What would be wrong here: figures over prompts that only some people got to, told as if they were all; or answers that
-are generated anew, and differ, when the command goes on. The answers are therefore written down before anybody is asked.
+are generated anew, and differ, when the command goes on. The answers are therefore written to disk before anybody is
+asked.
 """
 
 import dataclasses
