@@ -30,7 +30,8 @@ STATUS = {
     "out-of-memory": 503,
     "deadline-exceeded": 504,
 }
-"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504."""
+"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504; what
+`wire.FINAL_PROBLEMS` names comes again with the same request."""
 
 RETRY_AFTER_DRAIN_S = 1
 
