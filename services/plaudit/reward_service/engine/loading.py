@@ -123,8 +123,8 @@ def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> 
     ]
     if ignored:
         raise ModelError(
-            f"{name} holds weights that a {type(model).__name__} has no place for ({', '.join(ignored[:3])}), so it was "
-            "trained as something else; give the directory of a plain transformers classifier"
+            f"{name} holds weights that a {type(model).__name__} has no place for ({', '.join(ignored[:3])}), so it "
+            "was trained as something else; give the directory of a plain transformers classifier"
         )
     return model, report
 
@@ -142,7 +142,8 @@ def _with_adapters(source: ModelSource, settings: Settings) -> Any:
         from peft.utils import load_peft_weights
     except ImportError:
         raise ModelError(
-            f"{name} holds adapters, and peft is not installed: pip install 'plaudit[adapters]', or {how_to_merge(name)}"
+            f"{name} holds adapters, and peft is not installed: pip install 'plaudit[adapters]', or "
+            f"{how_to_merge(name)}"
         ) from None
     try:
         adapter_config = PeftConfig.from_pretrained(source.directory)
@@ -151,15 +152,16 @@ def _with_adapters(source: ModelSource, settings: Settings) -> Any:
         raise ModelError(f"{name} holds adapters that can't be read: {one_line(error)}") from error
     if adapter_config.is_prompt_learning:
         raise ModelError(
-            f"{name} holds adapters of type {adapter_config.peft_type.value}, which can't be added to a model's weights; "
-            "train LoRA adapters, or a whole model with `plaudit reward-model`"
+            f"{name} holds adapters of type {adapter_config.peft_type.value}, which can't be added to a model's "
+            "weights; train LoRA adapters, or a whole model with `plaudit reward-model`"
         )
     trained = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in saved.items()}
     model, missing = _base_model(source, name, trained)
     if missing - trained.keys():
         raise ModelError(
-            f"{name} is not a trained sequence classifier: neither its adapters nor their base model {source.base} hold "
-            f"{', '.join(sorted(missing - trained.keys())[:3])}; train with modules_to_save naming the head, and save again"
+            f"{name} is not a trained sequence classifier: neither its adapters nor their base model {source.base} "
+            f"hold {', '.join(sorted(missing - trained.keys())[:3])}; name the head in modules_to_save, train and save "
+            "again"
         )
     try:
         with warnings.catch_warnings():
@@ -171,7 +173,8 @@ def _with_adapters(source: ModelSource, settings: Settings) -> Any:
         model = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise ModelError(
-            f"{name} holds adapters that don't fit their base model {source.base}: {one_line(error)}; {how_to_merge(name)}"
+            f"{name} holds adapters that don't fit their base model {source.base}: {one_line(error)}; give the base "
+            "model that they were trained on"
         ) from error
     model.to(DTYPES.get(settings.dtype, torch.float32))
     return model
@@ -200,12 +203,12 @@ def _base_model(source: ModelSource, name: str, trained: dict[str, tuple[int, ..
 
 
 def _labels(name: str, config: Any) -> tuple[str, ...]:
-    """The names of the logits in their order. A whole number is its own name; anything else that is no text is refused."""
+    """The names of the logits in their order. A whole number is its own name; other things than text are refused."""
     names = config.id2label
     if sorted(names) != list(range(config.num_labels)):
         raise ModelError(
-            f"{name} names the labels {', '.join(map(str, sorted(names)))} (id2label in config.json), and its logits are "
-            f"0 to {config.num_labels - 1}; give each logit one name"
+            f"{name} names the labels {', '.join(map(str, sorted(names)))} (id2label in config.json), and its logits "
+            f"are 0 to {config.num_labels - 1}; give each logit one name"
         )
     labels = []
     for index in range(config.num_labels):
@@ -222,8 +225,8 @@ def _labels(name: str, config: Any) -> tuple[str, ...]:
         stated = other_way.get(label, index)
         if str(stated) != str(index):
             raise ModelError(
-                f"{name} contradicts itself: label {label} is logit {index} by id2label and logit {stated} by label2id; "
-                "correct config.json"
+                f"{name} contradicts itself: label {label} is logit {index} by id2label and logit {stated} by "
+                "label2id; correct config.json"
             )
     return tuple(labels)
 
@@ -266,8 +269,9 @@ def _check_vocabulary(name: str, directory: Path, tokenizer: Any, rows: int | No
     alone = [*directory.glob("tokenizer.*json"), directory / "tokenizer.model", directory / "tekken.json"]
     if files and not present and not any(path.is_file() for path in alone):
         raise ModelError(
-            f"{name} holds no vocabulary for its tokenizer, a {kind}: there is no {' and no '.join(sorted(files.values()))}"
-            f" in {directory}, and without one all words are the same to the model; {HOW_TO_SAVE_A_TOKENIZER}"
+            f"{name} holds no vocabulary for its tokenizer, a {kind}: there is no "
+            f"{' and no '.join(sorted(files.values()))} in {directory}, and without one all words are the same to the "
+            f"model; {HOW_TO_SAVE_A_TOKENIZER}"
         )
     merges = files.get("merges_file")
     if merges is not None and merges not in present and not any(path.is_file() for path in alone):
@@ -287,9 +291,9 @@ def _check_vocabulary(name: str, directory: Path, tokenizer: Any, rows: int | No
     if beyond:
         index, token = beyond[0]
         raise ModelError(
-            f"{name} has a tokenizer with {len(vocabulary)} tokens and a model with an embedding for {rows}: {token!r} "
-            f"(id {index}){' and others' * (len(beyond) > 1)} would have none. Save the tokenizer that the model was trained "
-            "with, or give the model its rows (resize_token_embeddings) and train them"
+            f"{name} has a tokenizer with {len(vocabulary)} tokens and a model with an embedding for {rows}: "
+            f"{token!r} (id {index}){' and others' * (len(beyond) > 1)} would have none. Save the tokenizer that the "
+            "model was trained with, or give the model its rows (resize_token_embeddings) and train them"
         )
 
 
@@ -319,13 +323,14 @@ def _positions(model: Any) -> list[Any]:
 
     A table with a padding row numbers its positions from the one after that row on: so do RoBERTa and its relatives.
     """
-    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    declared = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     numbered = [
         table.weight.shape[0] - table.padding_idx - 1
         for path, table in model.named_modules()
         if path.rpartition(".")[2] == "position_embeddings" and getattr(table, "padding_idx", None) is not None
     ]
-    return [declared, *numbered]
+    return [*declared, *numbered]
 
 
 def one_line(error: Exception) -> str:

@@ -40,9 +40,9 @@ def model_source(model: str) -> ModelSource:
         return ModelSource(directory)
     if holds(directory, WEIGHTS_LIKE):
         raise ModelError(
-            f"{model} holds a whole model and adapters ({ADAPTER_CONFIG}), and nothing says whether its weights include "
-            f"them already: if they do, remove {ADAPTER_CONFIG} and the adapter_model file; if not, remove the model's "
-            "weights, so that the adapters are put on the base model that they name"
+            f"{model} holds a whole model and adapters ({ADAPTER_CONFIG}), and nothing says whether its weights "
+            f"include them already: if they do, remove {ADAPTER_CONFIG} and the adapter_model file; if not, remove the "
+            "model's weights, so that the adapters are put on the base model that they name"
         )
     if not holds(directory, ADAPTER_WEIGHTS):
         raise ModelError(f"{model} holds {ADAPTER_CONFIG} and no adapter_model.safetensors; give a complete directory")

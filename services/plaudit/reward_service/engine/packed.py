@@ -41,7 +41,7 @@ _FAMILIES = {
     "roberta": ("Roberta", _WITH_HEAD),
     "xlm-roberta": ("XLMRoberta", _WITH_HEAD),
 }
-"""The modules that `PackedEncoder` knows, by transformers' `model_type`: encoders whose classifier reads the first token."""
+"""The modules that `PackedEncoder` knows, by transformers' `model_type`. Their classifiers read the first token."""
 _TORCH_PARTS = (nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Tanh)
 NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
 ROWS_AT_ONCE = 128
@@ -59,7 +59,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 def can_pack(model: Any) -> bool:
-    """Whether `PackedEncoder` runs this model: of a family it knows, and made of nothing else than that family's modules.
+    """Whether `PackedEncoder` runs this model: of a family it knows, and made of that family's modules alone.
 
     It reads the modules' weights and never calls them, so a subclass, or a layer with an adapter around it, would be
     taken for the plain layer within.

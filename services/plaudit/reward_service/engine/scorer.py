@@ -89,7 +89,7 @@ class TransformersScorer:
         return self.batching == "packed"
 
     def prove(self) -> None:
-        """Check the model's scores and how it may be batched. Raises `ModelError`. Afterwards `use` is no longer possible."""
+        """Check the model's scores and how it may be batched, once. Raises `ModelError`."""
         assert self._loaded is not None
         self.checked = prove(self, self._loaded, self._settings, self._devices[0])
         self._loaded = None
@@ -187,7 +187,7 @@ class TransformersScorer:
         return logits
 
     def _fast_backend(self) -> Any:
-        """The tokenizer's core, which takes many texts at once; None where transformers' own call gives other tokens."""
+        """The tokenizer's core, which takes many texts at once; None where transformers' own call differs from it."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -210,7 +210,7 @@ class TransformersScorer:
 
 
 def _devices(settings: Settings) -> list[torch.device]:
-    """The devices to run on. Raises `ModelError` at once where there is no such device, and not when a model is loaded."""
+    """The devices to run on. Raises `ModelError` where there is no such device, before any model is loaded."""
     named = ",".join(settings.devices)
     try:
         devices = [torch.device(name) for name in settings.devices]
