@@ -1,6 +1,6 @@
 """A tiny random classifier of every family that transformers classifies text with, as a Hugging Face directory.
 
-Sizes are as small as each family allows, and weights larger than fresh ones, so that scores spread as a trained model's.
+Sizes are as small as each family allows, and weights larger than fresh ones, so that scores spread as trained ones do.
 """
 
 from pathlib import Path

@@ -58,7 +58,7 @@ def api_keys(settings: Settings) -> list[str]:
     keys = [secret.get_secret_value()] if secret is not None else []
     if settings.api_key_file is not None:
         try:
-            lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
+            lines = settings.api_key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
         keys += [line.strip() for line in lines if line.strip()]

@@ -241,8 +241,8 @@ def _headers(component: RewardComponent) -> dict[str, str]:
     key = os.environ.get(API_KEY_VARIABLE)
     if component.api_key_file is not None:
         try:
-            key = component.api_key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
+            key = component.api_key_file.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"reward.api_key_file={component.api_key_file} can't be read: {error}") from error
     if key:
         if not (key.isascii() and key.isprintable()):

@@ -273,12 +273,6 @@ def _check_vocabulary(name: str, directory: Path, tokenizer: Any, rows: int | No
             f"{' and no '.join(sorted(files.values()))} in {directory}, and without one all words are the same to the "
             f"model; {HOW_TO_SAVE_A_TOKENIZER}"
         )
-    merges = files.get("merges_file")
-    if merges is not None and merges not in present and not any(path.is_file() for path in alone):
-        raise ModelError(
-            f"{name} holds half of a vocabulary for its tokenizer, a {kind}: {directory} lacks {merges}; "
-            f"{HOW_TO_SAVE_A_TOKENIZER}"
-        )
     vocabulary = tokenizer.get_vocab()
     if files and len(vocabulary.keys() - set(tokenizer.all_special_tokens)) < 2:
         raise ModelError(
@@ -315,6 +309,12 @@ def _max_tokens(model: Any, tokenizer: Any, settings: Settings) -> int:
     wanted = settings.max_tokens
     if wanted is not None and wanted > limit and limits:
         raise ModelError(f"--max-tokens {wanted} is more than the model takes ({limit})")
+    added = tokenizer.num_special_tokens_to_add(settings.join == "pair")
+    if (wanted or limit) <= added:
+        raise ModelError(
+            f"--max-tokens {wanted or limit} leaves no room for text beside the {added} tokens that the tokenizer of "
+            f"{settings.model} adds"
+        )
     return wanted or limit
 
 

@@ -59,8 +59,7 @@ class TransformersScorer:
     """What the start-up check found, for the log."""
 
     def __init__(self, loaded: Loaded, revision: str, devices: Sequence[torch.device], settings: Settings) -> None:
-        # A path that the locale can't read holds halves of surrogate pairs, which no answer could carry.
-        self.id = settings.model.encode(errors="surrogateescape").decode(errors="replace")
+        self.id = settings.model
         self.dtype = settings.dtype
         self.revision = revision
         self.labels = loaded.labels

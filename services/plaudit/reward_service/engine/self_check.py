@@ -147,7 +147,7 @@ def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.de
         failures.append(f"{way}: scores {apart:.1e} from those of the same texts alone, {allowed:.1e} allowed")
     raise ModelError(
         f"{name} gives no scores that depend on the text alone ({failures[-1]}); what it says changes with what it has "
-        "judged before, or is random, so no reward can be made of it"
+        "judged before, or is random, so no reward can be made of it; try a smaller --max-tokens, or give another model"
     )
 
 
@@ -207,7 +207,7 @@ def _references(
 
 
 def _plain_scores(name: str, plain: PlainModel, probes: Probes) -> tuple[Probes, list[torch.Tensor]]:
-    """What plain transformers gives, and the texts that it gives something for: some families can't read an empty one."""
+    """What plain transformers gives, and for which texts: some families can't read an empty one."""
     rows: dict[int, torch.Tensor] = {}
     for encoded in probes.all:
         length = len(encoded.ids)
@@ -216,15 +216,22 @@ def _plain_scores(name: str, plain: PlainModel, probes: Probes) -> tuple[Probes,
         except Exception as error:
             if length < len(probes.words[0].ids):
                 continue
-            if encoded is probes.longest and length > len(probes.words[0].ids):
-                raise ModelError(
-                    f"{name} does not run on a text of {length} tokens, the most that it says it takes: "
-                    f"{one_line(error)}; give a smaller --max-tokens"
-                ) from error
-            raise ModelError(f"{name} loads but does not run: {one_line(error)}") from error
+            raise _does_not_run(name, plain, encoded, probes, error) from error
     readable = [encoded for encoded in probes.short if id(encoded) in rows]
     probes = Probes(probes.words, readable, probes.longest)
     return probes, [rows[id(encoded)] for encoded in probes.all]
+
+
+def _does_not_run(name: str, plain: PlainModel, text: Encoded, probes: Probes, error: Exception) -> ModelError:
+    length = len(text.ids)
+    said = f"{name} loads but does not run on a text of {length} tokens"
+    if text is probes.longest and length > len(probes.words[0].ids):
+        try:
+            plain(probes.words[0])
+        except Exception:
+            return ModelError(f"{name} loads but does not run: {one_line(error)}")
+        return ModelError(f"{said}, the most that it says it takes: {one_line(error)}; give a smaller --max-tokens")
+    return ModelError(f"{said}: {one_line(error)}")
 
 
 def _check_scores(
