@@ -55,6 +55,8 @@ class TransformersScorer:
     """Any Hugging Face sequence classifier: without padding where its family allows, in padded batches elsewhere."""
 
     batching: Batching
+    packed: bool
+    """Whether a batch costs the sum of its lengths (no padding) rather than rows times the longest."""
     checked: Mapping[str, object]
     """What the start-up check found, for the log."""
 
@@ -70,7 +72,7 @@ class TransformersScorer:
         self._devices = list(devices)
         self._deterministic = settings.deterministic
         self._takes_type_ids = "token_type_ids" in loaded.takes
-        self._tokenizer = loaded.tokenizer
+        self.tokenizer = loaded.tokenizer
         self._backend = self._fast_backend()
         self._loaded: Loaded | None = loaded
         self._models: list[Any] = []
@@ -82,16 +84,14 @@ class TransformersScorer:
         else:
             self.use("padded" if loaded.pad_id is not None else "by length")
 
-    @property
-    def packed(self) -> bool:
-        """Whether a batch costs the sum of its lengths (no padding) rather than rows times the longest."""
-        return self.batching == "packed"
-
     def prove(self) -> None:
         """Check the model's scores and how it may be batched, once. Raises `ModelError`."""
         assert self._loaded is not None
         self.checked = prove(self, self._loaded, self._settings, self._devices[0])
         self._loaded = None
+        self.__dict__.pop("modules", None)  # those in use are held by `_models`
+        if self._devices[0].type == "cuda":
+            torch.cuda.empty_cache()
 
     @cached_property
     def modules(self) -> list[Any]:
@@ -107,7 +107,8 @@ class TransformersScorer:
     def use(self, batching: Batching) -> None:
         """Score in this way from now on, warmed up."""
         assert self._loaded is not None
-        loaded, self.batching = self._loaded, batching
+        loaded = self._loaded
+        self.batching, self.packed = batching, batching == "packed"
         if batching == "packed":
             packed = PackedEncoder(loaded.model, int8=self.dtype == "int8")
             packed.warm_up()
@@ -149,8 +150,8 @@ class TransformersScorer:
         ]
 
     def _encode_slowly(self, text: Text) -> Encoded:
-        full = self._tokenizer(*text, verbose=False)["input_ids"]
-        encoding = self._tokenizer(*text, truncation=True, max_length=self.max_tokens)
+        full = self.tokenizer(*text, verbose=False)["input_ids"]
+        encoding = self.tokenizer(*text, truncation=True, max_length=self.max_tokens)
         type_ids = encoding["token_type_ids"] if self._takes_type_ids else None
         return Encoded(encoding["input_ids"], type_ids, len(full) > self.max_tokens)
 
@@ -187,10 +188,10 @@ class TransformersScorer:
 
     def _fast_backend(self) -> Any:
         """The tokenizer's core, which takes many texts at once; None where transformers' own call differs from it."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
-        specials = " ".join(map(str, self._tokenizer.all_special_tokens))
+        specials = " ".join(map(str, self.tokenizer.all_special_tokens))
         texts: list[Text] = [(text, None) for text in ("", f"The film {specials} was good.", " ".join(WORDS) * 2)]
         texts += [(first, "It was  not bad ") for first, _ in texts] if self._settings.join == "pair" else []
         try:

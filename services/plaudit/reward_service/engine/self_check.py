@@ -47,6 +47,7 @@ class Subject(Protocol):
     id: str
     batching: Batching
     max_tokens: int
+    replicas: int
 
     @property
     def modules(self) -> Sequence[Any]:
@@ -78,10 +79,19 @@ class PlainModel:
         logits: torch.Tensor = self.module(**tensors).logits
         return logits[0].double().cpu()
 
-    def in_precision(self, dtype: torch.dtype) -> "PlainModel":
-        """The same weights in another number format; on the CPU if the device has no room for them."""
-        module = copy.deepcopy(self.module).to(dtype)
-        return PlainModel(module, self.device, self._takes)
+    def scores(self, texts: Sequence[Encoded]) -> list[torch.Tensor]:
+        """The logits of each text; worked out on the CPU where the device has no room."""
+        try:
+            self.module.to(self.device)
+            return [self(encoded) for encoded in texts]
+        except torch.OutOfMemoryError:
+            self.device = torch.device("cpu")
+        self.module.to(self.device)
+        return [self(encoded) for encoded in texts]
+
+    def in_precision(self, dtype: torch.dtype, loaded: Loaded) -> "PlainModel":
+        """The model that was loaded, in another number format."""
+        return PlainModel(copy.deepcopy(loaded.model).to(dtype), self.device, self._takes)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.de
     probes = probes_of(subject, settings, loaded.tokenizer)
     plain, exact = _references(subject, loaded, settings, device)
     probes, expected = _plain_scores(name, plain, probes)
-    wanted = expected if exact is plain else [exact(encoded) for encoded in probes.all]
+    wanted = expected if exact is plain else exact.scores(probes.all)
     _check_scores(name, wanted, expected, probes, loaded.labels, settings)
     _check_padding_token(name, plain, probes, loaded)
     allowed = max(EXACT, 2 * _apart(expected, wanted))
@@ -133,7 +143,7 @@ def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.de
             continue
         apart = max(_apart(rows, wanted) for rows in got)
         if settings.dtype == "fp32" and EXACT < apart < ROUNDING:
-            apart, allowed = _beside_double(plain, probes, expected, got, (apart, allowed))
+            apart, allowed = _beside_double(plain, loaded, probes, expected, got, (apart, allowed))
         if apart <= allowed:
             found: dict[str, object] = {
                 "batches": way,
@@ -197,13 +207,9 @@ def _references(
     if settings.dtype == "fp32":
         return plain, plain
     if settings.dtype == "int8":
+        # `modules` are quantised copies; these weights are still fp32.
         return PlainModel(subject.modules[0], device, loaded.takes), PlainModel(loaded.model, device, loaded.takes)
-    try:
-        return plain, plain.in_precision(torch.float32)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        on_cpu = PlainModel(loaded.model, torch.device("cpu"), loaded.takes)
-        return plain, on_cpu.in_precision(torch.float32)
+    return plain, plain.in_precision(torch.float32, loaded)
 
 
 def _plain_scores(name: str, plain: PlainModel, probes: Probes) -> tuple[Probes, list[torch.Tensor]]:
@@ -282,8 +288,8 @@ def _check_padding_token(name: str, plain: PlainModel, probes: Probes, loaded: L
 def _service_scores(subject: Subject, probes: Probes, settings: Settings) -> list[list[torch.Tensor]]:
     """The scores of all probes: alone, and together as far as the service itself would put them together."""
 
-    def score(batch: Sequence[Encoded]) -> list[torch.Tensor]:
-        return [torch.tensor(row, dtype=torch.float64) for row in subject.score(batch, 0)]
+    def score(batch: Sequence[Encoded], replica: int = 0) -> list[torch.Tensor]:
+        return [torch.tensor(row, dtype=torch.float64) for row in subject.score(batch, replica)]
 
     alone = [score([encoded])[0] for encoded in probes.all]
     together = score(probes.short)
@@ -296,11 +302,13 @@ def _service_scores(subject: Subject, probes: Probes, settings: Settings) -> lis
     with_longest = score([probes.longest, *companions]) if companions else [alone[0]]
     beside_it = dict(zip(map(id, companions), with_longest[1:], strict=True))
     mixed = [beside_it.get(id(encoded), row) for encoded, row in zip(probes.short, together, strict=True)]
-    return [alone, [with_longest[0], *together], [with_longest[0], *mixed]]
+    elsewhere = [[with_longest[0], *score(probes.short, replica)] for replica in range(1, subject.replicas)]
+    return [alone, [with_longest[0], *together], [with_longest[0], *mixed], *elsewhere]
 
 
 def _beside_double(
     plain: PlainModel,
+    loaded: Loaded,
     probes: Probes,
     expected: Sequence[torch.Tensor],
     got: Sequence[Sequence[torch.Tensor]],
@@ -308,8 +316,7 @@ def _beside_double(
 ) -> tuple[float, float]:
     """How far the service is from double precision, and twice how far plain transformers is: deep models round more."""
     try:
-        doubled = plain.in_precision(torch.float64)
-        exact = [doubled(encoded) for encoded in probes.all]
+        exact = plain.in_precision(torch.float64, loaded).scores(probes.all)
     except Exception:  # not every operation exists in double precision
         return otherwise
     return max(_apart(rows, exact) for rows in got), max(EXACT, 2 * _apart(expected, exact))

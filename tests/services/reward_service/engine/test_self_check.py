@@ -126,6 +126,7 @@ class Moody:
 
     id = "moody"
     max_tokens = 16
+    replicas = 1
 
     def __init__(self, by: dict[str, float]) -> None:
         self.batching: self_check.Batching = "padded"
