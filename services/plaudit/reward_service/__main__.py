@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_settings(arguments: list[str]) -> Settings:
     """Flags, else REWARD_* variables, else defaults. Raises `StartError`; `SystemExit` for --help and unknown flags."""
     try:
-        return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        settings = Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
@@ -50,6 +50,13 @@ def parse_settings(arguments: list[str]) -> Settings:
         if first["type"] == "missing":
             raise StartError(f"{flag} is missing; give a sequence-classification directory or hub id") from None
         raise StartError(f"{flag} {first['input']}: {first['msg']}") from None
+    for flag, value in (("--model", settings.model), ("--label", settings.label or "")):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise StartError(f"{flag} {value} is no text in this locale ({encoding}); set PYTHONUTF8=1") from None
+    return settings
 
 
 def api_keys(settings: Settings) -> list[str]:

@@ -31,6 +31,8 @@ NO_LIMIT = 1_000_000
 """What is longer than this is how transformers writes "none"."""
 UNUSED_BUFFERS = ("position_ids", "inv_freq", "masked_bias", "attn.bias", "attention.bias", "num_batches_tracked")
 """Ends of names that older files hold and newer classes work out for themselves."""
+LONGEST_QUOTE = 200
+"""Characters of another library's message."""
 HOW_TO_SAVE_A_TOKENIZER = "copy the files of the tokenizer that the model was trained with (save_pretrained) there"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -249,7 +251,9 @@ def _tokenizer(source: ModelSource, settings: Settings) -> tuple[Any, Path]:
             directory, truncation_side=settings.truncation_side, trust_remote_code=False
         )
     except Exception as error:
-        raise ModelError(f"{settings.model} holds no tokenizer that can be loaded: {one_line(error)}") from error
+        raise ModelError(
+            f"{settings.model} holds no tokenizer that can be loaded: {one_line(error)}; {HOW_TO_SAVE_A_TOKENIZER}"
+        ) from error
     return tokenizer, directory
 
 
@@ -334,6 +338,7 @@ def _positions(model: Any) -> list[Any]:
 
 
 def one_line(error: Exception) -> str:
-    """The error's kind and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    """The error's kind and the first line of its message, or its beginning if that line only announces the others."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    said = lines[0] if not lines[0].rstrip().endswith(":") else " ".join(str(error).split())[:LONGEST_QUOTE]
+    return f"{type(error).__name__}: {said}"

@@ -346,8 +346,13 @@ def test_a_hub_id_behind_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: py
     assert "nor a model the hub gives (ImportError: Using SOCKS proxy" in refusal("some/judge")
 
 
-def test_a_generic_tokenizer_needs_its_one_file(tmp_path: Path) -> None:
-    directory = tiny_classifier_dir(tmp_path)
-    assert isinstance(AutoTokenizer.from_pretrained(directory), PreTrainedTokenizerFast)
-    (directory / "tokenizer.json").unlink()
-    assert "token" in refusal(directory)
+@pytest.mark.parametrize("family", ["gpt2", "roberta", "llama", "t5", "xlnet", "qwen2", "bloom", "esm", "modernbert"])
+@pytest.mark.parametrize("kept", ["nothing", "tokenizer_config.json"])
+def test_no_family_is_served_without_its_vocabulary(family: str, kept: str, tmp_path: Path) -> None:
+    directory = tiny_judge(tmp_path, family)
+    for file in directory.glob("tokenizer*"):
+        if file.name != kept:
+            file.unlink()
+    said = refusal(directory)
+    assert "holds no vocabulary for its tokenizer" in said or "holds no tokenizer that can be loaded" in said
+    assert "copy the files of the tokenizer that the model was trained with" in said
