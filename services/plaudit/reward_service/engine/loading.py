@@ -111,7 +111,10 @@ def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> 
             trust_remote_code=False,
         )
     except Exception as error:
-        raise ModelError(f"{name} is not a sequence classifier that can be loaded: {one_line(error)}") from error
+        raise ModelError(
+            f"{name} is not a sequence classifier that can be loaded: {one_line(error)}; train one with "
+            "`plaudit reward-model` or give another directory"
+        ) from error
     for key, found, wanted in sorted(report["mismatched_keys"]):
         raise ModelError(
             f"{name} has weights that don't fit its config.json: {key} is {_shape(found)} in the file and "

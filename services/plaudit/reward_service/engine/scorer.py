@@ -27,6 +27,9 @@ CHARS_PER_TOKEN_LIMIT = 64
 """A text is cut to this many characters for each token the model can see, before it is tokenised: a megabyte would
 otherwise hold the tokenizer for a second. English has about 4 characters a token."""
 
+NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
+"""What torch's plain RuntimeError names when an allocation on the CPU fails."""
+
 
 def load_scorer(settings: Settings) -> "TransformersScorer":
     """The scorer that `settings` ask for, warmed up and proven on its own model. Raises `ModelError`."""
@@ -166,7 +169,11 @@ class TransformersScorer:
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
             raise OutOfMemoryNow(str(error)) from error
-        except torch.AcceleratorError as error:
+        except RuntimeError as error:
+            if NO_MEMORY_ON_CPU in str(error):
+                raise OutOfMemoryNow(one_line(error)) from error
+            if not isinstance(error, torch.AcceleratorError):
+                raise
             raise ScorerLostError(f"{self._devices[replica]}: {error}") from error
         return [rows[index] for index in range(len(batch))]
 
