@@ -63,6 +63,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "modernbert": {**_BERT, "local_attention": 16},
     "mpnet": _ROBERTA,
     "nystromformer": {**_BERT, "num_landmarks": 8, "segment_means_seq_len": MAX_TOKENS},
+    "perceiver": {
+        **{"num_latents": 8, "d_latents": 32, "d_model": 32, "num_blocks": 1, "num_self_attends_per_block": 1},
+        **{"num_self_attention_heads": 2, "num_cross_attention_heads": 2, "max_position_embeddings": MAX_TOKENS},
+    },
+    "reformer": {
+        **{"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 64},
+        **{"attn_layers": ["lsh", "local"], "axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
+        **{"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 4},
+        "max_position_embeddings": MAX_TOKENS,
+    },
     "rembert": {**_BERT, "input_embedding_size": 16},
     "roberta": _ROBERTA,
     "roberta-prelayernorm": _ROBERTA,

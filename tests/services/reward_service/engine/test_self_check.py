@@ -133,6 +133,9 @@ class Moody:
         self.modules = [self]
         self._by = by
 
+    def to(self, device: torch.device) -> "Moody":
+        return self
+
     def use(self, batching: self_check.Batching) -> None:
         self.batching = batching
 
@@ -157,6 +160,22 @@ def test_the_fastest_way_that_changes_no_score_is_taken() -> None:
     assert found_by(Moody({}))["batches"] == "padded"
     assert found_by(Moody({"padded": 0.1}))["batches"] == "by length"
     assert found_by(Moody({"padded": 0.1, "by length": 0.1}))["batches"] == "alone"
+
+
+class Guessing(Moody):
+    """Random in its last digits, as a model that hashes with random numbers."""
+
+    def score(self, batch: Any, replica: int) -> list[Logits]:
+        return [tuple(self(torch.tensor([list(encoded.ids)])).logits[0].tolist()) for encoded in batch]
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        return type("Output", (), {"logits": input_ids.sum(1, keepdim=True) / 1000 + 5e-4 * torch.rand(1)})
+
+
+def test_a_model_that_is_random_in_its_last_digits_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="no scores that depend on the text alone"):
+        found_by(Guessing({}))
 
 
 def test_a_model_that_changes_its_mind_is_refused() -> None:
