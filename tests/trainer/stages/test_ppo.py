@@ -14,7 +14,7 @@ import transformers
 import yaml
 
 from plaudit.errors import ConfigError
-from plaudit.learner.stepper import NonFiniteUpdate
+from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.policy.model import load_policy
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.rewards import RewardRejected, RewardUnavailable

@@ -15,8 +15,9 @@ import torch
 from plaudit.data.sources import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
+from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.rollout import Collected, Sampler, collect, sampler
-from plaudit.learner.stepper import NonFiniteUpdate, PPOStepper, Sampling
+from plaudit.learner.stepper import PPOStepper, Sampling
 from plaudit.parallel.processes import Processes, joined, settle_arithmetic
 from plaudit.parallel.sharding import shard, sharding_for, whole_weights
 from plaudit.policy.generation import Draws

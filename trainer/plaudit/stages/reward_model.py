@@ -11,11 +11,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from plaudit.data.sources import LabelledTexts, is_held_out, load_labelled_texts, load_ranked_answers, preference_pairs
 from plaudit.errors import ConfigError
-from plaudit.learner.optimizers import build_optimizer
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import load_tokenizer
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.stages.optimizers import build_optimizer
 from plaudit.stages.supervised import save_model_directory, training_arguments
 
 CHARS_PER_TOKEN = 16

@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
 from plaudit.data.sources import load_texts
-from plaudit.learner.optimizers import build_optimizer
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
 from plaudit.policy.model import load_causal_lm, load_tokenizer
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
+from plaudit.stages.optimizers import build_optimizer
 from plaudit.stages.supervised import save_model_directory, training_arguments
 
 
