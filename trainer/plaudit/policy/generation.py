@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from plaudit.policy.samples import Samples
+from plaudit.policy.texts import response_texts as decode_responses
 from plaudit.ppo import distributions
 from plaudit.settings.policy import GenerationSettings
+
+__all__ = ["Draws", "decode_responses", "generate", "sample_tokens"]
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,3 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.double().unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-
-def decode_responses(tokenizer: Any, samples: Samples) -> list[str]:
-    """The responses as text, without special tokens."""
-    rows = zip(samples.response_ids.tolist(), samples.lengths[1].tolist(), strict=True)
-    ids = [row[:length] for row, length in rows]
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
