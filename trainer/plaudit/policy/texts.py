@@ -97,5 +97,13 @@ def special_tokens(tokenizer: Any) -> set[int]:
     return marked | set(tokenizer.all_special_ids)
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a text: the tokenizer's, and all that the model's generation settings name."""
+    settings = getattr(model, "generation_config", None) or model.config
+    named = getattr(settings, "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
 def _without(ids: Sequence[int], in_front: Sequence[int]) -> list[int]:
     return list(ids[len(in_front) :] if in_front and list(ids[: len(in_front)]) == list(in_front) else ids)
