@@ -3,3 +3,7 @@
 
 class ConfigError(Exception):
     """A setting that cannot work. The message names the field, the value and what to do."""
+
+
+class NotFinite(Exception):
+    """A loss, a figure or a weight is NaN or infinite. Nothing that holds one is saved."""
