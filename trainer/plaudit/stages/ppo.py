@@ -123,7 +123,6 @@ def run(config: PPOConfig) -> PPOResult:
             processes.on_main(lambda: log.append(held.enter_context(_open_log(config, stepper.steps_done))))
             loop = _Loop(
                 config,
-                inputs,
                 tokenizer,
                 policy,
                 gathered,
@@ -134,6 +133,7 @@ def run(config: PPOConfig) -> PPOResult:
                 stop,
                 processes,
                 progress,
+                inputs,
             )
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
