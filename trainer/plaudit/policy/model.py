@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -502,19 +502,18 @@ def load_policy(
 
 
 def require_no_random_weights(
-    model: Any, loaded: Mapping[str, Any], path: str | Path, setting: str, *, but: Sequence[str] = ()
+    model: Any, loaded: Mapping[str, Any], path: str | Path, setting: str, *, head_may_be_new: bool = False
 ) -> None:
-    """Raises `ModelNotFound` where transformers made up weights that the files lack, all `but` those of a new head."""
+    """Raises `ModelNotFound` where transformers made up weights that the files lack, or have in another shape."""
     parameters = dict(model.named_parameters())
-    missing = sorted(
-        name
-        for name in loaded["missing_keys"]
-        if name in parameters and not any(part in name.split(".") for part in but)
-    )
-    if missing:
+    made_up = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])} & parameters.keys()
+    if head_may_be_new:
+        body = f"{model.base_model_prefix}."
+        made_up = {name for name in made_up if name.startswith(body) and "pooler" not in name}
+    if made_up:
         raise ModelNotFound(
-            f"{setting}={str(path)!r}: its files lack {len(missing)} of the weights of a {type(model).__name__}, for "
-            f"example {missing[0]}; they would be random: name a model that has them"
+            f"{setting}={str(path)!r}: its files lack {len(made_up)} of the weights of a {type(model).__name__}, for "
+            f"example {min(made_up)}, which would be random: name a model that has them"
         )
 
 
