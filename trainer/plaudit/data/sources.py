@@ -20,8 +20,6 @@ from plaudit.errors import ConfigError
 from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
 from plaudit.settings.data import DataSettings, PromptSettings
 
-__all__ = ["DataError"]
-
 Split = Literal["train", "held_out"]
 Label = int | str | bool | float
 
@@ -218,9 +216,14 @@ def _columns(table: Table, settings: DataSettings, *others: str) -> tuple[list[s
     """The texts, and the values of the other column if there is one. Rows without either are left out, and said."""
     for name in (settings.text_column, *others):
         if name not in table.columns:
+            joined = any(mark in only for only in table.columns if len(table.columns) == 1 for mark in ";\t|")
             raise DataError(
-                f"data={settings.data!r} has no column {name!r}; it has: {', '.join(table.columns)}. "
-                "Name it with --text-column or --label-column"
+                f"data={settings.data!r} has no column {name!r}; it has: {', '.join(table.columns) or 'none at all'}. "
+                + (
+                    "Its values must be separated by commas"
+                    if joined
+                    else "Name it with --text-column or --label-column"
+                )
             )
     texts = table.columns[settings.text_column]
     for number, text in enumerate(texts, start=1):
@@ -233,8 +236,14 @@ def _columns(table: Table, settings: DataSettings, *others: str) -> tuple[list[s
     beside = table.columns[others[0]] if others else texts
     empty = [i for i, text in enumerate(texts) if not text.strip()]
     gone = set(empty)
-    _say_dropped(settings, empty, "no text")
+    _say_dropped(settings, empty, "no text in the row")
     if others:
+        for number, value in enumerate(beside, start=1):
+            if value is not None and not isinstance(value, str | int | float):
+                raise DataError(
+                    f"data={settings.data!r}, row {number}, column {others[0]!r}: {value!r:.60} is {_kind(value)} and "
+                    "no label; give one word or number for each text"
+                )
         unlabelled = [i for i, value in enumerate(beside) if i not in gone and (value is None or value == "")]
         gone |= set(unlabelled)
         _say_dropped(settings, unlabelled, f"nothing in column {others[0]!r}")
@@ -258,7 +267,7 @@ _SAID: set[str] = set()
 
 def _say_dropped(settings: DataSettings, rows: Sequence[int], why: str) -> None:
     if rows:
-        line = f"data={settings.data!r}: {len(rows)} rows left out, with {why} (the first is row {rows[0] + 1})"
+        line = f"data={settings.data!r}: left out {len(rows)} with {why}; the first is row {rows[0] + 1}"
         if line not in _SAID:  # a stage asks for both splits
             print(line, file=sys.stderr, flush=True)
             _SAID.add(line)
