@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import trl
 from safetensors.torch import load_file
 
 from plaudit import cli
@@ -57,6 +58,13 @@ def stage_of(name: str, reviews: Path, tmp_path: Path, **settings: Any) -> Stage
     return reward_model.run, RewardModelConfig(
         **common | {"sizes": sizes, "optimizer": optimizer, "max_length": 48} | settings
     )
+
+
+def trainer_of(config: Any) -> Any:
+    """The trainer's class that computes the loss."""
+    if isinstance(config, SFTConfig):
+        return trl.SFTTrainer
+    return trl.RewardTrainer if config.kind == "pairwise" else transformers.Trainer
 
 
 def at_step(step: int, action: Callable[[], None]) -> Any:
@@ -143,21 +151,15 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_changes_next_to_not
     config = dataclasses.replace(config, optimizer=optimizer)
     run(config)
     limit = 20 if getattr(config, "kind", "") == "pairwise" else 10
-    forward = transformers.Trainer.compute_loss
+    trainer = trainer_of(config)
+    forward = trainer.compute_loss
 
     def too_large(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if len(inputs["input_ids"]) > limit:
             raise torch.OutOfMemoryError("out of memory")
         return forward(self, model, inputs, *args, **kwargs)
 
-    trainer: Any = transformers.Trainer
-    if getattr(config, "kind", "") == "pairwise":
-        import trl
-
-        trainer, forward = trl.RewardTrainer, trl.RewardTrainer.compute_loss
     monkeypatch.setattr(trainer, "compute_loss", too_large)
-    if config.from_scratch and isinstance(config, RewardModelConfig):
-        torch.manual_seed(0)
     other = dataclasses.replace(config, output_dir=tmp_path / "halved")
     with pytest.warns(UserWarning, match="out of memory: from now on 8 samples"):
         run(other)
@@ -171,7 +173,7 @@ def test_memory_that_is_full_for_good_leaves_a_checkpoint(
     reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, config = stage_of("sft", reviews, tmp_path)
-    forward, calls = transformers.Trainer.compute_loss, iter(range(1000))
+    forward, calls = trl.SFTTrainer.compute_loss, iter(range(1000))
 
     def full(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) >= 4:
@@ -179,7 +181,7 @@ def test_memory_that_is_full_for_good_leaves_a_checkpoint(
         return forward(self, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(transformers.Trainer, "compute_loss", full)
+        patched.setattr(trl.SFTTrainer, "compute_loss", full)
         with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError) as error:
             run(config)
     (checkpoint,) = list_checkpoints(config.output_dir / "checkpoints")
