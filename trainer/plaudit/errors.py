@@ -7,3 +7,7 @@ class ConfigError(Exception):
 
 class NotFinite(Exception):
     """A loss, a figure or a weight is NaN or infinite. Nothing that holds one is saved."""
+
+
+class NotAsSaved(Exception):
+    """What was written, read again, is something else. It does not take the place of what was there."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.parallel.processes import device_named
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
 from plaudit.policy.generation import Draws, generate
@@ -167,7 +167,7 @@ def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
     policy.check_saved(tmp_path)
     with torch.no_grad():
         policy.v_head.bias.fill_(1.0)
-    with pytest.raises(ValueError, match=r"not written as it should be: bias"):
+    with pytest.raises(NotAsSaved, match=r"not written as it should be: bias"):
         policy.check_saved(tmp_path)
     with torch.no_grad():
         policy.v_head.bias.fill_(torch.nan)

@@ -18,7 +18,7 @@ import trl
 from safetensors.torch import load_file
 
 from plaudit import cli
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.run.checkpoint import list_checkpoints
 from plaudit.run.runtime import StopRequested
 from plaudit.run.storage import NotWritten
@@ -263,7 +263,7 @@ def test_a_classifier_that_cannot_be_loaded_again_is_not_saved(
     with monkeypatch.context() as patched:
         patched.setattr(transformers.PreTrainedModel, "save_pretrained", damaged)
         patched.setattr(supervised._Keeper, "save", lambda *_, **__: None)
-        with pytest.raises(ValueError, match="the model is not saved: loaded again, it is off by"):
+        with pytest.raises(NotAsSaved, match="the model is not saved: loaded again, it is off by"):
             run(config)
     assert not (config.output_dir / "config.json").exists()
 

@@ -25,7 +25,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from plaudit import demo_models
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.head import fp32_logits
 from plaudit.policy.packing import ModelInput, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.samples import Samples
@@ -359,7 +359,7 @@ class Policy(nn.Module):
 
         Raises:
             NotFinite: a weight is not finite.
-            ValueError: a file lacks a tensor, or holds another.
+            NotAsSaved: a file lacks a tensor, or holds another.
         """
         if weights is not None:
             whole = weights.model
@@ -375,7 +375,7 @@ class Policy(nn.Module):
         lacking = sorted(expected.keys() - read.keys()) if self.has_adapters else []
         differing = sorted(n for n in read if n not in expected or not torch.equal(read[n], expected[n].cpu()))
         if lacking or differing:
-            raise ValueError(f"{directory} was not written as it should be: {(lacking or differing)[0]} is not in it")
+            raise NotAsSaved(f"{directory} was not written as it should be: {(lacking or differing)[0]} is not in it")
 
     def load_value_head(self, directory: Path) -> None:
         """The value head that `save` wrote."""
@@ -444,7 +444,7 @@ def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
     except ValueError as error:
         raise ConfigError(
             f"lora: no adapters can be put on {type(model).__name__} ({' '.join(str(error).split()):.200}); name "
-            "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.enabled False"
+            "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.no-enabled"
         ) from error
 
 

@@ -22,7 +22,7 @@ from plaudit.data.sources import (
     load_ranked_answers,
     preference_pairs,
 )
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.optimizers import build_optimizer
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
@@ -242,7 +242,7 @@ def _saved(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequenc
     def reproduces(directory: Path) -> None:
         again = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).to(model.device)
         if again.config.id2label != model.config.id2label:
-            raise ValueError(f"the model is not saved: loaded again, its labels are {again.config.id2label}")
+            raise NotAsSaved(f"the model is not saved: loaded again, its labels are {again.config.id2label}")
         own = logits(model, tokenizer, texts[:8], config.max_length)
         got = logits(again.eval(), load_tokenizer(directory), texts[:8], config.max_length)
         require_same_figures("the logits of held-out texts", own, got)

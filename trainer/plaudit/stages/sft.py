@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
 from plaudit.data.sources import fingerprint, load_texts
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.optimizers import build_optimizer
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
@@ -89,7 +89,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
             token_rows(load_tokenizer(directory), few, config.max_length),
         )
         if own != others:
-            raise ValueError("the model is not saved: its tokenizer, loaded again, reads texts as other tokens")
+            raise NotAsSaved("the model is not saved: its tokenizer, loaded again, reads texts as other tokens")
         require_same_figures(
             "the loss on held-out texts",
             torch.tensor([held_out_loss(model, own)]),

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from plaudit.errors import ConfigError, NotFinite
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.memory import Fitting, is_out_of_memory
 from plaudit.parallel.processes import WORLD_SIZES
 from plaudit.policy.model import require_finite
@@ -401,12 +401,12 @@ def save_model_directory(
 
 
 def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -> None:
-    """Raises `NotFinite` or `ValueError` where a model that was saved and loaded again computes something else."""
+    """Raises `NotFinite` or `NotAsSaved` where a model that was saved and loaded again computes something else."""
     if not bool(expected.isfinite().all()):
         raise NotFinite(f"the model is not saved: {what} is not finite")
     worst = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the model is not saved: loaded again, it is off by {worst:.3g} in {what}")
+        raise NotAsSaved(f"the model is not saved: loaded again, it is off by {worst:.3g} in {what}")
 
 
 def forget_checkpoints(run: Run) -> None:
