@@ -298,7 +298,7 @@ def test_other_prompts_and_another_base_are_not_gone_on_with(
 
 
 def test_a_policy_that_cannot_hold_prompt_and_response_is_one_line(config: PPOConfig) -> None:
-    with pytest.raises(ConfigError, match="has 64 positions, and a prompt of 8 tokens .* needs 72"):
+    with pytest.raises(ConfigError, match=r"has 64 positions, and a prompt of 8 tokens .* needs 72"):
         ppo.run(dataclasses.replace(config, generation=GenerationSettings(max_new_tokens=65)))
 
 
