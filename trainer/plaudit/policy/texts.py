@@ -70,12 +70,14 @@ def prompt_texts(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> list[str
 def response_texts(tokenizer: Any, samples: Samples) -> list[str]:
     """The responses without special tokens, each as it reads behind its prompt: prompt and response make the whole."""
     in_front, special = tokens_in_front(tokenizer), special_tokens(tokenizer)
+    query_lengths, response_lengths = samples.lengths.tolist()
     queries = [
-        _without(row[real].tolist(), in_front) for row, real in zip(samples.query_ids, samples.query_mask, strict=True)
+        _without(row[len(row) - length :], in_front)
+        for row, length in zip(samples.query_ids.tolist(), query_lengths, strict=True)
     ]
     answers = [
-        [token for token in row[real].tolist() if token not in special]
-        for row, real in zip(samples.response_ids, samples.mask, strict=True)
+        [token for token in row[:length] if token not in special]
+        for row, length in zip(samples.response_ids.tolist(), response_lengths, strict=True)
     ]
     prompts = decode(tokenizer, queries)
     wholes = decode(tokenizer, [[*query, *answer] for query, answer in zip(queries, answers, strict=True)])
