@@ -23,7 +23,8 @@ class RewardModelConfig:
     output_dir: Path = Path("runs/reward-model")
     dataset: Data = field(default_factory=DataSettings)
     label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
-    """Names of labels 0, 1, ... as the reward service offers them."""
+    """The labels' names, in the order of the head, as the reward service offers them. The data's labels may be these
+    names, or numbers that count them from 0."""
     ranked: Path | None = None
     """Pairwise: JSON lines of {"prompt": ..., "answers": [best, ..., worst]}."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
