@@ -105,8 +105,14 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_or_of_another_model_is_ref
     with pytest.raises(ConfigError, match="its tokenizer knows 300 tokens and the model 5000"):
         check_tokenizer_fits(tokenizer, tiny_gpt2(vocab_size=5000), "p")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    check_tokenizer_fits(tokenizer, tiny_gpt2(), "p", ["no text holds it"])
     with pytest.raises(ConfigError, match=r"has number 300.*resize_token_embeddings\(301\)"):
+        check_tokenizer_fits(tokenizer, tiny_gpt2(), "p", ["one", "<|im_start|>two"])
+    tokenizer.pad_token = "<|im_start|>"
+    with pytest.raises(ConfigError, match=r"'<\|im_start\|>' of its tokenizer has number 300"):
         check_tokenizer_fits(tokenizer, tiny_gpt2(), "p")
+    with pytest.raises(ConfigError, match=r"has embeddings for 0 to 199 alone"):
+        check_tokenizer_fits(tiny_tokenizer(), tiny_gpt2(vocab_size=200), "p")
 
 
 def test_a_prompt_and_a_response_must_have_positions() -> None:

@@ -5,6 +5,7 @@ embedding for, a prompt may be longer than its positions, and its cache may not 
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,23 +20,37 @@ FAILURES = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, Value
 """What a model raises that was not made for what it is asked to do."""
 
 
-def check_tokenizer_fits(tokenizer: Any, model: Any, source: str, *, setting: str = "policy") -> None:
-    """Raises `ConfigError` where the tokenizer has tokens that the model has no embedding for, or is another's."""
+def check_tokenizer_fits(
+    tokenizer: Any, model: Any, source: str, texts: Iterable[str] = (), *, setting: str = "policy"
+) -> None:
+    """Raises `ConfigError` where the tokenizer has tokens without an embedding that `texts` need, or is another's.
+
+    Some models are published with a token or two that they have no embedding for, and that no text holds.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if getattr(model, "is_quantized", False):
         rows = model.config.get_text_config().vocab_size
-    token, index = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if index >= rows:
-        raise ConfigError(
-            f"{setting}={source!r}: token {token!r} of its tokenizer has number {index}, and the model has embeddings "
-            f"for 0 to {rows - 1} alone; enlarge it with model.resize_token_embeddings({index + 1}) and save it, or "
-            "remove the token"
-        )
     if 2 * len(tokenizer) < rows:
         raise ConfigError(
             f"{setting}={source!r}: its tokenizer knows {len(tokenizer)} tokens and the model {rows}; they don't "
             "belong together: copy the tokenizer files of the model it was made from into the directory"
         )
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= rows}
+    added, named = tokenizer.get_added_vocab(), tokenizer.all_special_tokens
+    needed = [token for token in beyond if token not in added or (token in named and _is_written(tokenizer, token))]
+    needed = needed or [token for text in texts for token in beyond if token in text] if beyond else []
+    if needed:
+        raise ConfigError(
+            f"{setting}={source!r}: token {needed[0]!r} of its tokenizer has number {beyond[needed[0]]}, and the model "
+            f"has embeddings for 0 to {rows - 1} alone; enlarge it with "
+            f"model.resize_token_embeddings({max(beyond.values()) + 1}) and save it, or remove the token"
+        )
+
+
+def _is_written(tokenizer: Any, token: str) -> bool:
+    """Whether texts get this token without holding it: to begin, end or pad them."""
+    roles = ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token", "unk_token")
+    return any(getattr(tokenizer, role, None) == token for role in roles)
 
 
 def max_positions(model: Any) -> int | None:

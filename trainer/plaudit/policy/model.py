@@ -535,7 +535,8 @@ def load_whole_causal_lm(path: str | Path, *, device: torch.device | str = "cpu"
     if not is_adapters(path):
         return load_causal_lm(path, device=device, setting=setting)
     base = load_causal_lm(base_of(path), device=device, setting=setting)
-    return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload()
+    # peft freezes the base.
+    return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
 
 
 def load_causal_lm(
@@ -605,19 +606,23 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 
 def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
-    """The tokenizer in a model's directory or of a hub id, with a pad token.
+    """The tokenizer in a model's directory or of a hub id, with a pad token; of adapters without one, their base's.
 
     Raises:
         ModelNotFound: there is none, or only the empty one that transformers makes up where the files are missing.
         ConfigError: it has neither a pad token nor an end-of-text token.
     """
     _require_reachable(path, setting)
+    tokenizer: Any = None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
     except (OSError, ValueError) as error:
-        raise _not_found(path, "tokenizer", error, setting) from error
-    read = {tuple(ids) for ids in tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]} - {()}
-    if len(read) < 2:
+        if not is_adapters(path):
+            raise _not_found(path, "tokenizer", error, setting) from error
+    words = [] if tokenizer is None else tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]
+    if len({tuple(ids) for ids in words if ids}) < 2:
+        if is_adapters(path):
+            return load_tokenizer(base_of(path), setting=setting)
         raise ModelNotFound(
             f"{setting}={str(path)!r} has no tokenizer that tells words apart ({type(tokenizer).__name__} with "
             f"{len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or vocab.json and merges.txt, ...) "

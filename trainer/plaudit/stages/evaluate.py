@@ -67,8 +67,8 @@ def run(config: EvaluateConfig) -> EvaluationResult:
     # Tried before the first answer: figures that can't be written would be lost with all the work.
     with exclusive(config.output_dir):
         policy, tokenizer = load_pair(config)
-        cached = _check(config, policy, tokenizer)
         prompts = held_out_prompts(config, tokenizer)
+        cached = _check(config, policy, tokenizer, prompts)
         longest = max(map(len, prompts.token_ids))
         for model, source in ((policy.language_model, config.after), (policy.transformers[-1], _before(config))):
             check_room(model, longest, config.generation, source)
@@ -151,7 +151,7 @@ def _with_adapters(model: Any, adapters: str) -> Any:
 
 def _tokenizer_of(before: str, after: str) -> Any:
     """The tokenizer of both. Raises `ConfigError` where they differ: token by token there is nothing to compare."""
-    one, other = _own_tokenizer(before, "policy"), _own_tokenizer(after, "after")
+    one, other = load_tokenizer(before), load_tokenizer(after, setting="after")
     if one.get_vocab() != other.get_vocab():
         raise ConfigError(
             f"policy={before!r} and after={after!r} have different tokenizers ({len(one)} and {len(other)} tokens): "
@@ -160,21 +160,12 @@ def _tokenizer_of(before: str, after: str) -> Any:
     return one
 
 
-def _own_tokenizer(path: str, setting: str) -> Any:
-    try:
-        return load_tokenizer(path, setting=setting)
-    except ModelNotFound:
-        if not is_adapters(path):
-            raise
-        return load_tokenizer(base_of(path), setting=setting)
-
-
-def _check(config: EvaluateConfig, policy: Policy, tokenizer: Any) -> bool:
+def _check(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prompts) -> bool:
     """Tries both policies; whether both sample with their cache."""
-    check_tokenizer_fits(tokenizer, policy.language_model, config.after, setting="after")
+    check_tokenizer_fits(tokenizer, policy.language_model, config.after, prompts.texts, setting="after")
     cached = check_policy(policy, config.after)
     for reference in policy.transformers[1:]:
-        check_tokenizer_fits(tokenizer, reference, _before(config))
+        check_tokenizer_fits(tokenizer, reference, _before(config), prompts.texts)
         cached = check_policy(Policy(reference), _before(config)) and cached
     return cached
 

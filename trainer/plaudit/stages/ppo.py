@@ -80,9 +80,9 @@ def run(config: PPOConfig) -> PPOResult:
         resumed = processes.on_main(lambda: _checkpoint_to_resume(config))
         tokenizer = load_tokenizer(config.policy)
         policy = load_policy(config.policy, config.lora, config.model, device=device)
-        check_tokenizer_fits(tokenizer, policy.language_model, config.policy)
         cached = check_policy(policy, config.policy)
         prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
+        check_tokenizer_fits(tokenizer, policy.language_model, config.policy, prompts.texts)
         longest = max(map(len, prompts.token_ids))
         check_room(policy.language_model, longest, config.generation, config.policy)
         inputs = {

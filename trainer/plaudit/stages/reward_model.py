@@ -100,7 +100,7 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
             # Whatever the start model was for: its loss, and how its files are read, depend on it.
             problem_type="single_label_classification",
         )
-    _check_start(config, model, tokenizer)
+    _check_start(config, model, tokenizer, texts.texts)
     collator = CroppingCollator(tokenizer, config)
     trainer = resumable(Trainer)(
         model=model,
@@ -154,7 +154,7 @@ def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         model = new_classifier(config.sizes, tokenizer, None)
     else:
         model, tokenizer = _load_classifier(config.model, num_labels=1, problem_type=None)
-    _check_start(config, model, tokenizer)
+    _check_start(config, model, tokenizer, [text for pair in pairs for text in pair.values()])
 
     from trl import RewardConfig, RewardTrainer  # seconds to import; wrong data should be told before
 
@@ -211,15 +211,15 @@ def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any) -> None:
+def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
     """Tries the model on a short text and one as long as texts may be: alone and together they must be judged alike."""
     name = f"model={config.model!r}" if not config.from_scratch else f"sizes.model_type={config.sizes.model_type!r}"
-    check_tokenizer_fits(tokenizer, model, config.model, setting="model")
-    was_training, texts = model.training, ["good film", "a good film " * config.max_length]
+    check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
+    was_training, probe = model.training, ["good film", "a good film " * config.max_length]
     model.eval()
     try:
-        together = logits(model, tokenizer, texts, config.max_length)
-        alone = torch.cat([logits(model, tokenizer, [text], config.max_length) for text in texts])
+        together = logits(model, tokenizer, probe, config.max_length)
+        alone = torch.cat([logits(model, tokenizer, [text], config.max_length) for text in probe])
     except FAILURES as error:
         raise ConfigError(
             f"{name} can't judge a text of max_length={config.max_length} tokens ({type(error).__name__}: "

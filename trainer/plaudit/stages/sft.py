@@ -58,7 +58,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     else:
         model = load_whole_causal_lm(config.model, setting="model")
         tokenizer = load_tokenizer(config.model, setting="model")
-        _check_start(config, model, tokenizer)
+        _check_start(config, model, tokenizer, texts)
 
     # Only now: these take seconds to import, and wrong data should be told before.
     from datasets import Dataset
@@ -112,8 +112,8 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     return result
 
 
-def _check_start(config: SFTConfig, model: Any, tokenizer: Any) -> None:
-    check_tokenizer_fits(tokenizer, model, config.model, setting="model")
+def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:
+    check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
     positions = max_positions(model)
     if positions is not None and config.max_length > positions:
         raise ConfigError(
