@@ -361,12 +361,10 @@ class Policy(nn.Module):
             NotFinite: a weight is not finite.
             NotAsSaved: a file lacks a tensor, or holds another.
         """
-        if weights is not None:
-            whole = weights.model
-        elif self.has_adapters:
-            whole = peft.get_peft_model_state_dict(self.model)
+        if self.has_adapters:
+            whole = peft.get_peft_model_state_dict(self.model, state_dict=weights and weights.model)
         else:
-            whole = self.model.state_dict()
+            whole = self.model.state_dict() if weights is None else weights.model
         head = self.v_head.state_dict() if weights is None else weights.value_head
         read = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
         require_finite(read.items(), str(directory))
