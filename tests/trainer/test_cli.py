@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from plaudit import cli
-from plaudit.errors import ConfigError
+from plaudit.errors import ConfigError, NotFinite
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.runtime import StopRequested
 from plaudit.settings import files as presets
@@ -156,6 +156,7 @@ def test_the_command_itself_refuses_a_policy_that_is_nowhere(tmp_path):
             "plaudit ppo: x.txt: No such file or directory",
         ),
         (RuntimeError("boom"), 1, "plaudit ppo: RuntimeError: boom; start again with --resume auto (PLAUDIT_TRACE"),
+        (NotFinite("the loss is nan"), 1, "plaudit ppo: the loss is nan; start again with --resume auto"),
         (KeyboardInterrupt(), 130, "plaudit ppo: interrupted"),
     ],
 )

