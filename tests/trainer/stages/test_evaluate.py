@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from plaudit import cli
+from plaudit import cli, errors
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import add_lora
@@ -168,7 +168,7 @@ def test_more_prompts_than_there_are_is_refused_with_both_numbers(config):
 
 
 def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
-    assert cli.run(["evaluate", "--after", str(tmp_path), "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    assert cli.run(["evaluate", "--after", str(tmp_path), "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"plaudit evaluate: after='{tmp_path}' holds neither adapters nor a model")
 
@@ -176,7 +176,7 @@ def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
 def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(config, capsys):
     flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
     code = cli.run(["evaluate", *flags, "--reward.url", *config.reward.components[0].url, "--reward.label", "HAPPY"])
-    assert code == cli.EXIT_REJECTED
+    assert code == errors.EXIT_REJECTED
     line = capsys.readouterr().err.splitlines()[-1]
     for words in ("HAPPY", "NEGATIVE", "POSITIVE"):
         assert words in line
@@ -185,7 +185,7 @@ def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(
 def test_a_reward_service_that_is_not_there_ends_with_code_75(config, capsys):
     flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
     code = cli.run(["evaluate", *flags, "--reward.url", "http://127.0.0.1:9", "--reward.patience-s", "0.2"])
-    assert code == cli.EXIT_UNAVAILABLE
+    assert code == errors.EXIT_UNAVAILABLE
     assert "127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
 
 

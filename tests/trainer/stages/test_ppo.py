@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 
-from plaudit import cli
+from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.policy.model import load_policy
@@ -307,6 +307,6 @@ def test_a_policy_without_tokenizer_files_is_one_line_and_exit_2(
 ) -> None:
     tiny_gpt2().save_pretrained(tmp_path / "bare")
     flags = ["--policy", str(tmp_path / "bare"), "--data", config.dataset.data, "--output-dir", str(tmp_path / "out")]
-    assert cli.run(["ppo", *flags, "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    assert cli.run(["ppo", *flags, "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"plaudit ppo: policy='{tmp_path / 'bare'}' has no tokenizer that tells words apart")

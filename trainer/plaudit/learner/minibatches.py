@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plaudit.errors import PlauditError
 from plaudit.learner.adam import make_optimizer
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import Fitting
@@ -26,7 +27,7 @@ from plaudit.ppo.masked import masked_sum
 from plaudit.settings.ppo import PPOHyperparameters
 
 
-class NonFiniteUpdate(RuntimeError):
+class NonFiniteUpdate(PlauditError, RuntimeError):
     """A loss or gradient was NaN or infinite. No weight has seen it; `samples` are the mini-batch, for inspection."""
 
     def __init__(self, what: str, *, step: int, epoch: int, rows: Tensor, samples: Samples) -> None:

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from plaudit.errors import ConfigError
+from plaudit.errors import ConfigError, PlauditError
 
 T = TypeVar("T")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are."""
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(PlauditError, RuntimeError):
     """Another process of the run has died, or did not answer within the timeout."""
 
 

@@ -13,9 +13,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from plaudit.errors import EXIT_NOT_WRITTEN, PlauditError
 
-class NotWritten(Exception):
+
+class NotWritten(PlauditError):
     """Something could not be written: the disk is full, or the place is not writable. Make room, then go on."""
+
+    exit_code = EXIT_NOT_WRITTEN
+    can_be_resumed = True
 
 
 @contextmanager
