@@ -1,4 +1,4 @@
-"""Ranked answers: the messages of the ranking service and the rows of its files. Pydantic and the standard library only.
+"""Ranked answers: messages of the ranking service and rows of its files. Pydantic and the standard library only.
 
 A person ranks several answers to one prompt. Equal ranks are ties; a rank is a place from 1 (best), without gaps. Wrong
 here would be a message that loses who said what: a tie turned into an order, or a skip that disappears.
@@ -40,8 +40,8 @@ Role: TypeAlias = Literal["annotator", "admin"]
 Flag: TypeAlias = Literal["harmful", "private", "broken", "language", "other"]
 """Why a person sets a task aside: harmful, names a private person, broken text, a language they can't read, other."""
 Status: TypeAlias = Literal["counted", "surplus", "late", "skipped", "flagged", "withdrawn"]
-"""What became of a submission: `counted` fills one of the places that the task has; `surplus` came when all were filled;
-`late` came after the batch was closed; `skipped` and `flagged` rank nothing; `withdrawn` takes back what was there."""
+"""What became of a submission. A `counted` ranking fills one of the task's places; a `surplus` one came when all were
+filled, a `late` one after the batch was closed. `skipped` and `flagged` rank nothing; `withdrawn` takes a word back."""
 
 
 class _Message(BaseModel):
@@ -92,7 +92,7 @@ class AnswersRow(_Message):
 class RankingRow(_Message):
     """One line of a rankings file: what one person said about one task, complete in itself.
 
-    `ranks[i]` is the rank of `answers[i]`; `ranks` is empty unless `status` is counted, surplus or late with a ranking.
+    `ranks[i]` is the rank of `answers[i]`; `ranks` is empty unless `status` is counted, surplus or late.
     `shown_order` lists indices of `answers` from the first shown to the last; an answer with the same text as an
     earlier one is not shown and has that one's rank. `annotator` is a pseudonym. `version` counts what the person said
     about this task; the highest is in force.
