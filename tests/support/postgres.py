@@ -1,0 +1,94 @@
+"""A PostgreSQL server for tests, from Debian's packages. Its programs refuse root, so root runs them as `nobody`."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from tempfile import mkdtemp
+
+START_S = 120.0
+USER = "plaudit"
+
+
+def programs() -> Path | None:
+    """The directory with `initdb` and `postgres`, or None where PostgreSQL isn't installed."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).resolve().parent if on_path else None
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class PostgresServer:
+    """A server of its own on a free port, in a directory of its own. `url(name)` makes a new, empty database."""
+
+    def __init__(self) -> None:
+        bin_directory = programs()
+        assert bin_directory is not None, "PostgreSQL is not installed: apt-get install postgresql"
+        self._bin = bin_directory
+        self._who = "nobody" if os.getuid() == 0 else None
+        # Not below pytest's own directory, which nobody else may enter.
+        self._directory = Path(mkdtemp(prefix="plaudit-postgres-"))
+        self._data = self._directory / "data"
+        if self._who:
+            shutil.chown(self._directory, self._who)
+        self.port = free_port()
+        self._made = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._run("initdb", "-D", str(self._data), "-U", USER, "--auth=trust", "--encoding=UTF8", "--no-locale")
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        assert self._process is None
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(self._bin / "postgres"),
+                    *("-D", str(self._data), "-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._directory)),
+                ],
+                stdout=log,
+                stderr=log,
+                user=self._who,
+                cwd=self._directory,
+            )
+        deadline = time.monotonic() + START_S
+        ready = [str(self._bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
+        while subprocess.run(ready).returncode != 0:
+            assert self._process.poll() is None, (self._directory / "log").read_text()
+            assert time.monotonic() < deadline, f"PostgreSQL did not answer within {START_S:g} s"
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """Stop it at once; connections are cut."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(timeout=60)
+            self._process = None
+
+    def url(self) -> str:
+        """A new, empty database."""
+        self._made += 1
+        name = f"test{self._made}"
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, name)
+        return f"postgresql://{USER}@127.0.0.1:{self.port}/{name}"
+
+    def remove(self) -> None:
+        """Stop it and delete its files."""
+        self.stop()
+        shutil.rmtree(self._directory)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._bin / program), *arguments]
+        done = subprocess.run(command, user=self._who, cwd=self._directory, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
