@@ -77,9 +77,11 @@ class Database:
             raise DatabaseSetupError(f"--database {self.url.render_as_string()}: {needed}") from None
         # One writer at a time, first come first served; SQLite's own lock lets whoever asks at the right moment in.
         self._writing = threading.Lock()
+        self._sqlite_writer = self.engine.execution_options(**{WRITE: True})
         if not self.is_postgres:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+            event.listen(self._sqlite_writer, "begin", _begin_sqlite)
 
     @property
     def sqlite_path(self) -> Path | None:
@@ -105,9 +107,8 @@ class Database:
         if not self._writing.acquire(timeout=LOCK_TIMEOUT_S):
             raise StoreUnavailableError(f"the database was locked for more than {LOCK_TIMEOUT_S:g} s")
         try:
-            with _failures_named(), self.engine.connect() as connection:
-                with connection.execution_options(**{WRITE: True}).begin():
-                    yield connection
+            with _failures_named(), self._sqlite_writer.begin() as connection:
+                yield connection
         finally:
             self._writing.release()
 

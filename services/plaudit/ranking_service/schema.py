@@ -48,7 +48,7 @@ class AnyText(TypeDecorator[str]):
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
         if value is None or ESCAPE not in value:
-            return value  # type: ignore[no-any-return]
+            return value
         return str(value).replace(ESCAPE + "0", "\x00").replace(ESCAPE + "1", ESCAPE)
 
 
