@@ -6,6 +6,7 @@ by somebody who has left.
 
 import json
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, exists, func, insert, or_, select, update
@@ -96,16 +97,15 @@ def settle(connection: Connection, task: Row[Any]) -> None:
         connection.execute(update(tasks).where(tasks.c.seq == task.seq).values(state=state))
 
 
-def _own_open(connection: Connection, annotator: int) -> list[Row[Any]]:
-    rows = connection.execute(
+def _own_open(connection: Connection, annotator: int) -> Sequence[Row[str, int]]:
+    return connection.execute(
         select(assignments.c.id, assignments.c.task)
         .join_from(assignments, tasks)
         .join(batches, tasks.c.batch == batches.c.id)
         .where(assignments.c.annotator == annotator, assignments.c.state == "open")
         .where(batches.c.closed_at.is_(None), tasks.c.state == "open")
         .order_by(assignments.c.lease_until.desc(), assignments.c.id)
-    )
-    return list(rows.all())
+    ).all()
 
 
 def _takes_a_place(now: int) -> Any:

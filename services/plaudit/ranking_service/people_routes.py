@@ -428,7 +428,7 @@ def _as_problem(error: ProblemError | StoreUnavailableError) -> ProblemError:
 def _in_plain_words(problem: ProblemError) -> str:
     said = {
         "incomplete-ranking": "Give every answer a rank first. Equal ranks are ties.",
-        "edited-elsewhere": "You have said something else about this task in another tab. Nothing was changed just now: "
+        "edited-elsewhere": "You have said something else about this task in another tab. Nothing was changed now: "
         "send the form to replace what is recorded.",
         "key-reused": "This form was sent before, with another ranking. Send it again to replace what is recorded.",
         "csrf": "Your session has changed since the page was opened. Nothing is lost: check your ranking and send it.",

@@ -46,7 +46,7 @@ class Serve(_Command):
     api_key_file: Path | None = None
     """File with the accepted bearer keys, one a line. RANK_API_KEY in the environment holds a single one."""
     secure_cookies: bool = True
-    """Browsers send the session over https alone, and to localhost. Turn it off only for http in a network you trust."""
+    """Browsers send the session over https alone, and to localhost. Turn it off for http in a network you trust."""
     session_hours: Annotated[float, Field(gt=0, le=24 * 90)] = 24.0
     """How long somebody who has opened their link stays signed in."""
     requests_per_minute: Annotated[int, Field(ge=0)] = 600
