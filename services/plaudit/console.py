@@ -14,6 +14,11 @@ def reward_service() -> None:
     _start("plaudit-reward", "plaudit.reward_service.__main__", extra="reward")
 
 
+def ranking_service() -> None:
+    """`plaudit-rank`."""
+    _start("plaudit-rank", "plaudit.ranking_service.__main__", extra="rank")
+
+
 def _start(program: str, module: str, *, extra: str) -> None:
     try:
         code = importlib.import_module(module).main()

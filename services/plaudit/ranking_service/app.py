@@ -57,7 +57,13 @@ def create_app(database: Database, options: Options | None = None) -> FastAPI:
     options = options or Options()
     metrics = Metrics()
     doors = Doors(database, options.api_keys, secure=options.secure_cookies, session_hours=options.session_hours)
-    app = FastAPI(title="Plaudit ranking service", openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Plaudit ranking service",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.state.draining = False
     app.state.metrics = metrics
     shared = People(database, doors, metrics, Buckets(options.requests_per_minute))

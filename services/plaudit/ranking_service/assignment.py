@@ -83,9 +83,7 @@ def settle(connection: Connection, task: Row[Any]) -> None:
             select(assignments.c.state, func.count())
             .where(assignments.c.task == task.seq)
             .group_by(assignments.c.state)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     if states.get("counted", 0) >= task.wanted:
         state = "done"

@@ -138,9 +138,9 @@ def progress(connection: Connection, identity: str) -> wire.BatchProgress:
     if batch is None:
         raise ProblemError("not-found", f"there is no batch {identity!r}")
     states: dict[str, int] = dict(
-        connection.execute(select(tasks.c.state, func.count()).where(tasks.c.batch == identity).group_by(tasks.c.state))
-        .tuples()
-        .all()
+        connection.execute(
+            select(tasks.c.state, func.count()).where(tasks.c.batch == identity).group_by(tasks.c.state)
+        ).all()
     )
     wanted = connection.execute(
         select(func.sum(tasks.c.wanted)).where(tasks.c.batch == identity, tasks.c.state.in_(("open", "done")))
@@ -152,9 +152,7 @@ def progress(connection: Connection, identity: str) -> wire.BatchProgress:
             .select_from(of_batch)
             .where(tasks.c.batch == identity)
             .group_by(assignments.c.state)
-        )
-        .tuples()
-        .all()
+        ).all()
     )
     people = connection.execute(
         select(func.count(assignments.c.annotator.distinct()))
@@ -238,7 +236,7 @@ def answer_of(row: Row[Any]) -> wire.Answer:
 
 def _seqs_of(connection: Connection, batch: str, ids: list[str]) -> dict[str, int]:
     rows = connection.execute(select(tasks.c.id, tasks.c.seq).where(tasks.c.batch == batch, tasks.c.id.in_(ids)))
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def _must_exist(connection: Connection, identity: str) -> None:

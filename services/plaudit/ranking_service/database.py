@@ -81,7 +81,6 @@ class Database:
         if not self.is_postgres:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
-            event.listen(self._sqlite_writer, "begin", _begin_sqlite)
 
     @property
     def sqlite_path(self) -> Path | None:

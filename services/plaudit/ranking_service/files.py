@@ -73,7 +73,7 @@ def take_in(
         if only is not None and row.batch != only:
             raise bad_row(number, f"it belongs to batch {row.batch!r}, and this is an import to {only!r}")
     known = {batch: dict(contents_of(connection, batch)) for batch in dict.fromkeys(row.batch for row in rows)}
-    people: dict[str, int] = dict(connection.execute(select(annotators.c.pseudonym, annotators.c.seq)).tuples().all())
+    people: dict[str, int] = dict(connection.execute(select(annotators.c.pseudonym, annotators.c.seq)).all())
     ids = {row.key for row in connection.execute(select(submissions.c.key))}
     added = 0
     touched: set[int] = set()
@@ -280,9 +280,7 @@ def _add(connection: Connection, row: wire.RankingRow, annotator: int, number: i
         places = dict(
             connection.execute(
                 select(answers.c.position, answers.c.seq).where(answers.c.task == task, answers.c.same_as.is_(None))
-            )
-            .tuples()
-            .all()
+            ).all()
         )
         values = [{"submission": seq, "answer": places[i], "rank": row.ranks[i]} for i in row.shown_order]
         connection.execute(insert(ranks), values)

@@ -215,7 +215,7 @@ def _version(connection: Connection, row: Row[Any], version: int) -> Word:
     given = connection.execute(
         select(answers.c.id, ranks.c.rank).join_from(ranks, answers).where(ranks.c.submission == found.seq)
     )
-    return Word(found.kind, dict(given.tuples().all()), tuple(json.loads(found.flags)), found.note, found.seconds)
+    return Word(found.kind, dict(given.all()), tuple(json.loads(found.flags)), found.note, found.seconds)
 
 
 def _kind(connection: Connection, row: Row[Any]) -> str:
