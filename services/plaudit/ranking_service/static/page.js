@@ -41,7 +41,8 @@
       places.set(place, [...(places.get(place) || []), letter(card)]);
     }
     const order = [...places.keys()].sort((a, b) => a - b).map((place) => places.get(place).join(" = ")).join("  ›  ");
-    document.getElementById("order").textContent = order;
+    const left = cards.length - cards.filter(chosen).length;
+    document.getElementById("order").textContent = order && left ? `${order}  ·  ${left} to go` : order;
   };
   const headers = () => ({ "content-type": "application/json", accept: "application/json", "x-csrf-token": field("csrf").value });
 
@@ -178,5 +179,5 @@
   showOrder();
   const job = recall(pendingName);
   if (job) send(job);
-  focusOn(cards.find((card) => !chosen(card)) || cards[0]);
+  if (!matchMedia("(pointer: coarse)").matches) (cards.find((card) => !chosen(card)) || cards[0]).focus({ preventScroll: true });
 })();
