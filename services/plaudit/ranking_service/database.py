@@ -50,7 +50,8 @@ class Database:
     Both raise `StoreUnavailableError` when the database is locked for too long, full or gone.
     """
 
-    def __init__(self, url: str, *, connections: int = CONNECTIONS) -> None:
+    def __init__(self, url: str, *, connections: int = CONNECTIONS, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        self._lock_timeout_s = lock_timeout_s
         try:
             self.url = make_url(url if "://" in url else f"sqlite:///{url}")
             if self.url.drivername in ("postgresql", "postgres"):
@@ -58,9 +59,9 @@ class Database:
             self.is_postgres = self.url.get_backend_name() == "postgresql"
             if not self.is_postgres and self.url.get_backend_name() != "sqlite":
                 raise DatabaseSetupError(f"--database {url}: sqlite and postgresql are known")
-            options: dict[str, Any] = {"pool_timeout": LOCK_TIMEOUT_S, "pool_size": connections, "max_overflow": 0}
+            options: dict[str, Any] = {"pool_timeout": lock_timeout_s, "pool_size": connections, "max_overflow": 0}
             if self.is_postgres:
-                milliseconds = int(LOCK_TIMEOUT_S * 1000)
+                milliseconds = int(lock_timeout_s * 1000)
                 options["pool_pre_ping"] = True
                 options["connect_args"] = {
                     "connect_timeout": CONNECT_TIMEOUT_S,
@@ -68,7 +69,7 @@ class Database:
                 }
             else:
                 options["poolclass"] = QueuePool
-                options["connect_args"] = {"timeout": LOCK_TIMEOUT_S, "check_same_thread": False}
+                options["connect_args"] = {"timeout": lock_timeout_s, "check_same_thread": False}
             self.engine = create_engine(self.url, **options)
         except NoSuchModuleError as error:
             raise DatabaseSetupError(f"--database {url}: {error}") from None
@@ -103,8 +104,8 @@ class Database:
             with _failures_named(), self.engine.begin() as connection:
                 yield connection
             return
-        if not self._writing.acquire(timeout=LOCK_TIMEOUT_S):
-            raise StoreUnavailableError(f"the database was locked for more than {LOCK_TIMEOUT_S:g} s")
+        if not self._writing.acquire(timeout=self._lock_timeout_s):
+            raise StoreUnavailableError(f"the database was locked for more than {self._lock_timeout_s:g} s")
         try:
             with _failures_named(), self._sqlite_writer.begin() as connection:
                 yield connection
@@ -141,7 +142,7 @@ def _failures_named() -> Generator[None, None, None]:
     try:
         yield
     except PoolTimeoutError:
-        raise StoreUnavailableError(f"all database connections were taken for {LOCK_TIMEOUT_S:g} s") from None
+        raise StoreUnavailableError("all database connections were taken for too long") from None
     except (OperationalError, InterfaceError) as error:
         if not _passes(error):
             raise

@@ -4,6 +4,7 @@ A submission that is refused comes back as the filled form, and one that can't b
 again: nothing that somebody has typed is lost.
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -345,10 +346,21 @@ def task_view(shown: Shown) -> wire.TaskView:
 
 def parsed(kind: type[T], body: bytes) -> T:
     """The message in a body, or a `ProblemError` that says where it is wrong."""
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_json(body)
+        return adapter.validate_json(body)
     except ValidationError as error:
-        raise invalid(error) from None
+        problem = invalid(error)
+    if problem.name == "malformed-body":
+        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
+        # validation can say where it is.
+        try:
+            adapter.validate_python(json.loads(body))
+        except ValidationError as error:
+            problem = invalid(error)
+        except (ValueError, RecursionError):
+            pass
+    raise problem
 
 
 def invalid(error: ValidationError) -> ProblemError:

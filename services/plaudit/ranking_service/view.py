@@ -142,6 +142,7 @@ def _environment() -> Environment:
     environment.globals |= {"static": static_path, "flags": FLAGS, "status_words": STATUS_WORDS}
     environment.filters["number"] = _number
     environment.filters["share"] = _share
+    environment.filters["visible"] = lambda value: value.translate(SYMBOLS)
     return environment
 
 
@@ -186,6 +187,7 @@ def task_page(
         status=status,
         headers=headers,
         shown=shown,
+        instructions=shown.instructions.translate(SYMBOLS),
         turns=turns(shown.prompt),
         cards=cards(shown, filled.ranks),
         places=range(1, len(shown.answers) + 1),

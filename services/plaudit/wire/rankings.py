@@ -121,12 +121,11 @@ class RankingRow(_Message):
     @model_validator(mode="after")
     def _is_whole(self) -> "RankingRow":
         _refuse_repeated([answer.id for answer in self.answers])
-        if self.status in ("skipped", "flagged", "withdrawn") and self.ranks:
-            raise ValueError(f"status {self.status!r} goes with empty ranks; got {self.ranks}")
-        if self.status in ("counted", "surplus") and not self.ranks:
-            raise ValueError(
-                f"status {self.status!r} needs a rank for each of the {len(self.answers)} answers; got none"
-            )
+        if self.status in ("skipped", "flagged", "withdrawn"):
+            if self.ranks:
+                raise ValueError(f"status {self.status!r} goes with empty ranks; got {self.ranks}")
+        elif not self.ranks:
+            raise ValueError(f"status {self.status!r} needs {len(self.answers)} ranks, one for each answer; got none")
         if self.ranks:
             if len(self.ranks) != len(self.answers):
                 raise ValueError(f"{len(self.ranks)} ranks for {len(self.answers)} answers; give each answer one rank")
@@ -135,9 +134,7 @@ class RankingRow(_Message):
         if len(set(self.shown_order)) != len(self.shown_order):
             raise ValueError(f"shown_order {self.shown_order} names an answer twice")
         if any(index >= len(self.answers) for index in self.shown_order):
-            raise ValueError(
-                f"shown_order {self.shown_order} names an answer that is not there: {len(self.answers)} are"
-            )
+            raise ValueError(f"shown_order {self.shown_order} goes beyond the {len(self.answers)} answers")
         return self
 
 
