@@ -70,8 +70,6 @@ def parse(kind: type[S], command: str, arguments: list[str]) -> S:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "arguments"
         flag = "--" + name.replace("_", "-")
-        if first["type"] == "missing":
-            raise StartError(f"{command} needs {name.upper()}; see {PROGRAM} {command} --help") from None
         raise StartError(f"{flag} {first['input']}: {first['msg']}") from None
 
 

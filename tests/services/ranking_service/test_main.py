@@ -118,7 +118,6 @@ def test_a_file_with_a_wrong_row_is_refused_whole(
         (["import", "none.jsonl"], "none.jsonl can't be read"),
         (["export", "x", "--batch", "none"], "--batch none: there is no such batch"),
         (["backup", "copy.db"], "there is no such file to copy"),
-        (["export"], "export needs TO"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_exit_code_2(
