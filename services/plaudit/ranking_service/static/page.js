@@ -154,7 +154,7 @@
   form.addEventListener("input", changed);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    submitTo(new URL(event.submitter?.formAction || form.action).pathname);
+    submitTo(event.submitter?.getAttribute("formaction") || `/a/${assignment}/ranking`);
   });
   document.getElementById("undo")?.addEventListener("submit", (event) => {
     event.preventDefault();
