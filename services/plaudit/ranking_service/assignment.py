@@ -6,10 +6,10 @@ by somebody who has left.
 
 import json
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
-from sqlalchemy import Connection, Row, Select, and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, exists, func, insert, or_, select, update
 
 from plaudit.ranking_service.schema import answers, assignments, batches, tasks
 
@@ -22,17 +22,72 @@ RENEW_AFTER_MS = 60 * 1000
 RANDOM = secrets.SystemRandom()
 
 
+# Made once: putting a statement together takes as long as running it.
+_unseen = ~exists().where(assignments.c.task == tasks.c.seq, assignments.c.annotator == bindparam("annotator"))
+_takes_a_place = or_(
+    assignments.c.state == "counted",
+    and_(assignments.c.state == "open", assignments.c.lease_until > bindparam("now")),
+)
+_OWN_OPEN = (
+    select(assignments.c.id, assignments.c.task)
+    .join_from(assignments, tasks)
+    .join(batches, tasks.c.batch == batches.c.id)
+    .where(assignments.c.annotator == bindparam("annotator"), assignments.c.state == "open")
+    .where(batches.c.closed_at.is_(None), tasks.c.state == "open")
+    .order_by(assignments.c.lease_until.desc(), assignments.c.id)
+)
+_OPEN_BATCHES = select(batches.c.id).where(batches.c.closed_at.is_(None)).order_by(batches.c.created_at, batches.c.id)
+_FREE_TASK = (
+    select(tasks.c.seq, tasks.c.wanted)
+    .where(tasks.c.batch == bindparam("batch"), tasks.c.state == "open", _unseen)
+    .where(
+        select(func.count())
+        .select_from(assignments)
+        .where(assignments.c.task == tasks.c.seq, _takes_a_place)
+        .scalar_subquery()
+        < tasks.c.wanted
+    )
+    .where(tasks.c.seq.not_in(bindparam("tried", expanding=True)))
+    .order_by(tasks.c.position)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+_SOMETHING_LEFT = (
+    select(tasks.c.seq)
+    .join_from(tasks, batches)
+    .where(batches.c.closed_at.is_(None), tasks.c.state == "open", _unseen)
+    .limit(1)
+)
+_LOCK_TASK = (
+    select(tasks, batches.c.closed_at)
+    .join_from(tasks, batches)
+    .where(tasks.c.seq == bindparam("task"))
+    .with_for_update(of=tasks)
+)
+_STANDING = select(assignments.c.id, assignments.c.state, assignments.c.lease_until).where(
+    assignments.c.task == bindparam("task")
+)
+_SHOWN_POSITIONS = (
+    select(answers.c.position)
+    .where(answers.c.task == bindparam("task"), answers.c.same_as.is_(None))
+    .order_by(answers.c.position)
+)
+
+Standing: TypeAlias = Mapping[str, tuple[str, int]]
+"""Everybody's assignment of one task: its state, and when its lease ends."""
+
+
 def next_assignment(connection: Connection, annotator: int, now: int) -> str | None:
     """The assignment that this person should see now, its lease renewed; None when there is nothing for them."""
-    for row in _own_open(connection, annotator):
+    for row in connection.execute(_OWN_OPEN, {"annotator": annotator}).all():
         if renew(connection, row.id, row.task, now):
             return str(row.id)
-    open_batches = select(batches.c.id).where(batches.c.closed_at.is_(None))
-    for batch in connection.execute(open_batches.order_by(batches.c.created_at, batches.c.id)).scalars().all():
+    for batch in connection.execute(_OPEN_BATCHES).scalars().all():
+        wanted = {"batch": batch, "annotator": annotator, "now": now}
         tried: list[int] = []
-        while (task := connection.execute(_free_task(batch, annotator, now, tried)).first()) is not None:
+        while (task := connection.execute(_FREE_TASK, wanted | {"tried": tried}).first()) is not None:
             # The query saw the tasks as they were before it had the lock: count again.
-            if places_taken(connection, task.seq, now) < task.wanted:
+            if places_taken(standing(connection, task.seq), now) < task.wanted:
                 return _assign(connection, task.seq, annotator, now)
             tried.append(task.seq)
     return None
@@ -40,54 +95,54 @@ def next_assignment(connection: Connection, annotator: int, now: int) -> str | N
 
 def anything_left(connection: Connection, annotator: int) -> bool:
     """Whether there are open tasks that this person has not seen: held by others now, they may come free."""
-    query = select(tasks.c.seq).join_from(tasks, batches).where(batches.c.closed_at.is_(None))
-    query = query.where(tasks.c.state == "open", _unseen(annotator)).limit(1)
-    return connection.execute(query).first() is not None
+    return connection.execute(_SOMETHING_LEFT, {"annotator": annotator}).first() is not None
 
 
 def renew(connection: Connection, assignment: str, task: int, now: int) -> bool:
     """Keep the place for another 15 minutes, or take it again if the lease has ended and there is room."""
     row = lock_task(connection, task)
-    if row.state == "parked" or _batch_closed(connection, row.batch):
+    if row.state == "parked" or row.closed_at is not None:
         return False
-    if places_taken(connection, task, now, without=assignment) >= row.wanted:
+    there = standing(connection, task)
+    if places_taken(there, now, without=assignment) >= row.wanted:
         return False
-    stale = assignments.c.lease_until < now + LEASE_MS - RENEW_AFTER_MS
-    connection.execute(
-        update(assignments)
-        .where(assignments.c.id == assignment, assignments.c.state == "open", stale)
-        .values(lease_until=now + LEASE_MS)
-    )
+    if there[assignment][1] < now + LEASE_MS - RENEW_AFTER_MS:
+        connection.execute(
+            update(assignments)
+            .where(assignments.c.id == assignment, assignments.c.state == "open")
+            .values(lease_until=now + LEASE_MS)
+        )
     return True
 
 
 def lock_task(connection: Connection, task: int) -> Row[Any]:
-    """The task's row, which nobody else changes until this transaction ends."""
-    return connection.execute(select(tasks).where(tasks.c.seq == task).with_for_update()).one()
+    """The task's row, which nobody else changes until this transaction ends, and when its batch was closed."""
+    return connection.execute(_LOCK_TASK, {"task": task}).one()
 
 
-def places_taken(connection: Connection, task: int, now: int, *, without: str | None = None) -> int:
+def standing(connection: Connection, task: int) -> Standing:
+    """Everybody's assignment of the (locked) task."""
+    rows = connection.execute(_STANDING, {"task": task})
+    return {row.id: (row.state, row.lease_until) for row in rows}
+
+
+def places_taken(there: Standing, now: int, *, without: str | None = None) -> int:
     """Places with a ranking that counts or a lease that runs."""
-    query = select(func.count()).select_from(assignments).where(assignments.c.task == task, _takes_a_place(now))
-    if without is not None:
-        query = query.where(assignments.c.id != without)
-    return int(connection.execute(query).scalar_one())
+    return sum(
+        state == "counted" or (state == "open" and lease_until > now)
+        for identity, (state, lease_until) in there.items()
+        if identity != without
+    )
 
 
-def settle(connection: Connection, task: Row[Any]) -> None:
-    """Write down whether the (locked) task is done, parked or open, from its assignments."""
+def settle(connection: Connection, task: Row[Any], there: Standing) -> None:
+    """Write down whether the (locked) task is done, parked or open, from everybody's assignments."""
     if task.state == "identical":
         return
-    states: dict[str, int] = dict(
-        connection.execute(
-            select(assignments.c.state, func.count())
-            .where(assignments.c.task == task.seq)
-            .group_by(assignments.c.state)
-        ).all()
-    )
-    if states.get("counted", 0) >= task.wanted:
+    states = [state for state, _ in there.values()]
+    if states.count("counted") >= task.wanted:
         state = "done"
-    elif states.get("skipped", 0) + states.get("flagged", 0) >= PARK_AFTER_SKIPS:
+    elif states.count("skipped") + states.count("flagged") >= PARK_AFTER_SKIPS:
         state = "parked"
     else:
         state = "open"
@@ -95,55 +150,8 @@ def settle(connection: Connection, task: Row[Any]) -> None:
         connection.execute(update(tasks).where(tasks.c.seq == task.seq).values(state=state))
 
 
-def _own_open(connection: Connection, annotator: int) -> Sequence[Row[str, int]]:
-    return connection.execute(
-        select(assignments.c.id, assignments.c.task)
-        .join_from(assignments, tasks)
-        .join(batches, tasks.c.batch == batches.c.id)
-        .where(assignments.c.annotator == annotator, assignments.c.state == "open")
-        .where(batches.c.closed_at.is_(None), tasks.c.state == "open")
-        .order_by(assignments.c.lease_until.desc(), assignments.c.id)
-    ).all()
-
-
-def _takes_a_place(now: int) -> Any:
-    leased = and_(assignments.c.state == "open", assignments.c.lease_until > now)
-    return or_(assignments.c.state == "counted", leased)
-
-
-def _unseen(annotator: int) -> Any:
-    return ~exists().where(assignments.c.task == tasks.c.seq, assignments.c.annotator == annotator)
-
-
-def _free_task(batch: str, annotator: int, now: int, without: list[int]) -> Select[tuple[int, int]]:
-    taken = (
-        select(func.count())
-        .select_from(assignments)
-        .where(assignments.c.task == tasks.c.seq, _takes_a_place(now))
-        .scalar_subquery()
-    )
-    return (
-        select(tasks.c.seq, tasks.c.wanted)
-        .where(tasks.c.batch == batch, tasks.c.state == "open", _unseen(annotator))
-        .where(taken < tasks.c.wanted, tasks.c.seq.not_in(without))
-        .order_by(tasks.c.position)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
-
-
-def _batch_closed(connection: Connection, batch: str) -> bool:
-    return connection.execute(select(batches.c.closed_at).where(batches.c.id == batch)).scalar_one() is not None
-
-
 def _assign(connection: Connection, task: int, annotator: int, now: int) -> str:
-    shown = list(
-        connection.execute(
-            select(answers.c.position)
-            .where(answers.c.task == task, answers.c.same_as.is_(None))
-            .order_by(answers.c.position)
-        ).scalars()
-    )
+    shown = list(connection.execute(_SHOWN_POSITIONS, {"task": task}).scalars())
     RANDOM.shuffle(shown)
     identity = secrets.token_hex(12)
     connection.execute(

@@ -89,7 +89,7 @@ def take_in(
         ids.add(row.id)
         added += 1
     for task in sorted(touched):
-        leases.settle(connection, leases.lock_task(connection, task))
+        leases.settle(connection, leases.lock_task(connection, task), leases.standing(connection, task))
     note_in_audit(connection, "import", only or "all", now, rows=added)
     return added
 

@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.schema import annotators, assignments, audit, drafts, sessions, submissions
@@ -18,6 +18,12 @@ from plaudit.wire import rankings as wire
 TOKEN_BYTES = 32
 PSEUDONYM_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
 """No letters that are taken for one another when read aloud."""
+
+_PERSON = select(annotators.c.seq, annotators.c.pseudonym, annotators.c.role).where(annotators.c.disabled_at.is_(None))
+_BY_TOKEN = _PERSON.where(annotators.c.token_sha256 == bindparam("hash"))
+_BY_SESSION = _PERSON.join(sessions, sessions.c.annotator == annotators.c.seq).where(
+    sessions.c.token_sha256 == bindparam("hash"), sessions.c.expires_at > bindparam("now")
+)
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,7 @@ def forget(connection: Connection, pseudonym: str, now: int, *, actor: int | Non
 
 def by_token(connection: Connection, token: str) -> Person | None:
     """Whose invitation this is."""
-    columns = (annotators.c.seq, annotators.c.pseudonym, annotators.c.role)
-    found = connection.execute(
-        select(*columns).where(annotators.c.token_sha256 == hash_of(token), annotators.c.disabled_at.is_(None))
-    ).first()
+    found = connection.execute(_BY_TOKEN, {"hash": hash_of(token)}).first()
     return None if found is None else Person(*found)
 
 
@@ -103,13 +106,7 @@ def begin_session(connection: Connection, person: Person, now: int, lasts_ms: in
 
 def by_session(connection: Connection, token: str, now: int) -> Person | None:
     """Whose session this is, unless it is over."""
-    columns = (annotators.c.seq, annotators.c.pseudonym, annotators.c.role)
-    found = connection.execute(
-        select(*columns)
-        .join_from(sessions, annotators)
-        .where(sessions.c.token_sha256 == hash_of(token), sessions.c.expires_at > now)
-        .where(annotators.c.disabled_at.is_(None))
-    ).first()
+    found = connection.execute(_BY_SESSION, {"hash": hash_of(token), "now": now}).first()
     return None if found is None else Person(*found)
 
 

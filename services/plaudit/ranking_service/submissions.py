@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from plaudit.ranking_service import assignment as leases
 from plaudit.ranking_service.batches import stamp
@@ -20,6 +20,16 @@ from plaudit.wire import rankings as wire
 
 Kind = Literal["ranking", "skip", "flag", "withdraw"]
 MAX_SECONDS = 24 * 3600.0
+
+# Made once: putting a statement together takes as long as running it.
+_ASSIGNMENT = select(assignments).where(
+    assignments.c.id == bindparam("identity"), assignments.c.annotator == bindparam("annotator")
+)
+_LOCK_ASSIGNMENT = _ASSIGNMENT.with_for_update()
+_SHOWN_ANSWERS = select(answers).where(answers.c.task == bindparam("task"), answers.c.same_as.is_(None))
+_TASK = select(tasks, batches.c.instructions).join_from(tasks, batches).where(tasks.c.seq == bindparam("task"))
+_DRAFT = select(drafts).where(drafts.c.assignment == bindparam("assignment"))
+_FORGET_DRAFT = delete(drafts).where(drafts.c.assignment == bindparam("assignment"))
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,10 @@ class ConflictError(ProblemError):
 def show(connection: Connection, annotator: int, assignment: str) -> Shown:
     """One of the person's own assignments."""
     row = _assignment(connection, annotator, assignment)
-    task = connection.execute(
-        select(tasks, batches.c.instructions).join_from(tasks, batches).where(tasks.c.seq == row.task)
-    ).one()
+    task = connection.execute(_TASK, {"task": row.task}).one()
     by_position = {a.position: a for a in _shown_answers(connection, row.task)}
     current = _version(connection, row, row.version) if row.version else None
-    draft = connection.execute(select(drafts).where(drafts.c.assignment == row.id)).first()
+    draft = connection.execute(_DRAFT, {"assignment": row.id}).first()
     return Shown(
         assignment=row.id,
         state=row.state,
@@ -118,9 +126,10 @@ def submit(
     """
     row = _assignment(connection, annotator, assignment, lock=True)
     stored_key = wire.content_hash("submission", assignment, key)
-    replayed = connection.execute(select(submissions).where(submissions.c.key == stored_key)).first()
-    if replayed is not None:
-        return _replay(connection, annotator, row, replayed, word)
+    if row.version:
+        replayed = connection.execute(select(submissions).where(submissions.c.key == stored_key)).first()
+        if replayed is not None:
+            return _replay(connection, annotator, row, replayed, word)
     if version != row.version:
         return _from_another_tab(connection, annotator, row, version, word)
     by_id = {answer.id: answer for answer in _shown_answers(connection, row.task)}
@@ -129,7 +138,8 @@ def submit(
     if word.kind == "withdraw" and (row.version == 0 or _kind(connection, row) == "withdraw"):
         raise ProblemError("nothing-to-undo", "there is nothing to take back on this task")
     task = leases.lock_task(connection, row.task)
-    status, state = _status(connection, row, task, word, now)
+    there = leases.standing(connection, row.task)
+    status, state = _status(row, task, there, word, now)
     seconds = min(MAX_SECONDS, (now - row.started_at) / 1000 if word.seconds is None else word.seconds)
     added = connection.execute(
         database.insert(submissions)
@@ -153,13 +163,13 @@ def submit(
         places = _dense(word.ranks)
         values = [{"submission": added, "answer": by_id[a].seq, "rank": place} for a, place in places.items()]
         connection.execute(insert(ranks), values)
-    connection.execute(delete(drafts).where(drafts.c.assignment == row.id))
+    connection.execute(_FORGET_DRAFT, {"assignment": row.id})
     changed: dict[str, Any] = {"state": state, "version": row.version + 1}
     if word.kind == "withdraw":
         changed |= {"lease_until": now + leases.LEASE_MS, "started_at": now}
         _keep_as_draft(connection, row, now)
     connection.execute(update(assignments).where(assignments.c.id == row.id).values(changed))
-    leases.settle(connection, task)
+    leases.settle(connection, task, {**there, row.id: (state, 0)})
     return wire.Accepted(assignment=row.id, version=row.version + 1, status=status, replayed=False)
 
 
@@ -197,15 +207,15 @@ def newest_of(connection: Connection, annotator: int, limit: int = 1) -> list[tu
 
 
 def _assignment(connection: Connection, annotator: int, identity: str, *, lock: bool = False) -> Row[Any]:
-    query = select(assignments).where(assignments.c.id == identity, assignments.c.annotator == annotator)
-    row = connection.execute(query.with_for_update() if lock else query).first()
+    named = {"identity": identity, "annotator": annotator}
+    row = connection.execute(_LOCK_ASSIGNMENT if lock else _ASSIGNMENT, named).first()
     if row is None:
         raise ProblemError("not-found", f"you have no task {identity!r}; the next one is at /")
     return row
 
 
 def _shown_answers(connection: Connection, task: int) -> list[Row[Any]]:
-    return list(connection.execute(select(answers).where(answers.c.task == task, answers.c.same_as.is_(None))))
+    return list(connection.execute(_SHOWN_ANSWERS, {"task": task}))
 
 
 def _version(connection: Connection, row: Row[Any], version: int) -> Word:
@@ -275,7 +285,7 @@ def _refuse_unknown(given: Mapping[str, int], known: Any) -> None:
             raise ProblemError("unknown-answer", f"this task has no answer {answer!r}", answer=answer)
 
 
-def _status(connection: Connection, row: Row[Any], task: Row[Any], word: Word, now: int) -> tuple[wire.Status, str]:
+def _status(row: Row[Any], task: Row[Any], there: leases.Standing, word: Word, now: int) -> tuple[wire.Status, str]:
     """What becomes of the submission, and the state that the assignment has then."""
     if word.kind == "skip":
         return "skipped", "skipped"
@@ -283,11 +293,10 @@ def _status(connection: Connection, row: Row[Any], task: Row[Any], word: Word, n
         return "flagged", "flagged"
     if word.kind == "withdraw":
         return "withdrawn", "open"
-    closed = connection.execute(select(batches.c.closed_at).where(batches.c.id == task.batch)).scalar_one() is not None
-    if closed:
+    if task.closed_at is not None:
         return "late", row.state if row.state in ("counted", "surplus") else "late"
     # Whoever holds a lease has a place that is theirs; whoever comes after it takes one only if it is free.
-    if leases.places_taken(connection, task.seq, now, without=row.id) < task.wanted:
+    if leases.places_taken(there, now, without=row.id) < task.wanted:
         return "counted", "counted"
     return "surplus", "surplus"
 
