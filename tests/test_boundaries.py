@@ -35,8 +35,16 @@ def test_the_reward_service_imports_nothing_of_the_trainer() -> None:
     assert {name for name in ours if not name.startswith((*SHARED, "plaudit.reward_service"))} == set()
 
 
-def test_the_trainer_imports_nothing_of_the_reward_service() -> None:
-    assert below("plaudit.reward_service", imported_by(*modules_of("trainer"))) == []
+def test_the_trainer_imports_nothing_of_the_services() -> None:
+    imported = imported_by(*modules_of("trainer"))
+    assert below("plaudit.reward_service", imported) + below("plaudit.ranking_service", imported) == []
+
+
+def test_the_ranking_service_imports_nothing_of_the_others_and_no_torch() -> None:
+    imported = imported_by(*modules_of("rank"))
+    ours = set(below("plaudit", imported)) - {"plaudit"}
+    assert {name for name in ours if not name.startswith((*SHARED, "plaudit.ranking_service"))} == set()
+    assert not {"torch", "transformers", "numpy"} & imported
 
 
 def test_the_wire_needs_pydantic_alone() -> None:

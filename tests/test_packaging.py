@@ -49,6 +49,14 @@ def test_presets_and_embedded_models_travel_in_the_wheel(site: Path) -> None:
             assert (site / "plaudit" / "demo_models" / model / name).stat().st_size > 0
 
 
+def test_pages_styles_and_migrations_travel_in_the_wheel(site: Path, tmp_path: Path) -> None:
+    for name in ("templates/task.html", "static/page.css", "static/page.js", "migrations/versions/v0001_first.py"):
+        assert (site / "plaudit" / "ranking_service" / name).is_file(), name
+    done = run(site, tmp_path, "-m", "plaudit.ranking_service", "invite", "--database", str(tmp_path / "r.db"))
+    assert done.returncode == 0, done.stderr
+    assert "/i/" in done.stdout
+
+
 @pytest.mark.parametrize("module", ["plaudit.cli", "plaudit.reward_service"])
 @pytest.mark.parametrize("theirs", ["trainer.py", "services/__init__.py", "trainer/__init__.py", "tests/__init__.py"])
 def test_a_users_own_files_do_not_collide(site: Path, tmp_path: Path, theirs: str, module: str) -> None:
@@ -70,6 +78,11 @@ def test_another_package_that_ships_a_top_level_trainer_touches_nothing_of_ours(
     ("script", "missing", "said"),
     [
         ("trainer", "tyro", "plaudit: the package tyro is not installed: pip install 'plaudit[trainer]'"),
+        (
+            "ranking_service",
+            "sqlalchemy",
+            "plaudit-rank: the package sqlalchemy is not installed: pip install 'plaudit[rank]'",
+        ),
         (
             "reward_service",
             "pydantic_settings",

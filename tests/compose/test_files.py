@@ -134,12 +134,26 @@ def test_the_gpu_file_is_the_published_recipe_unless_the_env_file_says_otherwise
 
 
 def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:
-    ours = ("reward", "balancer", "trainer", "tensorboard", "exporter")
+    ours = ("reward", "balancer", "trainer", "tensorboard", "exporter", "rank", "rank-postgres")
     for name, service in load(COMPOSE_FILES[0])["services"].items():
         if name in ours:
             assert service["read_only"], name
             assert service["user"] == "${UID:-1000}:${GID:-1000}", name
             assert service["cap_drop"] == ["ALL"], name
+
+
+def test_rankings_are_in_a_volume_of_their_own_and_nobody_ranks_unless_asked_to() -> None:
+    document = load(COMPOSE_FILES[0])
+    rank, over_postgres, postgres = (document["services"][name] for name in ("rank", "rank-postgres", "postgres"))
+    assert rank["volumes"] == ["rankings:/data"]
+    assert rank["environment"]["RANK_DATABASE"].startswith("/data/")
+    assert postgres["volumes"] == ["postgres:/var/lib/postgresql/data"]
+    assert {"rankings", "postgres"} <= document["volumes"].keys()
+    assert (rank["profiles"], over_postgres["profiles"], postgres["profiles"]) == (
+        ["ranking"],
+        ["postgres"],
+        ["postgres"],
+    )
 
 
 def test_the_exporter_gives_each_runs_newest_step(exporter: ModuleType, runs: Path) -> None:

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from plaudit.cli import EXIT_REJECTED, EXIT_USAGE
+from plaudit.ranking_service.settings import Serve
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.reward_service.settings import Settings
 
+OURS = ("Deployment/reward", "Deployment/rank", "Job/trainer")
 DIRECTORY = Path(__file__).parents[2] / "deploy" / "kubernetes"
 
 
@@ -63,6 +65,14 @@ def test_the_autoscaler_follows_a_metric_that_the_service_has() -> None:
 def test_a_pod_that_ends_has_time_to_drain() -> None:
     pod = manifests()["Deployment/reward"]["spec"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > Settings(model="any").grace_s
+    rank = manifests()["Deployment/rank"]["spec"]
+    assert rank["template"]["spec"]["terminationGracePeriodSeconds"] > Serve().grace_s
+
+
+def test_two_ranking_services_never_share_a_sqlite_file() -> None:
+    rank = manifests()["Deployment/rank"]["spec"]
+    assert (rank["replicas"], rank["strategy"]) == (1, {"type": "Recreate"})
+    assert manifests()["Service/rank"]["spec"]["selector"] == rank["selector"]["matchLabels"]
 
 
 def test_an_eviction_costs_the_trainer_no_attempt_and_what_cannot_work_is_not_tried_again() -> None:
@@ -75,7 +85,7 @@ def test_an_eviction_costs_the_trainer_no_attempt_and_what_cannot_work_is_not_tr
 
 
 def test_no_container_of_ours_is_root_or_writes_to_its_image() -> None:
-    for name in ("Deployment/reward", "Job/trainer"):
+    for name in OURS:
         pod = manifests()[name]["spec"]["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"], name
         for container in pod["containers"]:
@@ -85,8 +95,6 @@ def test_no_container_of_ours_is_root_or_writes_to_its_image() -> None:
 
 def test_every_image_has_a_name_to_replace() -> None:
     images = {
-        container["image"]
-        for name in ("Deployment/reward", "Job/trainer")
-        for container in manifests()[name]["spec"]["template"]["spec"]["containers"]
+        container["image"] for name in OURS for container in manifests()[name]["spec"]["template"]["spec"]["containers"]
     }
     assert images == {image["name"] for image in kustomization()["images"]}

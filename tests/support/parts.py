@@ -12,6 +12,7 @@ import plaudit
 
 PARTS = {
     "client": ("plaudit.wire", "plaudit.errors", "plaudit.rewards"),
+    "rank": ("plaudit.console", "plaudit.ranking_service", "plaudit.wire"),
     "reward": ("plaudit.console", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
     "trainer": (
         "plaudit.cli",

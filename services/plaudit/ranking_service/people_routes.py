@@ -146,11 +146,17 @@ def routes(shared: People) -> APIRouter:
                 return view.page("welcome.html", alert="", kept={}, then="")
             raise
         person = caller.person
-        identity = await shared.write(lambda c: leases.next_assignment(c, person.seq, now_ms()))
-        if identity is None:
+        shown = await shared.write(lambda c: _next(c, person.seq))
+        if shown is None:
             return await shared.read(lambda c: _nothing(c, caller, wants_json(request)))
         shared.metrics.handed_out.inc()
-        return await shared.read(lambda c: _shown(c, caller, identity, wants_json(request)))
+        if wants_json(request):
+            return JSONResponse(task_view(shown).model_dump())
+        return await shared.read(lambda c: shared.task_page(c, caller, shown))
+
+    def _next(connection: Connection, person: int) -> Shown | None:
+        identity = leases.next_assignment(connection, person, now_ms())
+        return None if identity is None else submissions.show(connection, person, identity)
 
     def _nothing(connection: Connection, caller: Caller, as_json: bool) -> Response:
         waiting = leases.anything_left(connection, caller.person.seq)

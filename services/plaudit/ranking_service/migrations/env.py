@@ -1,8 +1,13 @@
-"""Alembic's entry: `Database.migrate` hands over the connection, with its transaction begun."""
+"""Alembic's entry: `Database.migrate` hands over the connection, with its transaction begun.
+
+Imported by anybody else than Alembic, it does nothing.
+"""
 
 from alembic import context
 
 from plaudit.ranking_service.schema import metadata
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=metadata, transactional_ddl=False)
-context.run_migrations()
+config = getattr(context, "config", None)
+if config is not None:
+    context.configure(connection=config.attributes["connection"], target_metadata=metadata, transactional_ddl=False)
+    context.run_migrations()
