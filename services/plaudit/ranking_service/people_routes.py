@@ -315,7 +315,7 @@ def routes(shared: People) -> APIRouter:
         if wants_json(request):
             names = ("assignment", "version", "status", "at")
             return JSONResponse([dict(zip(names, (a, v, s, stamp(at)), strict=True)) for a, v, s, at in listed])
-        rows = [(a, s, stamp(at)) for a, _, s, at in listed]
+        rows = [(a, v, s, stamp(at), wire.content_hash("undo", a, v)) for a, v, s, at in listed]
         admin = caller.person.role == "admin"
         return view.page("mine.html", rows=rows, who=caller.person.pseudonym, csrf=caller.csrf, admin=admin)
 

@@ -7,9 +7,11 @@ from urllib.parse import urlencode
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from plaudit.ranking_service import batches, people, view
 from plaudit.ranking_service.database import Database, StoreUnavailableError, now_ms
+from plaudit.ranking_service.schema import audit
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import ClientOf
 from tests.support.ranking_service import ADMIN, in_shown_order, rows, upload
@@ -475,6 +477,31 @@ async def test_signing_out_ends_the_session(http: httpx.AsyncClient) -> None:
     await http.post("/sign-out", content=urlencode({"csrf": csrf[1]}), headers=FORM)
     http.cookies.update(before)
     assert (await http.get("/mine", headers=JSON)).status_code == 401
+
+
+async def test_a_ranking_can_be_taken_back_from_the_list(http: httpx.AsyncClient) -> None:
+    await sign_in(http)
+    page = (await http.get("/", headers=PAGE)).text
+    form = fields_of(page) | dict(zip(radio_names(page), "1234", strict=True))
+    await http.post(action_of(page), content=urlencode(form), headers=FORM)
+    mine = (await http.get("/mine", headers=PAGE)).text
+    undo = re.search(r'<form method="post" action="(/a/\w+/undo)">(.*?)</form>', mine, re.DOTALL)
+    assert undo is not None
+    fields = dict(re.findall(r'name="(\w+)" value="([^"]*)"', undo[2]))
+    assert (await http.post(undo[1], content=urlencode(fields), headers=FORM)).status_code == 303
+    (row,) = (await http.get("/v1/batches/b1/rankings", headers=ADMIN)).json()["rows"]
+    assert (row["status"], row["ranks"]) == ("withdrawn", [])
+
+
+async def test_the_audit_says_who_did_what_without_texts_or_names(http: httpx.AsyncClient, sqlite: Database) -> None:
+    await sign_in(http, name="Ada Lovelace", role="admin")
+    await http.post("/v1/batches", content=upload(rows(5), overlap_share=0).model_dump_json(), headers=ADMIN)
+    await http.post("/v1/batches/b1/close", headers=ADMIN)
+    with sqlite.read() as connection:
+        written = [(row.action, row.object, row.detail) for row in connection.execute(select(audit))]
+    assert [action for action, _, _ in written] == ["upload", "invite", "upload", "close"]
+    assert "Ada" not in str(written)
+    assert "Prompt" not in str(written)
 
 
 @pytest.mark.parametrize(
