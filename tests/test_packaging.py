@@ -50,7 +50,12 @@ def test_presets_and_embedded_models_travel_in_the_wheel(site: Path) -> None:
 
 
 def test_pages_styles_and_migrations_travel_in_the_wheel(site: Path, tmp_path: Path) -> None:
-    for name in ("templates/task.html", "static/page.css", "static/page.js", "migrations/versions/v0001_first.py"):
+    for name in (
+        "web/templates/task.html",
+        "web/static/page.css",
+        "web/static/page.js",
+        "store/migrations/versions/v0001_first.py",
+    ):
         assert (site / "plaudit" / "ranking_service" / name).is_file(), name
     done = run(site, tmp_path, "-m", "plaudit.ranking_service", "invite", "--database", str(tmp_path / "r.db"))
     assert done.returncode == 0, done.stderr

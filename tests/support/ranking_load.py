@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plaudit.ranking_service.batches import overlaps
+from plaudit.ranking_service.store.batches import overlaps
 from tests.support.ranking_service import RankingService, in_shown_order, rows
 
 GIVE_UP_S = 300.0

@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import select
 
-from plaudit.ranking_service import batches, exchange, files, people
-from plaudit.ranking_service.backup import backup
-from plaudit.ranking_service.database import Database, DatabaseSetupError, StoreUnavailableError, now_ms
+from plaudit.ranking_service import exchange
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import batches as batches_table
 from plaudit.ranking_service.settings import Backup, Export, Import, InviteCommand, Secrets, Serve
+from plaudit.ranking_service.store import batches, files, people
+from plaudit.ranking_service.store.backup import backup
+from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError, now_ms
+from plaudit.ranking_service.store.schema import batches as batches_table
 from plaudit.wire import rankings as wire
 
 PROGRAM = "plaudit-rank"
@@ -97,8 +98,8 @@ def serve(arguments: list[str]) -> int:
     settings = parse(Serve, "serve", arguments)
     keys = api_keys(settings)
     with _bound_socket(settings.host, settings.port) as listener, _opened(settings.database) as database:
-        from plaudit.ranking_service.app import Options, create_app
-        from plaudit.ranking_service.server import Server
+        from plaudit.ranking_service.web.app import Options, create_app
+        from plaudit.ranking_service.web.server import Server
 
         options = Options(
             api_keys=keys,

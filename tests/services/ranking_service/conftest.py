@@ -5,9 +5,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from plaudit.ranking_service import batches, people
-from plaudit.ranking_service.app import Options, create_app
-from plaudit.ranking_service.database import Database, now_ms
+from plaudit.ranking_service.store import batches, people
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.web.app import Options, create_app
 from plaudit.wire import rankings as wire
 from tests.support.postgres import PostgresServer, programs
 from tests.support.ranking_service import KEY, RankingService, rows, upload

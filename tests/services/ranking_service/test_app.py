@@ -9,9 +9,10 @@ import httpx
 import pytest
 from sqlalchemy import select
 
-from plaudit.ranking_service import batches, people, view
-from plaudit.ranking_service.database import Database, StoreUnavailableError, now_ms
-from plaudit.ranking_service.schema import audit
+from plaudit.ranking_service.store import batches, people
+from plaudit.ranking_service.store.database import Database, StoreUnavailableError, now_ms
+from plaudit.ranking_service.store.schema import audit
+from plaudit.ranking_service.web import view
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import ClientOf
 from tests.support.ranking_service import ADMIN, in_shown_order, rows, upload

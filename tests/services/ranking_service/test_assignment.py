@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from plaudit.ranking_service import assignment as leases
-from plaudit.ranking_service import batches, submissions
-from plaudit.ranking_service.assignment import LEASE_MS
-from plaudit.ranking_service.database import Database, now_ms
-from plaudit.ranking_service.submissions import Word
+from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store import batches, submissions
+from plaudit.ranking_service.store.assignment import LEASE_MS
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.submissions import Word
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
 from tests.support.ranking_service import rows, upload

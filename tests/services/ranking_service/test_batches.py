@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
-from plaudit.ranking_service import batches
-from plaudit.ranking_service.database import Database, now_ms
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import tasks
+from plaudit.ranking_service.store import batches
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.schema import tasks
 from plaudit.wire import rankings as wire
 from tests.support.ranking_service import rows, upload
 

@@ -12,10 +12,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import insert, inspect, select, text
 
-from plaudit.ranking_service import files
-from plaudit.ranking_service.backup import backup
-from plaudit.ranking_service.database import Database, DatabaseSetupError, StoreUnavailableError
-from plaudit.ranking_service.schema import audit, metadata
+from plaudit.ranking_service.store import files
+from plaudit.ranking_service.store.backup import backup
+from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError
+from plaudit.ranking_service.store.schema import audit, metadata
 from tests.support.disks import fill, small_disk
 from tests.support.postgres import PostgresServer
 
@@ -44,7 +44,7 @@ def test_migrating_again_and_from_several_services_at_once_changes_nothing(datab
 
 def test_there_is_one_line_of_migrations() -> None:
     config = Config()
-    config.set_main_option("script_location", "plaudit.ranking_service:migrations")
+    config.set_main_option("script_location", "plaudit.ranking_service.store:migrations")
     config.set_main_option("path_separator", "os")
     assert len(ScriptDirectory.from_config(config).get_heads()) == 1
 

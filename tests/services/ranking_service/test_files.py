@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from plaudit.ranking_service import assignment, batches, exchange, files, people, submissions
-from plaudit.ranking_service.database import Database, now_ms
+from plaudit.ranking_service import exchange
 from plaudit.ranking_service.exchange import Dropped
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.submissions import Word
+from plaudit.ranking_service.store import assignment, batches, files, people, submissions
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.submissions import Word
 from plaudit.wire import rankings as wire
 from plaudit.wire.rankings import RankingRow, Turn
 from tests.services.ranking_service.conftest import Fill, Invite

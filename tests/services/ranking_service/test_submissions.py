@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import func, select, update
 
-from plaudit.ranking_service import batches, files, submissions
-from plaudit.ranking_service.assignment import LEASE_MS, next_assignment
-from plaudit.ranking_service.database import Database, now_ms
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import assignments
-from plaudit.ranking_service.schema import submissions as submissions_table
-from plaudit.ranking_service.submissions import ConflictError, Shown, Word
+from plaudit.ranking_service.store import batches, files, submissions
+from plaudit.ranking_service.store.assignment import LEASE_MS, next_assignment
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.schema import assignments
+from plaudit.ranking_service.store.schema import submissions as submissions_table
+from plaudit.ranking_service.store.submissions import ConflictError, Shown, Word
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
 

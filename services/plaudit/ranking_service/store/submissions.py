@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
-from plaudit.ranking_service import assignment as leases
-from plaudit.ranking_service.batches import stamp
-from plaudit.ranking_service.database import Database
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import answers, assignments, batches, drafts, ranks, submissions, tasks
+from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store.batches import stamp
+from plaudit.ranking_service.store.database import Database
+from plaudit.ranking_service.store.schema import answers, assignments, batches, drafts, ranks, submissions, tasks
 from plaudit.wire import rankings as wire
 
 Kind = Literal["ranking", "skip", "flag", "withdraw"]

@@ -10,15 +10,16 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from plaudit.ranking_service import batches, files, people, view
 from plaudit.ranking_service.agreement import Activity, report
-from plaudit.ranking_service.batches import stamp
-from plaudit.ranking_service.database import Database, now_ms
-from plaudit.ranking_service.limits import MAX_FORM_BYTES, read_body
-from plaudit.ranking_service.people_routes import People, _form, parsed
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import batches as batches_table
-from plaudit.ranking_service.security import Caller, require_csrf, require_same_site
+from plaudit.ranking_service.store import batches, files, people
+from plaudit.ranking_service.store.batches import stamp
+from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.schema import batches as batches_table
+from plaudit.ranking_service.web import view
+from plaudit.ranking_service.web.limits import MAX_FORM_BYTES, read_body
+from plaudit.ranking_service.web.people_routes import People, _form, parsed
+from plaudit.ranking_service.web.security import Caller, require_csrf, require_same_site
 from plaudit.wire import rankings as wire
 
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 
-from plaudit.ranking_service import people
-from plaudit.ranking_service.database import Database, now_ms
 from plaudit.ranking_service.problems import ProblemError
+from plaudit.ranking_service.store import people
+from plaudit.ranking_service.store.database import Database, now_ms
 
 HOUR_MS = 3_600_000
 

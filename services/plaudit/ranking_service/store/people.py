@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import annotators, assignments, audit, drafts, sessions, submissions
+from plaudit.ranking_service.store.schema import annotators, assignments, audit, drafts, sessions, submissions
 from plaudit.wire import rankings as wire
 
 TOKEN_BYTES = 32

@@ -124,7 +124,7 @@ class Database:
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to what this version of the program needs. Several services may do so at once."""
         config = Config()
-        config.set_main_option("script_location", "plaudit.ranking_service:migrations")
+        config.set_main_option("script_location", "plaudit.ranking_service.store:migrations")
         config.set_main_option("path_separator", "os")
         with self.write() as connection:
             if self.is_postgres:

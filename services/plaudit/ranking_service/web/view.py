@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plaudit.ranking_service.exchange import turns_of_hh
-from plaudit.ranking_service.submissions import Shown, Word
+from plaudit.ranking_service.store.submissions import Shown, Word
 from plaudit.wire import rankings as wire
 
 LONG_CHARS = 3000
@@ -118,7 +118,7 @@ def static_files() -> Mapping[str, tuple[bytes, str]]:
     types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
     found = {}
     for name in ("page.css", "page.js", "icon.svg"):
-        data = resources.files("plaudit.ranking_service").joinpath("static", name).read_bytes()
+        data = resources.files("plaudit.ranking_service.web").joinpath("static", name).read_bytes()
         stem, kind = name.split(".")
         found[f"{stem}.{hashlib.sha256(data).hexdigest()[:12]}.{kind}"] = data, types[kind]
     return found
@@ -133,7 +133,7 @@ def static_path(name: str) -> str:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("plaudit.ranking_service"),
+        loader=PackageLoader("plaudit.ranking_service.web"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

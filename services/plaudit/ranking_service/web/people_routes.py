@@ -17,16 +17,17 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, func, select
 from starlette.concurrency import run_in_threadpool
 
-from plaudit.ranking_service import assignment as leases
-from plaudit.ranking_service import people, submissions, view
-from plaudit.ranking_service.batches import stamp
-from plaudit.ranking_service.database import Database, StoreUnavailableError, now_ms
-from plaudit.ranking_service.limits import MAX_FORM_BYTES, Buckets, read_body
-from plaudit.ranking_service.metrics import Metrics
 from plaudit.ranking_service.problems import RETRY_AFTER_S, ProblemError
-from plaudit.ranking_service.schema import assignments, tasks
-from plaudit.ranking_service.security import Caller, Doors, bearer_token, require_csrf, require_same_site
-from plaudit.ranking_service.submissions import ConflictError, Shown, Word
+from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store import people, submissions
+from plaudit.ranking_service.store.batches import stamp
+from plaudit.ranking_service.store.database import Database, StoreUnavailableError, now_ms
+from plaudit.ranking_service.store.schema import assignments, tasks
+from plaudit.ranking_service.store.submissions import ConflictError, Shown, Word
+from plaudit.ranking_service.web import view
+from plaudit.ranking_service.web.limits import MAX_FORM_BYTES, Buckets, read_body
+from plaudit.ranking_service.web.metrics import Metrics
+from plaudit.ranking_service.web.security import Caller, Doors, bearer_token, require_csrf, require_same_site
 from plaudit.wire import rankings as wire
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, text, update
 
-from plaudit.ranking_service import assignment as leases
-from plaudit.ranking_service.batches import (
+from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store.batches import (
     add_tasks,
     answer_of,
     bad_row,
@@ -16,9 +16,9 @@ from plaudit.ranking_service.batches import (
     first_with_the_text,
     stamp,
 )
-from plaudit.ranking_service.database import Database
-from plaudit.ranking_service.people import note_in_audit
-from plaudit.ranking_service.schema import annotators, answers, assignments, batches, ranks, submissions, tasks
+from plaudit.ranking_service.store.database import Database
+from plaudit.ranking_service.store.people import note_in_audit
+from plaudit.ranking_service.store.schema import annotators, answers, assignments, batches, ranks, submissions, tasks
 from plaudit.wire import rankings as wire
 
 CHUNK = 500

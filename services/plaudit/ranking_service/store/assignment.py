@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import Connection, Row, and_, bindparam, exists, func, insert, or_, select, update
 
-from plaudit.ranking_service.schema import answers, assignments, batches, tasks
+from plaudit.ranking_service.store.schema import answers, assignments, batches, tasks
 
 LEASE_MS = 15 * 60 * 1000
 PARK_AFTER_SKIPS = 3

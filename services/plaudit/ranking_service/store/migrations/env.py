@@ -5,7 +5,7 @@ Imported by anybody else than Alembic, it does nothing.
 
 from alembic import context
 
-from plaudit.ranking_service.schema import metadata
+from plaudit.ranking_service.store.schema import metadata
 
 config = getattr(context, "config", None)
 if config is not None:

@@ -7,7 +7,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from plaudit.ranking_service.database import Database, DatabaseSetupError
+from plaudit.ranking_service.store.database import Database, DatabaseSetupError
 
 
 def backup(database: Database, to: Path) -> None:

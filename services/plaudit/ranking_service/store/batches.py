@@ -8,10 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, update
 
-from plaudit.ranking_service.database import Database
-from plaudit.ranking_service.people import note_in_audit
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.schema import answers, assignments, batches, submissions, tasks
+from plaudit.ranking_service.store.database import Database
+from plaudit.ranking_service.store.people import note_in_audit
+from plaudit.ranking_service.store.schema import answers, assignments, batches, submissions, tasks
 from plaudit.wire import rankings as wire
 
 FIXED = ("round", "purpose", "overlap", "overlap_share", "instructions")

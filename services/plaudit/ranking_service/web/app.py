@@ -14,15 +14,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plaudit.ranking_service import admin_routes, batches, people_routes, view
-from plaudit.ranking_service.admin_routes import Admin
-from plaudit.ranking_service.database import Database, StoreUnavailableError
-from plaudit.ranking_service.limits import Buckets, ClientGoneError
-from plaudit.ranking_service.metrics import Metrics
-from plaudit.ranking_service.people_routes import People, wants_json
 from plaudit.ranking_service.problems import CONTENT_TYPE, RETRY_AFTER_S, ProblemError
-from plaudit.ranking_service.schema import batches as batches_table
-from plaudit.ranking_service.security import Doors
+from plaudit.ranking_service.store import batches
+from plaudit.ranking_service.store.database import Database, StoreUnavailableError
+from plaudit.ranking_service.store.schema import batches as batches_table
+from plaudit.ranking_service.web import admin_routes, people_routes, view
+from plaudit.ranking_service.web.admin_routes import Admin
+from plaudit.ranking_service.web.limits import Buckets, ClientGoneError
+from plaudit.ranking_service.web.metrics import Metrics
+from plaudit.ranking_service.web.people_routes import People, wants_json
+from plaudit.ranking_service.web.security import Doors
 
 LIVEZ_PATH = "/livez"
 READYZ_PATH = "/readyz"

@@ -1,0 +1,1 @@
+"""The service over HTTP: routes, pages, and who may come in."""
