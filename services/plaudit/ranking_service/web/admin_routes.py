@@ -10,12 +10,12 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 
-from plaudit.ranking_service.agreement import Activity, report
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.store import batches, files, people
 from plaudit.ranking_service.store.batches import stamp
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.schema import batches as batches_table
+from plaudit.ranking_service.store.statistics import agreement_of
 from plaudit.ranking_service.web import view
 from plaudit.ranking_service.web.limits import MAX_FORM_BYTES, read_body
 from plaudit.ranking_service.web.people_routes import People, _form, parsed
@@ -51,28 +51,6 @@ class Admin:
         """The link of an invitation, as the people will reach it."""
         base = self.public_url or str(request.base_url)
         return f"{base.rstrip('/')}{wire.INVITATION_PATH}/{token}"
-
-
-def agreement_of(database: Database, batch: str) -> wire.AgreementReport:
-    """The statistics of one batch, from the newest version of what everybody said."""
-    said: dict[str, dict[str, list[int]]] = {}
-    seconds: dict[str, list[float]] = {}
-    counts: dict[str, dict[str, int]] = {}
-    with database.read() as connection:
-        for row in files.export(connection, [batch], late=False, history=False):
-            if row.status == "withdrawn":
-                continue
-            done = counts.setdefault(row.annotator, {"ranked": 0, "skipped": 0, "flagged": 0})
-            if row.ranks:
-                # Answers that are the same text were shown once, and are no pair.
-                said.setdefault(row.task, {})[row.annotator] = [row.ranks[i] for i in sorted(row.shown_order)]
-                seconds.setdefault(row.annotator, []).append(row.seconds)
-            done[row.status if row.status in done else "ranked"] += 1
-    activity = {
-        annotator: Activity(done["ranked"], done["skipped"], done["flagged"], seconds.get(annotator, []))
-        for annotator, done in counts.items()
-    }
-    return report(batch, said, activity)
 
 
 def routes(shared: Admin) -> APIRouter:
