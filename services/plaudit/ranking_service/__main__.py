@@ -195,6 +195,8 @@ def import_file(arguments: list[str]) -> int:
 def copy_database(arguments: list[str]) -> int:
     """Copy the database while the service runs."""
     settings = parse(Backup, "backup", arguments)
+    if "://" not in settings.database and not Path(settings.database).is_file():
+        raise StartError(f"--database {settings.database}: there is no such file to copy")
     database = Database(settings.database)
     try:
         backup(database, settings.to)

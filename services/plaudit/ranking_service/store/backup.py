@@ -7,7 +7,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from plaudit.ranking_service.store.database import Database, DatabaseSetupError
+from plaudit.ranking_service.store.database import Database, DatabaseSetupError, private_file
 
 
 def backup(database: Database, to: Path) -> None:
@@ -15,6 +15,8 @@ def backup(database: Database, to: Path) -> None:
     if to.exists():
         raise DatabaseSetupError(f"{to} is there already; name another file")
     part = to.with_name(f"{to.name}.part")
+    part.unlink(missing_ok=True)
+    private_file(part)
     try:
         if database.is_postgres:
             _dump(database, part)
@@ -30,7 +32,6 @@ def _copy(database: Database, part: Path) -> None:
     path = database.sqlite_path
     if path is None or not path.is_file():
         raise DatabaseSetupError(f"--database {database}: there is no such file to copy")
-    part.unlink(missing_ok=True)
     try:
         with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(part)) as target:
             source.backup(target)

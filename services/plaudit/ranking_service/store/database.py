@@ -5,6 +5,7 @@ later would be refused in the middle, whatever its patience.
 """
 
 import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
@@ -80,6 +82,7 @@ class Database:
         self._writing = threading.Lock()
         self._sqlite_writer = self.engine.execution_options(**{WRITE: True})
         if not self.is_postgres:
+            _make_private(self.url.database)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
 
@@ -130,7 +133,11 @@ class Database:
             if self.is_postgres:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})"))
             config.attributes["connection"] = connection
-            command.upgrade(config, revision)
+            try:
+                command.upgrade(config, revision)
+            except CommandError as error:
+                reason = f"it was made by another version of this program ({error})"
+                raise DatabaseSetupError(f"--database {self}: {reason}") from None
 
     def close(self) -> None:
         """Close every connection."""
@@ -162,6 +169,22 @@ def _passes(error: DBAPIError) -> bool:
 
 def _first_line(error: DBAPIError) -> str:
     return str(error.orig).strip().partition("\n")[0]
+
+
+def _make_private(database: str | None) -> None:
+    """Make the file, if it isn't there, readable by its owner alone: it holds names. SQLite's journals follow it."""
+    if not database or database == ":memory:":
+        raise DatabaseSetupError("--database names no file; several connections share one database")
+    path = Path(database)
+    if not path.parent.is_dir():
+        raise DatabaseSetupError(f"--database {database}: there is no directory {path.parent}")
+    with contextlib.suppress(OSError):  # opening it says what is wrong
+        private_file(path)
+
+
+def private_file(path: Path) -> None:
+    """An empty file that its owner alone can read, unless there is a file of this name."""
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, record: ConnectionPoolEntry) -> None:

@@ -1,6 +1,7 @@
 """Migrations, locks, and what a failure of the database means."""
 
 import sqlite3
+import subprocess
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -122,7 +123,12 @@ def test_a_cursor_waits_for_writers_with_lower_numbers(postgres: PostgresServer)
 
 @pytest.mark.parametrize(
     ("url", "said"),
-    [("mysql://host/name", "sqlite and postgresql are known"), ("nonsense://x", "nonsense")],
+    [
+        ("mysql://host/name", "sqlite and postgresql are known"),
+        ("nonsense://x", "nonsense"),
+        ("sqlite://", "names no file"),
+        ("/nowhere/at/all.db", "there is no directory /nowhere/at"),
+    ],
 )
 def test_a_database_that_cannot_be_used_is_said_in_one_line(url: str, said: str) -> None:
     with pytest.raises(DatabaseSetupError, match=said):
@@ -144,3 +150,32 @@ def test_a_backup_is_whole_and_replaces_nothing(sqlite: Database, tmp_path: Path
         backup(sqlite, copy)
     assert not (tmp_path / "copy.db.part").exists()
     assert not (tmp_path / "copy.db-wal").exists()
+
+
+def test_a_database_and_its_copy_are_its_owners_alone(sqlite: Database, tmp_path: Path) -> None:
+    backup(sqlite, tmp_path / "copy.db")
+    with sqlite.write() as connection:
+        connection.execute(insert(audit).values(ROW))
+        files_there = [path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o077]
+    assert files_there == []
+
+
+def test_a_database_of_a_later_version_is_left_alone(sqlite: Database) -> None:
+    with sqlite.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(DatabaseSetupError, match="made by another version"):
+        sqlite.migrate()
+
+
+def test_a_backup_of_postgres_is_a_dump_that_can_be_restored(postgres: PostgresServer, tmp_path: Path) -> None:
+    database, other = Database(postgres.url()), Database(postgres.url())
+    database.migrate()
+    with database.write() as connection:
+        connection.execute(insert(audit).values(ROW))
+    backup(database, tmp_path / "rankings.dump")
+    target = other.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    subprocess.run(["pg_restore", f"--dbname={target}", str(tmp_path / "rankings.dump")], check=True)
+    with other.read() as connection:
+        assert len(connection.execute(select(audit)).all()) == 1
+    database.close()
+    other.close()
