@@ -64,6 +64,7 @@ _LOCK_TASK = (
     .where(tasks.c.seq == bindparam("task"))
     .with_for_update(of=tasks)
 )
+_LOCK_ASSIGNMENT = select(assignments.c.id).where(assignments.c.id == bindparam("assignment")).with_for_update()
 _STANDING = select(assignments.c.id, assignments.c.state, assignments.c.lease_until).where(
     assignments.c.task == bindparam("task")
 )
@@ -100,6 +101,8 @@ def anything_left(connection: Connection, annotator: int) -> bool:
 
 def renew(connection: Connection, assignment: str, task: int, now: int) -> bool:
     """Keep the place for another 15 minutes, or take it again if the lease has ended and there is room."""
+    # The assignment first, as a submission does: the other way round the two could wait for each other.
+    connection.execute(_LOCK_ASSIGNMENT, {"assignment": assignment})
     row = lock_task(connection, task)
     if row.state == "parked" or row.closed_at is not None:
         return False

@@ -4,14 +4,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import select, text
 
 from plaudit.ranking_service.store import assignment as leases
-from plaudit.ranking_service.store import batches, submissions
+from plaudit.ranking_service.store import batches, people, submissions
 from plaudit.ranking_service.store.assignment import LEASE_MS
 from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.schema import assignments, tasks
 from plaudit.ranking_service.store.submissions import Word
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
+from tests.support.postgres import PostgresServer
 from tests.support.ranking_service import rows, upload
 
 
@@ -215,3 +218,25 @@ def test_two_to_nine_answers_can_be_ranked(database: Database, someone: Invite, 
     assignment = take(database, person)
     assert assignment is not None
     assert rank(database, person, assignment).status == "counted"
+
+
+def test_looking_and_submitting_at_once_do_not_wait_for_each_other(postgres: PostgresServer) -> None:
+    database = Database(postgres.url())
+    database.migrate()
+    with database.write() as connection:
+        batches.upload(database, connection, upload(rows(1)), now_ms())
+        _, token = people.invite(connection, wire.Invite(), now_ms())
+        person = people.by_token(connection, token)
+    assert person is not None
+    assignment = take(database, person.seq)
+    assert assignment is not None
+    stale = now_ms() + LEASE_MS // 2
+    looking = threading.Thread(target=take, args=(database, person.seq, stale))
+    with database.write() as connection:  # as a submission does: the assignment first, then the task
+        connection.execute(select(assignments).where(assignments.c.id == assignment).with_for_update())
+        looking.start()
+        while not connection.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar():
+            pass
+        leases.lock_task(connection, connection.execute(select(tasks.c.seq)).scalar_one())
+    looking.join()
+    database.close()

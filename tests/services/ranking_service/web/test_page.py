@@ -318,6 +318,7 @@ def test_two_tabs_that_differ_show_both_and_one_of_them_wins(service: RankingSer
     other.get_by_role("button", name="Submit").click()
     expect(other.get_by_role("alert")).to_contain_text("A, then B, then C, then D")
     expect(other.get_by_role("alert")).to_contain_text("D, then C, then B, then A")
+    assert axe(other) == []
     other.get_by_role("button", name="Submit").click()
     other.get_by_role("heading", name="Thank you").wait_for()
     (row,) = service.rankings()
