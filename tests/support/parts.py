@@ -68,7 +68,14 @@ def imported_distributions(path: Path, *, at_the_head: bool = False) -> set[str]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
             names.add(node.module.partition(".")[0])
     names -= {*sys.stdlib_module_names, "plaudit"}
-    return {provided_by.get(name, [name])[0].lower().replace("_", "-") for name in names}
+    return {_provider(provided_by.get(name, [name])) for name in names}
+
+
+def _provider(distributions: list[str]) -> str:
+    """Which distribution an import means: of several that share a namespace, the one that pyproject.toml names."""
+    names = [name.lower().replace("_", "-") for name in distributions]
+    named = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    return next((name for name in names if f'"{name}' in named), names[0])
 
 
 @functools.cache
