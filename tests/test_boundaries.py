@@ -70,7 +70,7 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 
 
 ORDER = (
-    *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("policy", "data"), ("settings",)),
+    *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("data",), ("policy",), ("settings",)),
     *(("rewards",), ("ppo", "presets", "demo_models", "wire", "errors", "console")),
 )
 """The trainer's packages, from the outside in. Each imports only those after its own line."""
