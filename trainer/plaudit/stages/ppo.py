@@ -139,9 +139,7 @@ def run(config: PPOConfig) -> PPOResult:
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
                 if not cached:
-                    print(
-                        "the policy has no cache that rows can be taken from: each token reads its text again, slowly"
-                    )
+                    print("sampling without a key-value cache, since this model keeps none: right, and slow")
                 with progress.showing():
                     metrics = loop.train(steps, log[0])
             else:
