@@ -114,11 +114,13 @@ class Rewards:
 class Process:
     """`plaudit-reward` on a free port, its events read line by line."""
 
-    def __init__(self, model: Path, *flags: str, cores: str | None = None) -> None:
+    def __init__(
+        self, model: Path, *flags: str, cores: str | None = None, program: str = "plaudit.reward_service"
+    ) -> None:
         command = [
             sys.executable,
             "-m",
-            "plaudit.reward_service",
+            program,
             "--model",
             str(model),
             "--label",
@@ -317,7 +319,7 @@ async def poison(model: Path, *, callers: int, enough: Callable[[Tally], bool]) 
         poisoned = poisonous(model, Path(folder) / "poisonous")
         rewards = Rewards(some_texts())
         rewards.learn(poisoned)
-        with Process(poisoned) as service:
+        with Process(poisoned, program="benchmarks.failing_service") as service:
             load = Load(service.url, rewards, poison=(f" {FAILS}", f" {NOT_FINITE}"))
             async with load.running(callers):
                 while not enough(load.tally):
@@ -326,17 +328,21 @@ async def poison(model: Path, *, callers: int, enough: Callable[[Tally], bool]) 
 
 
 def poisonous(model: Path, path: Path) -> Path:
-    """The same model with two more words: one has a NaN for an embedding, the other a token id that has none."""
+    """The same model with two more words: one has an embedding too large to reckon with, and the other is the last.
+
+    `benchmarks.failing_service` fails on the last word. A model that would do so itself is refused at the start.
+    """
     shutil.copytree(model, path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     config = AutoConfig.from_pretrained(path)
-    weights = load_file(path / "model.safetensors")
+    weights = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
     name = next(name for name in weights if name.endswith("word_embeddings.weight"))
-    row = torch.full_like(weights[name][:1], float("nan"))
-    weights[name] = torch.cat([weights[name][: len(tokenizer)], row])
+    rows = torch.full_like(weights[name][:2], torch.finfo(torch.float32).max)
+    rows[1] = weights[name][-1]
+    weights[name] = torch.cat([weights[name][: len(tokenizer)], rows])
     tokenizer.add_tokens([NOT_FINITE, FAILS])
     tokenizer.save_pretrained(path)
-    config.vocab_size = len(tokenizer) - 1
+    config.vocab_size = len(tokenizer)
     config.save_pretrained(path)
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     return path

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from plaudit.cli import EXIT_REJECTED, EXIT_USAGE
+from plaudit.errors import EXIT_REJECTED, EXIT_USAGE
 from plaudit.ranking_service.settings import Serve
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.reward_service.settings import Settings

@@ -73,14 +73,15 @@ class TrainerProcess:
 
     def __init__(
         self,
-        config: PPOConfig,
+        config: Any,
         *flags: str,
         environment: dict[str, str] | None = None,
         before: Callable[[], None] | None = None,
+        command: str = "ppo",
     ) -> None:
-        """`before` is called in the process before the command, and must be picklable."""
+        """`before` is called in the process before the command, whose config this is; it must be picklable."""
         self._stderr, stderr = FORKS.Pipe(duplex=False)
-        args = ["ppo", "--config", str(preset_of(config)), *flags]
+        args = [command, "--config", str(preset_of(config)), *flags]
         self.process = FORKS.Process(target=_run, args=(args, environment or {}, before, stderr), daemon=True)
         self.process.start()
         stderr.close()
@@ -115,7 +116,7 @@ class TrainerProcess:
         return self.process.exitcode, stderr
 
 
-def preset_of(config: PPOConfig) -> Path:
+def preset_of(config: Any) -> Path:
     """The config as a preset file beside the run's directory."""
     preset = config.output_dir.with_suffix(".yaml")
     preset.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from typing import Any
 MODEL = "stub"
 REVISION = "sha256:stub"
 LABELS = ["NEGATIVE", "POSITIVE"]
-PROBES = {"The film", "I", "This is", "It starts"}
+PROBES = {"The film", "I", "This is"}
 """The prompts of `plaudit.rewards.source.ORDER_PROBES`."""
 
 

@@ -1,5 +1,6 @@
 """Tiny random models as Hugging Face directories, so that no test needs a hub. The same seed makes the same bytes."""
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_llama2_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama-2's: spaces become a mark, one is put in front and decoding takes it away; bytes; a token in front."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE + 40, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    # Bytes are ordinary tokens there; the trainer knows no other way to have them in the vocabulary.
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if not token["content"].startswith("<0x")]
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
 def tiny_gpt2(seed: int = 0, **settings: Any) -> GPT2LMHeadModel:
     """2 layers of 32; dropout 0.1 as GPT-2 has it."""
     torch.manual_seed(seed)
@@ -155,10 +177,10 @@ _SHAPE: dict[str, Any] = {
 ARCHITECTURES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "qwen2": tiny_qwen2, "gpt_neox": tiny_gpt_neox}
 
 
-def save(model: Any, path: Path) -> Path:
+def save(model: Any, path: Path, tokenizer: Any = None) -> Path:
     """Model and tokenizer as a directory that transformers loads."""
     model.save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    (tiny_tokenizer() if tokenizer is None else tokenizer).save_pretrained(path)
     return path
 
 

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from plaudit import cli
-from plaudit.errors import ConfigError
+from plaudit import cli, errors
+from plaudit.errors import ConfigError, NotFinite
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.runtime import StopRequested
 from plaudit.settings import files as presets
@@ -103,7 +103,7 @@ def reviews(tmp_path: Path) -> Path:
 
 
 def test_a_column_that_is_not_there_is_answered_with_those_there_are(reviews, capsys):
-    assert cli.run(["sft", "--data", str(reviews)]) == cli.EXIT_USAGE
+    assert cli.run(["sft", "--data", str(reviews)]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     for words in ("'text'", "review, sentiment", "--text-column"):
         assert words in line
@@ -120,7 +120,7 @@ def test_a_data_file_that_cannot_be_read_is_one_line(tmp_path, capsys, content, 
     path = tmp_path / "reviews.parquet"
     if content is not None:
         path.write_bytes(content)
-    assert cli.run(["sft", "--data", str(path)]) == cli.EXIT_USAGE
+    assert cli.run(["sft", "--data", str(path)]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("plaudit sft: ")
     assert message in line
@@ -132,7 +132,7 @@ def test_a_policy_directory_that_is_not_there_is_one_line_and_no_question_to_the
 ):
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
-    assert cli.run(["ppo", "--policy", policy, "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    assert cli.run(["ppo", "--policy", policy, "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"plaudit ppo: policy={policy!r}: no such directory; name one with a model in it, or a hub id"
 
@@ -156,6 +156,7 @@ def test_the_command_itself_refuses_a_policy_that_is_nowhere(tmp_path):
             "plaudit ppo: x.txt: No such file or directory",
         ),
         (RuntimeError("boom"), 1, "plaudit ppo: RuntimeError: boom; start again with --resume auto (PLAUDIT_TRACE"),
+        (NotFinite("the loss is nan"), 1, "plaudit ppo: the loss is nan; start again with --resume auto"),
         (KeyboardInterrupt(), 130, "plaudit ppo: interrupted"),
     ],
 )
@@ -169,7 +170,7 @@ def test_what_ends_a_stage_is_one_line_and_a_code_that_a_supervisor_understands(
     assert cli.run(["ppo"]) == code
     printed, *more = capsys.readouterr().err.splitlines()
     assert printed.startswith(line)
-    goes_on = code == cli.EXIT_UNAVAILABLE or isinstance(error, StopRequested)
+    goes_on = code == errors.EXIT_UNAVAILABLE or isinstance(error, StopRequested)
     assert [words for words in more if words] == [
         "plaudit ppo: this goes on where it stopped:",
         "plaudit ppo --resume auto",

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
 import logging
 import os
 import shlex
@@ -23,7 +24,14 @@ from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import tyro
 
-from plaudit.errors import ConfigError
+from plaudit.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_WRITTEN,
+    EXIT_USAGE,
+    ConfigError,
+    PlauditError,
+)
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
@@ -35,16 +43,6 @@ from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
 REPEATABLE = ("--reward.url", "--reward.header")
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_REJECTED = 65
-"""EX_DATAERR: the reward or ranking service refuses what it is sent; trying again won't help."""
-EXIT_NOT_WRITTEN = 74
-"""EX_IOERR: the disk is full or can't be written to; make room, then resume."""
-EXIT_UNAVAILABLE = 75
-"""EX_TEMPFAIL: a service can't be reached, or people have not finished; start it or wait, then resume."""
-EXIT_INTERRUPTED = 130
 
 T = TypeVar("T")
 
@@ -69,12 +67,14 @@ COMMANDS = {
         "plaudit.stages.sft",
         "stage 1: fine-tune a causal language model on texts, or train one from scratch",
         "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
+        resume=("--resume", "auto"),
     ),
     "reward-model": Command(
         RewardModelConfig,
         "plaudit.stages.reward_model",
         "stage 2: train a reward model from labelled texts or ranked answers",
         "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
+        resume=("--resume", "auto"),
     ),
     "sample": Command(
         SampleConfig,
@@ -119,6 +119,10 @@ def main() -> None:
     """Entry point of the console script."""
     # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A text that the terminal has no characters for is shown with escapes: it must not end a stage.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
@@ -140,7 +144,7 @@ def run(args: Sequence[str]) -> int:
     except Exception as error:
         code = exit_code(error)
         _fail(name, _one_line(error), code)
-        if code in (EXIT_UNAVAILABLE, EXIT_NOT_WRITTEN) or code > 128:
+        if code == EXIT_NOT_WRITTEN or (isinstance(error, PlauditError) and error.can_be_resumed):
             _say_how_to_go_on(name, flags)
         return code
     return 0
@@ -244,20 +248,11 @@ def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:
 
 def exit_code(error: Exception) -> int:
     """The process's exit code for an error that ended a stage: what a supervisor should make of it."""
-    if isinstance(error, ConfigError | FileNotFoundError):
-        return EXIT_USAGE
-    from plaudit.rewards import RewardRejected, RewardUnavailable
-    from plaudit.run.rankings import RankingsRejected, RankingsUnavailable
-    from plaudit.run.runtime import StopRequested
-    from plaudit.run.storage import NotWritten
-
-    if isinstance(error, StopRequested):
+    if isinstance(error, PlauditError):
         return error.exit_code
-    if isinstance(error, NotWritten) or getattr(error, "errno", None) == errno.ENOSPC:
+    if getattr(error, "errno", None) == errno.ENOSPC:
         return EXIT_NOT_WRITTEN
-    if isinstance(error, RewardUnavailable | RankingsUnavailable):
-        return EXIT_UNAVAILABLE
-    return EXIT_REJECTED if isinstance(error, RewardRejected | RankingsRejected) else EXIT_FAILED
+    return EXIT_USAGE if isinstance(error, FileNotFoundError) else EXIT_FAILED
 
 
 @dataclass(frozen=True)
@@ -318,7 +313,7 @@ def _one_line(error: Exception) -> str:
     # Notes say what to do next, for example which checkpoint to go on from.
     *parts, last = (" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
     message = "; ".join([*(part.removesuffix(".") for part in parts), last])
-    if isinstance(error, ConfigError) or type(error).__module__.startswith("plaudit."):
+    if isinstance(error, PlauditError):
         return message
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

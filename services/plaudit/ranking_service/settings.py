@@ -114,7 +114,7 @@ class Import(_Command):
     """For rows of answers: the share of such tasks; one person ranks each of the others."""
     purpose: wire.Purpose = "train"
     """For rows of answers: whether a model learns from the rankings, or policies are compared by them."""
-    round: Annotated[int, Field(ge=0)] = 0
+    round: wire.Round = 0
     """For rows of answers: which round of training asks."""
 
 

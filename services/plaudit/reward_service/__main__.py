@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_settings(arguments: list[str]) -> Settings:
     """Flags, else REWARD_* variables, else defaults. Raises `StartError`; `SystemExit` for --help and unknown flags."""
     try:
-        return Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        settings = Settings(_cli_parse_args=arguments)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
@@ -50,6 +50,13 @@ def parse_settings(arguments: list[str]) -> Settings:
         if first["type"] == "missing":
             raise StartError(f"{flag} is missing; give a sequence-classification directory or hub id") from None
         raise StartError(f"{flag} {first['input']}: {first['msg']}") from None
+    for flag, value in (("--model", settings.model), ("--label", settings.label or "")):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            raise StartError(f"{flag} {value} is no text in this locale ({encoding}); set PYTHONUTF8=1") from None
+    return settings
 
 
 def api_keys(settings: Settings) -> list[str]:
@@ -58,7 +65,7 @@ def api_keys(settings: Settings) -> list[str]:
     keys = [secret.get_secret_value()] if secret is not None else []
     if settings.api_key_file is not None:
         try:
-            lines = settings.api_key_file.read_text().splitlines()
+            lines = settings.api_key_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
         keys += [line.strip() for line in lines if line.strip()]
@@ -71,15 +78,16 @@ def api_keys(settings: Settings) -> list[str]:
 
 def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> NoReturn:
     """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
-    from plaudit.reward_service.engine.model_files import ModelError, model_directory
+    from plaudit.reward_service.engine.model_files import ModelError, model_source
 
     try:
-        model_directory(settings.model)
+        model_source(settings.model)
     except ModelError as error:
         raise StartError(str(error)) from None
 
     # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
     from plaudit.reward_service.assembly import assemble
+    from plaudit.reward_service.engine.scorer import TransformersScorer
     from plaudit.reward_service.http import garbage_collection as collector
     from plaudit.reward_service.http.server import Hooks, Server
     from plaudit.reward_service.http.tracing import TracingError, finish
@@ -96,12 +104,14 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
         collector.settle()
         if settings.ready_file is not None:
             _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
-        _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision)
+        assert isinstance(engine.scorer, TransformersScorer)
+        _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
 
     async def reload() -> None:
         try:
             reloaded = await app.state.service.load_again()
-            _log("reloaded", revision=reloaded.revision)
+            assert isinstance(reloaded, TransformersScorer)
+            _log("reloaded", revision=reloaded.revision, checked=reloaded.checked)
         except ProblemError as problem:
             _log("reload-failed", detail=problem.detail)
 
@@ -144,7 +154,7 @@ def _url(host: str, port: int) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 

@@ -27,9 +27,11 @@ STATUS = {
     "internal-error": 500,
     "draining": 503,
     "not-ready": 503,
+    "out-of-memory": 503,
     "deadline-exceeded": 504,
 }
-"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504."""
+"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504; what
+`wire.FINAL_PROBLEMS` names comes again with the same request."""
 
 RETRY_AFTER_DRAIN_S = 1
 

@@ -1,6 +1,7 @@
 """The messages between the programs. Pydantic and the standard library only."""
 
 from plaudit.wire.rewards import (
+    FINAL_PROBLEMS,
     LIVEZ_PATH,
     MAX_ITEMS_PER_REQUEST,
     MAX_TEXT_CHARS,
@@ -19,6 +20,7 @@ from plaudit.wire.rewards import (
 )
 
 __all__ = [
+    "FINAL_PROBLEMS",
     "LIVEZ_PATH",
     "MAX_ITEMS_PER_REQUEST",
     "MAX_TEXT_CHARS",

@@ -24,6 +24,8 @@ MAX_TURNS = 200
 MAX_ROWS_PER_UPLOAD = 10_000
 MAX_NOTE_CHARS = 4_000
 MAX_INSTRUCTIONS_CHARS = 20_000
+MAX_NUMBER = 2**31 - 1
+"""The largest whole number that every database holds in a plain column."""
 MAX_PAGE = 5_000
 """Rows that one page of rankings may hold."""
 
@@ -34,6 +36,8 @@ Id: TypeAlias = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\
 Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Note: TypeAlias = Annotated[str, Field(max_length=MAX_NOTE_CHARS)]
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=MAX_ANSWERS)]
+Round: TypeAlias = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+Version: TypeAlias = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 Split: TypeAlias = Literal["train", "held_out"]
 Purpose: TypeAlias = Literal["train", "evaluation"]
 Role: TypeAlias = Literal["annotator", "admin"]
@@ -102,7 +106,7 @@ class RankingRow(_Message):
     task: Id
     group: Id
     batch: BatchId
-    round: Annotated[int, Field(ge=0)] = 0
+    round: Round = 0
     purpose: Purpose = "train"
     split: Split = "train"
     prompt: Prompt
@@ -116,7 +120,7 @@ class RankingRow(_Message):
     shown_order: list[Annotated[int, Field(ge=0, lt=MAX_ANSWERS)]]
     at: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")]
     """UTC, to the millisecond."""
-    version: Annotated[int, Field(ge=1)]
+    version: Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 
     @model_validator(mode="after")
     def _is_whole(self) -> "RankingRow":
@@ -145,7 +149,7 @@ class BatchUpload(_Message):
     """
 
     id: BatchId
-    round: Annotated[int, Field(ge=0)] = 0
+    round: Round = 0
     purpose: Purpose = "train"
     overlap: Annotated[int, Field(ge=1, le=100)] = 3
     overlap_share: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.2
@@ -329,7 +333,7 @@ class RankingSubmit(_Message):
     """`POST /a/{assignment}/ranking`: a rank for every answer shown. Equal ranks are ties; gaps are closed."""
 
     key: Id
-    version: Annotated[int, Field(ge=0)]
+    version: Version
     ranks: dict[Id, int]
     note: Note = ""
     seconds: Annotated[FiniteFloat, Field(ge=0)] | None = None
@@ -340,14 +344,14 @@ class SkipSubmit(_Message):
     """`POST /a/{assignment}/skip`, and `/undo`, which takes back the newest version."""
 
     key: Id
-    version: Annotated[int, Field(ge=0)]
+    version: Version
 
 
 class FlagSubmit(_Message):
     """`POST /a/{assignment}/flag`: the task goes to somebody else, and the reason is kept."""
 
     key: Id
-    version: Annotated[int, Field(ge=0)]
+    version: Version
     flags: Annotated[list[Flag], Field(min_length=1, max_length=5)]
     note: Note = ""
 
@@ -355,7 +359,7 @@ class FlagSubmit(_Message):
 class DraftSave(_Message):
     """`PUT /a/{assignment}/draft`: what is ranked so far. Renews the lease."""
 
-    version: Annotated[int, Field(ge=0)]
+    version: Version
     ranks: dict[Id, Rank]
     note: Note = ""
 

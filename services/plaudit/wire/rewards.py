@@ -93,3 +93,7 @@ class Problem(BaseModel):
 def problem_type(name: str) -> str:
     """The `type` URI of a problem, for example `urn:plaudit:problem:unknown-label`."""
     return f"urn:plaudit:problem:{name}"
+
+
+FINAL_PROBLEMS = frozenset(map(problem_type, ("scoring-failed", "non-finite-score", "internal-error")))
+"""Failures of the service (5xx) that come again with the same request: another try is no use."""

@@ -57,6 +57,8 @@ def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path
     ready_file = tmp_path / "ready.json"
     process = start("--model", str(model), "--port", "0", "--ready-file", str(ready_file), REWARD_LABEL="POSITIVE")
     ready = ready_line(process)
+    assert (ready["checked"]["batches"], ready["checked"]["longest_tokens"]) == ("packed", 64)
+    assert ready["checked"]["apart"] <= ready["checked"]["allowed"] == 1e-5
     assert json.loads(ready_file.read_text()) == {"url": ready["url"], "pid": process.pid}
     body = {"items": [{"prompt": "this movie", "response": " was great"}]}
     answer = httpx.post(f"{ready['url']}/v1/rewards", json=body).json()
@@ -85,6 +87,9 @@ def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path
         (["--model", "{model}", "--port", "70000"], "--port 70000"),
         (["--model", "{model}", "--dtype", "int8", "--devices", "cuda:0"], "int8 runs on CPUs only"),
         (["--model", "{model}", "--devices", "cuda:0"], "--devices cuda:0 can't be used"),
+        (["--model", "{model}", "--devices", "gpu"], "--devices gpu can't be used"),
+        (["--model", "{model}", "--max-tokens", "2"], "--max-tokens 2 leaves no room for text beside the 2 tokens"),
+        (["--model", "wei\udcc3\udc9f"], "is no text in this locale"),
         (["--model", "{model}", "--port", "{busy}"], "choose another --port"),
         (["--model", "{model}", "--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
         (["--model", "{model}", "--host", "no.such.host.invalid"], "no address of this machine"),
@@ -117,7 +122,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
-    file.write_text("first\n\nsecond\n")
+    file.write_text("\ufefffirst\n\nsecond\n", encoding="utf-8")  # some editors begin a file with a byte-order mark
     monkeypatch.setenv("REWARD_API_KEY", "third")
     assert api_keys(parse_settings(["--model", "m", "--api-key-file", str(file)])) == ["third", "first", "second"]
 

@@ -45,7 +45,7 @@ def test_labels_stay_with_their_texts(tmp_path: Path, texts: list[str]) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts, labels)))
     for split in ("train", "held_out"):
         labelled = data.load_labelled_texts(settings, split)
-        assert labelled.labels == [len(text) % 2 for text in labelled.texts]
+        assert labelled.labels == [str(len(text) % 2) for text in labelled.texts]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

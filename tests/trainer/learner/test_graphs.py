@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
-from plaudit.learner.stepper import STATISTICS, NonFiniteUpdate, PPOStepper
+from plaudit.learner.minibatches import NonFiniteUpdate
+from plaudit.learner.objective import STATISTICS, measure
+from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.samples import Samples
 from plaudit.settings.ppo import PPOHyperparameters
 from tests.support.tiny_models import ARCHITECTURES
@@ -29,7 +31,8 @@ def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2",
     stepper = PPOStepper(make_policy(architecture), None, config, **options)
     for group in stepper.optimizer.param_groups:
         group["fused"] = True  # what looks at `found_inf`
-    stepper._updates = UpdateGraphs(stepper._parameters(), stepper._learn)
+    engine = stepper._engine
+    engine._updates = UpdateGraphs(engine.parameters(), engine._learn)
     stepper._evaluations = Graphs(stepper._think)
     return stepper
 
@@ -71,13 +74,13 @@ def test_a_non_finite_loss_moves_no_weight_and_names_its_samples() -> None:
 
 def test_the_warm_up_before_a_recording_moves_no_weight() -> None:
     graphed = with_graphs()
-    assert graphed._updates is not None
+    assert graphed._engine._updates is not None
     before = weights(graphed)
     samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
     columns = dict.fromkeys(("logprobs", "values", "advantages", "returns"), ones)
-    graphed._updates._hold.fill_(1.0)
-    graphed._updates.run(FlatMinibatch.of(samples, torch.float32, **columns))
+    graphed._engine._updates._hold.fill_(1.0)
+    graphed._engine._updates.run(FlatMinibatch.of(samples, torch.float32, **columns))
     assert same(weights(graphed), before)
 
 
@@ -99,4 +102,4 @@ def test_every_statistic_has_its_name() -> None:
     samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
     flat = FlatMinibatch.of(samples, torch.float32, logprobs=ones, values=ones, advantages=ones, returns=ones)
-    assert tuple(stepper._measured(flat, stepper.policy.score(flat.given, flat.tokens))) == STATISTICS
+    assert tuple(measure(flat, stepper.policy.score(flat.given, flat.tokens), stepper.config)) == STATISTICS

@@ -11,10 +11,11 @@ from plaudit.learner.rollout import collect
 from plaudit.learner.stepper import PPOStepper, Sampling
 from plaudit.policy.generation import Draws, decode_responses
 from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.texts import prompt_texts
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOHyperparameters
-from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
+from tests.support.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
 
 QUERIES = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33]]
 SETTINGS = GenerationSettings(min_new_tokens=4, max_new_tokens=16, batch_size=2)
@@ -53,6 +54,24 @@ def test_scores_belong_to_their_own_responses_across_chunks() -> None:
     assert collected.rollout.scores.tolist() == [float(len(text)) for text in collected.responses]
     assert collected.components == {"length": collected.rollout.scores.tolist()}
     assert decode_responses(TOKENIZER, collected.rollout.samples) == collected.responses
+
+
+def test_the_judge_gets_what_was_written_to_the_space_between_prompt_and_response() -> None:
+    tokenizer: Any = tiny_llama2_tokenizer()
+    texts = ["This movie was", "A great story about", "The acting", "I would", "The music of the film"]
+    queries = tokenizer(texts)["input_ids"]
+    policy = Policy(add_lora(tiny_gpt2(vocab_size=len(tokenizer), eos_token_id=2), LoraSettings()))
+    one = PPOStepper(policy, None, PPOHyperparameters(batch_size=4, mini_batch_size=2))
+    rewarder = LengthRewarder()
+    prompts = Prompts(queries, prompt_texts(tokenizer, queries))
+    samples = collect(one, tokenizer, prompts, draws(), SETTINGS, rewarder).rollout.samples
+    asked = [prompt + response for chunk in rewarder.asked for prompt, response in zip(*chunk, strict=True)]
+    written = [
+        [*query, *row[:length]]
+        for query, row, length in zip(queries, samples.response_ids.tolist(), samples.lengths[1].tolist(), strict=True)
+    ]
+    assert asked == tokenizer.batch_decode(written, skip_special_tokens=True)
+    assert prompts.texts == texts
 
 
 def test_the_kl_is_zero_before_the_first_update() -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from plaudit.errors import ConfigError
-from plaudit.learner.stepper import NonFiniteUpdate, PPOStepper, Sampling, learning_rate_factor
+from plaudit.learner.adam import learning_rate_factor
+from plaudit.learner.minibatches import NonFiniteUpdate
+from plaudit.learner.stepper import PPOStepper, Sampling
 from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.settings.policy import LoraSettings

@@ -143,7 +143,7 @@ def test_a_token_of_fixed_shape_reads_nothing_back_to_the_host(architecture: str
     # A recorded graph can't. Tensors on the meta device have no data, so that whoever reads some fails here as well.
     model = ARCHITECTURES[architecture]().to("meta")
     samples = Samples.from_lists(QUERIES, [[0]] * len(QUERIES), 0, "meta")
-    decoder = Decoder(model, SETTINGS, len(QUERIES), 8, eos=0)
+    decoder = Decoder(model, SETTINGS, len(QUERIES), 8, ends=[0])
     decoder.prefill(samples, draws())
     decoder.advance()
 

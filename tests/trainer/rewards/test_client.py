@@ -34,6 +34,12 @@ NO_SUCH_LABEL = json.dumps(
 """What the service answers after another model has taken its place."""
 
 
+def problem(name: str) -> str:
+    """A problem document of the service."""
+    title = name.replace("-", " ").capitalize()
+    return json.dumps({"type": f"urn:plaudit:problem:{name}", "title": title, "status": 500, "detail": f"{name}!"})
+
+
 def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
     values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 8, "check_order": False} | changes
     return RewardSettings.of(url=tuple(server.url for server in servers), **values)  # type: ignore[arg-type]
@@ -77,6 +83,7 @@ def say(act: object) -> str:
     [
         *({"do": "status", "status": status} for status in (408, 425, 429, 500, 502, 503, 504)),
         {"do": "status", "status": 502, "headers": {"Content-Type": "text/html"}, "body": "<h1>Bad Gateway</h1>"},
+        {"do": "status", "status": 503, "body": problem("out-of-memory")},
         {"do": "reset"},
         {"do": "cut"},
         {"do": "truncated_gzip"},
@@ -113,6 +120,10 @@ def test_a_server_that_hangs_at_any_point_is_asked_again_after_the_timeout(
         ({"do": "status", "status": 404}, "404 Not Found"),
         ({"do": "status", "status": 413}, "413"),
         ({"do": "status", "status": 422}, "422"),
+        *(
+            ({"do": "status", "status": 500, "body": problem(name)}, f"can't score this, now or later: 500.*: {name}!")
+            for name in ("scoring-failed", "non-finite-score", "internal-error")
+        ),
         ({"do": "wrong_count"}, "8 items were sent and 7 rewards came back"),
         ({"do": "literal", "text": "NaN"}, "finite"),
         ({"do": "literal", "text": "Infinity"}, "finite"),

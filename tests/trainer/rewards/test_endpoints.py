@@ -161,6 +161,20 @@ def test_a_server_that_keeps_the_order_passes_the_check(stub_reward_server: Stub
     assert (state["probes"], state["requests"]) == (5, 0)
 
 
+def test_a_server_that_gives_opposites_the_same_reward_is_worth_a_warning(
+    stub_reward_server: StubRewardServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub_reward_server.script([{"do": "literal", "text": "0.5", "times": 5, "probes": True}])
+    with RewardClient(settings(stub_reward_server, check_order=True)) as client:
+        client.connect()
+    assert "gives 'I loved it.' and 'I hated it.' the same reward, 0.5" in caplog.text
+    caplog.clear()
+    stub_reward_server.reset()
+    with RewardClient(settings(stub_reward_server, check_order=True)) as client:
+        client.connect()
+    assert caplog.text == ""
+
+
 def length(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response)) for response in responses]
 

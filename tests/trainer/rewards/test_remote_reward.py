@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from plaudit.rewards import RemoteReward, RewardRejected
+from plaudit.rewards.remote_reward import contents
 from plaudit.rewards.settings import RewardSettings
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
 
@@ -33,6 +34,14 @@ def test_conversations_become_text(stub_reward_server: StubRewardServer) -> None
         assert scores == [stub_reward("Be kind.\nHi", "Hello")]
     finally:
         reward.close()
+
+
+def test_a_message_in_parts_is_its_text_and_what_is_no_text_is_refused() -> None:
+    parts = [{"type": "text", "text": "so "}, {"type": "text", "text": "good"}]
+    assert contents([{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]) == "a\nso good"
+    for content in (None, [], [{"type": "image", "image": "film.png"}], ["good"], 3):
+        with pytest.raises(RewardRejected, match="only text can be judged"):
+            contents([{"role": "assistant", "content": content}])
 
 
 def test_a_failed_reward_is_an_exception_and_not_none(stub_reward_server: StubRewardServer) -> None:

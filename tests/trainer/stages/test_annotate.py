@@ -1,7 +1,7 @@
 """Simulated annotators in the real service: everything is ranked, deterministically, and who is careless is found."""
 
 import dataclasses
-import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
-from plaudit import cli
+from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.rewards.settings import RewardSettings
+from plaudit.run import annotator
+from plaudit.run.rankings import RankingsUnavailable
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.stages import annotate
 from plaudit.wire import rankings as wire
@@ -111,12 +113,36 @@ def test_skips_are_made_and_counted(config: AnnotateConfig, service: RankingServ
 def test_whoever_waits_for_a_task_that_a_stranger_holds_stops_and_says_so(
     config: AnnotateConfig, service: RankingService, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    service.upload(valued_rows(1))
+    service.upload(valued_rows(1), overlap=1)
     with service.annotator() as stranger:
         assert stranger.get("/").json()["assignment"] is not None
     result = annotate.run(dataclasses.replace(config, patience_s=0.3, annotators=2))
     assert (result.ranked, result.waiting) == (0, 2)
     assert "2 of them stopped while others still held tasks" in capsys.readouterr().out
+
+
+def test_people_take_turns_so_that_nobody_does_it_all(config: AnnotateConfig, service: RankingService) -> None:
+    service.upload(valued_rows(20), overlap=1)
+    annotate.run(dataclasses.replace(config, concurrency=2))
+    shares = Counter(person for person, _ in said(service))
+    assert len(shares) == 4
+    assert max(shares.values()) <= 7
+
+
+def test_a_service_that_goes_away_ends_the_run_with_75(
+    config: AnnotateConfig, service: RankingService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.upload(valued_rows(20))
+    turn = annotator.Annotator.turn
+
+    def kills(self: annotator.Annotator) -> annotator.Turn:
+        if self.statuses.total() == 1:
+            service.kill()
+        return turn(self)
+
+    monkeypatch.setattr(annotator.Annotator, "turn", kills)
+    with pytest.raises(RankingsUnavailable, match=r"gave no answer for 0\.3 s"):
+        annotate.run(dataclasses.replace(config, patience_s=0.3, concurrency=3))
 
 
 def test_the_reliability_of_ten_people_is_found(config: AnnotateConfig, service: RankingService) -> None:
@@ -199,17 +225,6 @@ def test_what_cant_work_is_one_line(
     flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[Any]
 ) -> None:
     monkeypatch.setenv("RANK_API_KEY", KEY)
-    assert cli.run(["annotate", *flags]) == cli.EXIT_USAGE
+    assert cli.run(["annotate", *flags]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
-
-
-def test_a_failure_of_one_annotator_ends_the_run() -> None:
-    numbers = itertools.count()
-
-    def one(index: int) -> Any:
-        next(numbers)
-        raise ValueError(f"annotator {index}")
-
-    with pytest.raises(ValueError, match="annotator 0"):
-        annotate._all_of(one, 50, 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plaudit import cli
+from plaudit import cli, errors
 from plaudit.data.sources import load_texts
 from plaudit.errors import ConfigError
 from plaudit.rewards.settings import RewardSettings
@@ -147,7 +147,7 @@ def test_the_command_says_how_to_go_on_and_exits_with_75(
     flags = ["--after", config.after, "--policy", str(config.policy), "--data", str(reviews), "--n-prompts", "5"]
     more = ["--output-dir", str(config.output_dir), "--by-people", config.by_people, "--people-patience-s", "0"]
     command = ["evaluate", *flags, *more]
-    assert cli.run(command) == cli.EXIT_UNAVAILABLE
+    assert cli.run(command) == errors.EXIT_UNAVAILABLE
     error = capsys.readouterr().err
     assert "people have ranked 0 of" in error
     assert f"plaudit {' '.join(command)}" in error

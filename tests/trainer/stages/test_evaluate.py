@@ -10,19 +10,21 @@ import peft
 import pytest
 import torch
 
-from plaudit import cli
-from plaudit.errors import ConfigError
+from plaudit import cli, errors
+from plaudit.errors import ConfigError, NotFinite
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import add_lora
+from plaudit.report.evaluation import Answers, compare
 from plaudit.rewards import RewardRejected
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import KL, REWARD_MEAN, MetricsLog
+from plaudit.run.storage import NotWritten
 from plaudit.settings.data import DataSettings
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.stages import evaluate
 from tests.support.stub_reward_server import StubRewardServer, stub_reward
-from tests.support.tiny_models import save, tiny_gpt2
+from tests.support.tiny_models import save, tiny_gpt2, tiny_llama2_tokenizer
 
 N = 20
 
@@ -166,7 +168,7 @@ def test_more_prompts_than_there_are_is_refused_with_both_numbers(config):
 
 
 def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
-    assert cli.run(["evaluate", "--after", str(tmp_path), "--reward.url", "http://127.0.0.1:9"]) == cli.EXIT_USAGE
+    assert cli.run(["evaluate", "--after", str(tmp_path), "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"plaudit evaluate: after='{tmp_path}' holds neither adapters nor a model")
 
@@ -174,7 +176,7 @@ def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):
 def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(config, capsys):
     flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
     code = cli.run(["evaluate", *flags, "--reward.url", *config.reward.components[0].url, "--reward.label", "HAPPY"])
-    assert code == cli.EXIT_REJECTED
+    assert code == errors.EXIT_REJECTED
     line = capsys.readouterr().err.splitlines()[-1]
     for words in ("HAPPY", "NEGATIVE", "POSITIVE"):
         assert words in line
@@ -183,7 +185,7 @@ def test_a_label_that_the_classifier_lacks_is_refused_with_the_labels_there_are(
 def test_a_reward_service_that_is_not_there_ends_with_code_75(config, capsys):
     flags = ["--after", config.after, "--data", config.dataset.data, "--held-out-fraction", "0.5", "--n-prompts", "5"]
     code = cli.run(["evaluate", *flags, "--reward.url", "http://127.0.0.1:9", "--reward.patience-s", "0.2"])
-    assert code == cli.EXIT_UNAVAILABLE
+    assert code == errors.EXIT_UNAVAILABLE
     assert "127.0.0.1:9" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -196,3 +198,59 @@ def test_a_refused_reward_leaves_the_exchange_on_disk_and_says_where(
     path = config.output_dir / "rejected-reward.json"
     assert json.loads(path.read_text())["exchange"]["status"] == 200
     assert caught.value.__notes__ == [f"the request and the answer are in {path}"]
+
+
+def test_two_runs_are_compared_with_each_other_and_not_with_their_base(config, policy_dir, trained, judged, tmp_path):
+    """A run beside itself: no difference. Its merged model beside it: none either. Its base is another matter."""
+    generation = GenerationSettings(batch_size=8)
+    again = evaluate.run(dataclasses.replace(config, policy=str(trained), generation=generation))
+    assert all(row.response_before == row.response_after for row in again.samples)
+    assert [row.response_after for row in again.samples] == [row.response_after for row in judged.samples]
+    assert again.evaluation.kl == pytest.approx(0, abs=1e-3)
+    other = save_adapters(policy_dir, tmp_path / "other", trained=False)
+    turned = evaluate.run(dataclasses.replace(config, policy=str(trained), after=str(other), generation=generation))
+    assert [row.response_before for row in turned.samples] == [row.response_after for row in judged.samples]
+    assert [row.response_after for row in turned.samples] == [row.response_before for row in judged.samples]
+
+
+def test_adapters_are_put_on_the_model_they_were_trained_on_whatever_they_are_compared_with(config, judged, tmp_path):
+    elsewhere = save(tiny_gpt2(seed=5), tmp_path / "elsewhere")
+    result = evaluate.run(dataclasses.replace(config, policy=str(elsewhere)))
+    assert [row.response_after for row in result.samples] == [row.response_after for row in judged.samples]
+    assert [row.response_before for row in result.samples] != [row.response_before for row in judged.samples]
+
+
+def test_adapters_whose_model_has_moved_go_on_the_one_that_is_named_and_it_says_so(
+    config, policy_dir, judged, tmp_path, capsys
+):
+    moved = save_adapters(policy_dir, tmp_path / "moved", trained=True)
+    described = moved / "adapter_config.json"
+    settings = json.loads(described.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
+    described.write_text(json.dumps(settings))
+    result = evaluate.run(dataclasses.replace(config, after=str(moved), policy=str(policy_dir)))
+    assert result.samples == judged.samples
+    assert "no such directory" in capsys.readouterr().out
+
+
+def test_policies_with_different_tokenizers_are_not_compared(config, tmp_path):
+    tokenizer = tiny_llama2_tokenizer()
+    other = save(tiny_gpt2(vocab_size=len(tokenizer)), tmp_path / "other", tokenizer)
+    with pytest.raises(ConfigError, match="have different tokenizers"):
+        evaluate.run(dataclasses.replace(config, policy=str(other)))
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_before_any_answer(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten, match="cannot write"):
+        evaluate.run(dataclasses.replace(config, output_dir=tmp_path / "file", after="nowhere"))
+
+
+def test_prompts_and_answers_must_have_positions(config):
+    with pytest.raises(ConfigError, match="has 64 positions, and a prompt of"):
+        evaluate.run(dataclasses.replace(config, generation=GenerationSettings(max_new_tokens=64)))
+
+
+def test_a_figure_that_is_not_finite_is_an_error(judged):
+    answers = Answers(("a", "b"), (1.0, 2.0), (-1.0, math.nan), (-1.0, -1.0), (-1.0, -1.0), (1, 1))
+    with pytest.raises(NotFinite, match="logprobs of the answer after to prompt 1 is nan"):
+        compare(dataclasses.replace(answers, logprobs=(-1.0, -1.0)), answers)

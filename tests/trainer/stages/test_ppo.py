@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -13,19 +14,21 @@ import torch
 import transformers
 import yaml
 
+from plaudit import cli, errors
 from plaudit.errors import ConfigError
-from plaudit.learner.stepper import NonFiniteUpdate
+from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.policy.model import load_policy
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.run.metrics import read_metrics
 from plaudit.run.runtime import exclusive
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
 from plaudit.stages import ppo
 from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
 from tests.support.stub_reward_server import StubRewardServer
+from tests.support.tiny_models import tiny_gpt2
 
 
 @pytest.fixture
@@ -181,7 +184,7 @@ def test_a_response_that_ends_is_spared_the_penalty_for_not_ending() -> None:
         samples=samples, logprobs=zeros, values=zeros, ref_logprobs=zeros, scores=torch.tensor([1.0, 1.0])
     )
     settings = PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=2)
-    assert ppo.penalised(rollout, settings, eos_token_id=0).scores.tolist() == [1.0, -1.5]
+    assert ppo.penalised(rollout, settings, ends=[0]).scores.tolist() == [1.0, -1.5]
 
 
 def test_of_several_rewards_each_is_in_the_metrics_by_its_name(
@@ -269,3 +272,41 @@ def test_exit_code_65_when_the_service_refuses(config: PPOConfig, stub_reward_se
     stub_reward_server.script([{"do": "wrong_count"}])
     code, _ = TrainerProcess(config).end()
     assert code == 65
+
+
+def test_other_prompts_and_another_base_are_not_gone_on_with(
+    config: PPOConfig, policy_dir: Path, tmp_path: Path
+) -> None:
+    data, policy = tmp_path / "reviews.csv", tmp_path / "policy"
+    data.write_text(Path(config.dataset.data).read_text())
+    shutil.copytree(policy_dir, policy)
+    config = dataclasses.replace(
+        config, policy=str(policy), dataset=dataclasses.replace(config.dataset, data=str(data)), steps=1
+    )
+    ppo.run(config)
+    more = dataclasses.replace(config, steps=2, resume="auto")
+    before = data.read_text()
+    data.write_text(before.replace("Film 2", "Movie 2"))
+    with pytest.raises(ConfigError, match=r"the prompts: \d+ rows, sha256 \w+ then, \d+ rows, sha256 \w+ now"):
+        ppo.run(more)
+    data.write_text(before)
+    tiny_gpt2(seed=1).save_pretrained(policy)
+    with pytest.raises(ConfigError, match=r"the policy: \d+ tensors, sha256 \w+ then, \d+ tensors, sha256 \w+ now"):
+        ppo.run(more)
+    tiny_gpt2().save_pretrained(policy)
+    assert ppo.run(more).steps == 2
+
+
+def test_a_policy_that_cannot_hold_prompt_and_response_is_one_line(config: PPOConfig) -> None:
+    with pytest.raises(ConfigError, match=r"has 64 positions, and a prompt of 8 tokens .* needs 72"):
+        ppo.run(dataclasses.replace(config, generation=GenerationSettings(max_new_tokens=65)))
+
+
+def test_a_policy_without_tokenizer_files_is_one_line_and_exit_2(
+    config: PPOConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "bare")
+    flags = ["--policy", str(tmp_path / "bare"), "--data", config.dataset.data, "--output-dir", str(tmp_path / "out")]
+    assert cli.run(["ppo", *flags, "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"plaudit ppo: policy='{tmp_path / 'bare'}' has no tokenizer that tells words apart")

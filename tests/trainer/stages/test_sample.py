@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plaudit import cli
+from plaudit import cli, errors
 from plaudit.data.sources import load_texts
 from plaudit.errors import ConfigError
 from plaudit.policy.model import add_lora
@@ -193,7 +193,7 @@ def test_a_service_with_another_key_is_refused_before_anything_is_written(
     key.write_text("wrong")
     flags = ["--policy", config.policy, "--data", config.dataset.data, "--people.api-key-file", str(key)]
     code = cli.run(["sample", *flags, "--to", service.url, "--output-dir", str(config.output_dir)])
-    assert code == cli.EXIT_REJECTED
+    assert code == errors.EXIT_REJECTED
     assert "401" in capsys.readouterr().err.splitlines()[-1]
     assert not config.file.exists()
 
@@ -203,7 +203,7 @@ def test_a_service_that_is_away_ends_with_75_and_the_command_that_goes_on(
 ) -> None:
     monkeypatch.setenv("RANK_API_KEY", KEY)
     code = cli.run(["sample", "--policy", config.policy, "--to", "http://127.0.0.1:9", "--people.patience-s", "0.1"])
-    assert code == cli.EXIT_UNAVAILABLE
+    assert code == errors.EXIT_UNAVAILABLE
     assert "plaudit sample --policy" in capsys.readouterr().err.splitlines()[-2]
 
 

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from plaudit.policy.from_scratch import train_tokenizer
+from plaudit.policy.model import add_lora
 from plaudit.settings.data import DataSettings
+from plaudit.settings.policy import LoraSettings
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 from plaudit.stages import sft
@@ -75,6 +77,25 @@ def test_fine_tuning_starts_from_the_model_it_is_given(policy_dir: Path, reviews
     )
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
     assert sft.held_out_loss(after, held_out) < before - 1
+
+
+def test_fine_tuning_may_start_from_adapters_and_gives_a_whole_model(
+    policy_dir: Path, reviews: Path, tmp_path: Path
+) -> None:
+    adapters = add_lora(transformers.AutoModelForCausalLM.from_pretrained(policy_dir), LoraSettings(r=2))
+    adapters.save_pretrained(tmp_path / "adapters")
+    sft.run(
+        SFTConfig(
+            model=str(tmp_path / "adapters"),
+            output_dir=tmp_path / "sft",
+            dataset=DataSettings(str(reviews)),
+            optimizer=OptimizerSettings(batch_size=8, max_steps=2),
+            max_length=32,
+        )
+    )
+    assert not list((tmp_path / "sft").glob("adapter*"))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    assert {name.partition(".lora")[0] for name in saved.state_dict()} == set(tiny_gpt2().state_dict())
 
 
 def test_a_trained_tokenizer_gives_any_text_back() -> None:

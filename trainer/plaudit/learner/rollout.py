@@ -21,6 +21,7 @@ from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Evaluation, Rollout, Samples
 from plaudit.policy.static_generation import StaticGenerator, supports
+from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings
 
@@ -69,11 +70,14 @@ def wait_for(future: "Future[Scores]") -> Scores:
     return future.result()
 
 
-def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any) -> Sampler:
+def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any, *, cached: bool = True) -> Sampler:
     """How a run samples from its policy: with fixed shapes where settings or device ask for it.
 
-    Raises `ConfigError` for a model that can't, if the settings insist.
+    Not `cached` is for a model whose cache does not hold keys and values (see `policy.checks.check_policy`). Raises
+    `ConfigError` for a model that can't generate with fixed shapes, if the settings insist.
     """
+    if not cached and not settings.static_cache:
+        return functools.partial(generate_uncached, policy.language_model, settings=settings, tokenizer=tokenizer)
     model, static = policy.language_model, settings.static_cache
     if static is None:
         # Graphs remember where weights lie, and gathered ones lie elsewhere every time.

@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from plaudit.errors import ConfigError, PlauditError
+
 T = TypeVar("T")
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are."""
 
 
-class ProcessLost(RuntimeError):
+class ProcessLost(PlauditError, RuntimeError):
     """Another process of the run has died, or did not answer within the timeout."""
 
 
@@ -105,8 +107,19 @@ class Processes:
 
 
 def device_named(name: str | None) -> torch.device:
-    """The device of this name; without one, the GPU if there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of this name; without one, the GPU if there is one. Raises `ConfigError` if it isn't there."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if there else "cpu"))
+        if device.type != "cuda":
+            torch.empty(1, device=device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"device={name!r} can't be used here ({' '.join(str(error).split()):.120})") from error
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ConfigError(
+            f"device={name!r}: torch {torch.__version__} finds {there} GPUs here; pass --device cpu, or leave it out"
+        )
+    return device
 
 
 def settle_arithmetic(*, tf32: bool = False) -> None:

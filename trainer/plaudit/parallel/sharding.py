@@ -88,7 +88,7 @@ def _of_deepspeed() -> Sharding | None:
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() not in ("", "none"):
         try:
-            zero = json.loads(Path(file).read_text()).get("zero_optimization", {})
+            zero = json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
             stage = int(zero.get("stage", 0))
             offload = [zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")]
         except (OSError, ValueError, AttributeError, TypeError) as error:

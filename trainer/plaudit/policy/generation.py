@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from plaudit.policy.samples import Samples
+from plaudit.policy.texts import end_tokens
+from plaudit.policy.texts import response_texts as decode_responses
 from plaudit.ppo import distributions
 from plaudit.settings.policy import GenerationSettings
+
+__all__ = ["Draws", "decode_responses", "generate", "sample_tokens"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def generate(
 ) -> Samples:
     """Samples one response for each query, all rows at once with a key-value cache.
 
-    A response ends at its drawn length, or earlier with the end-of-text token, which belongs to it. `model` is a causal
+    A response ends at its drawn length, or earlier with an end-of-text token, which belongs to it. `model` is a causal
     LM that takes `past_key_values`; the caller decides whether adapters are on.
     """
     model.eval()
@@ -55,6 +59,7 @@ def generate(
     lengths, uniforms = draws.lengths.to(device), draws.uniforms.to(device)
     steps = int(lengths.max())
     tokens = torch.full((len(queries), steps), tokenizer.pad_token_id, device=device)
+    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=device)
     rows = torch.arange(len(queries), device=device)
     """Rows of the batch that still grow; the model only sees those."""
     last, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
@@ -73,7 +78,7 @@ def generate(
         chosen = sample_tokens(output.logits[:, -1], uniforms[rows, t], settings)
         tokens[rows, t] = chosen
         written[rows] = t + 1
-        growing = (lengths[rows] > t + 1) & (chosen != tokenizer.eos_token_id)
+        growing = (lengths[rows] > t + 1) & ~torch.isin(chosen, ends)
         if not bool(growing.any()):
             break
         if not bool(growing.all()):
@@ -97,11 +102,3 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
     threshold = uniforms.double().unsqueeze(1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
-
-
-def decode_responses(tokenizer: Any, samples: Samples) -> list[str]:
-    """The responses as text, without special tokens."""
-    rows = zip(samples.response_ids.tolist(), samples.lengths[1].tolist(), strict=True)
-    ids = [row[:length] for row, length in rows]
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +18,14 @@ import peft
 import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from plaudit import demo_models
-from plaudit.errors import ConfigError
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.head import fp32_logits
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.samples import Samples
@@ -371,6 +372,27 @@ class Policy(nn.Module):
         head = self.v_head.state_dict() if weights is None else weights.value_head
         save_file({name: tensor.contiguous() for name, tensor in head.items()}, directory / VALUE_HEAD_FILE)
 
+    def check_saved(self, directory: Path, weights: PolicyWeights | None = None) -> None:
+        """Proves that `directory` holds what `save` was given: every tensor is read again, and is finite.
+
+        Raises:
+            NotFinite: a weight is not finite.
+            NotAsSaved: a file lacks a tensor, or holds another.
+        """
+        if self.has_adapters:
+            whole = peft.get_peft_model_state_dict(self.model, state_dict=weights and weights.model)
+        else:
+            whole = self.model.state_dict() if weights is None else weights.model
+        head = self.v_head.state_dict() if weights is None else weights.value_head
+        read = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        require_finite(read.items(), str(directory))
+        expected = {**whole, **head}
+        # Of tied weights, a file has one.
+        lacking = sorted(expected.keys() - read.keys()) if self.has_adapters else []
+        differing = sorted(n for n in read if n not in expected or not torch.equal(read[n], expected[n].cpu()))
+        if lacking or differing:
+            raise NotAsSaved(f"{directory} was not written as it should be: {(lacking or differing)[0]} is not in it")
+
     def load_value_head(self, directory: Path) -> None:
         """The value head that `save` wrote."""
         self.v_head.load_state_dict(load_file(directory / VALUE_HEAD_FILE))
@@ -433,7 +455,13 @@ def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, settings)
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"lora: no adapters can be put on {type(model).__name__} ({' '.join(str(error).split()):.200}); name "
+            "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.no-enabled"
+        ) from error
 
 
 def load_policy(
@@ -455,8 +483,8 @@ def load_policy(
     directory = Path(path)
     base: str | Path = path
     reference = value_model = None
-    if (directory / "adapter_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+    if is_adapters(directory):
+        base = base_of(directory)
         model = peft.PeftModel.from_pretrained(
             load_causal_lm(base, dtype=dtype, quantization=quantization, device=device),
             str(directory),
@@ -489,15 +517,54 @@ def load_policy(
     return policy
 
 
+def require_no_random_weights(
+    model: Any, loaded: Mapping[str, Any], path: str | Path, setting: str, *, head_may_be_new: bool = False
+) -> None:
+    """Raises `ModelNotFound` where transformers made up weights that the files lack, or have in another shape."""
+    parameters = dict(model.named_parameters())
+    made_up = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])} & parameters.keys()
+    if head_may_be_new:
+        body = f"{model.base_model_prefix}."
+        made_up = {name for name in made_up if name.startswith(body) and "pooler" not in name}
+    if made_up:
+        raise ModelNotFound(
+            f"{setting}={str(path)!r}: its files lack {len(made_up)} of the weights of a {type(model).__name__}, for "
+            f"example {min(made_up)}, which would be random: name a model that has them"
+        )
+
+
+def is_adapters(path: str | Path) -> bool:
+    """Whether this is a directory of adapters, which are nothing without the model they were trained on."""
+    return (Path(demo_models.resolve(path)) / "adapter_config.json").is_file()
+
+
+def base_of(adapters: str | Path) -> str:
+    """The model that the adapters in a directory belong to. Raises `ConfigError` if they don't say."""
+    base = peft.PeftConfig.from_pretrained(demo_models.resolve(adapters)).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"{adapters}: the adapters do not say which model they belong to")
+    return str(base)
+
+
+def load_whole_causal_lm(path: str | Path, *, device: torch.device | str = "cpu", setting: str = "policy") -> Any:
+    """A bare causal language model in fp32; of a directory of adapters, their base with the adapters folded in."""
+    if not is_adapters(path):
+        return load_causal_lm(path, device=device, setting=setting)
+    base = load_causal_lm(base_of(path), device=device, setting=setting)
+    # peft freezes the base.
+    return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
+
+
 def load_causal_lm(
     path: str | Path,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
+    setting: str = "policy",
 ) -> Any:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
-    _require_reachable(path)
+    _require_reachable(path, setting)
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -510,9 +577,12 @@ def load_causal_lm(
         )
         options["device_map"] = {"": str(device)}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(demo_models.resolve(path), **options)
-    except (OSError, ValueError) as error:
-        raise _not_found(path, "model", error) from error
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            demo_models.resolve(path), output_loading_info=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_found(path, "model", error, setting) from error
+    require_no_random_weights(model, loaded, path, setting)
     if quantization is None:
         return model.to(device)
     _compute_in_one_way(model)
@@ -535,38 +605,69 @@ def _compute_in_one_way(quantised: Any) -> None:
 
 def merge_adapters(adapters: Path, directory: Path) -> None:
     """Folds a directory of adapters into the full-precision weights of their base, quantised in training or not."""
-    base = peft.PeftConfig.from_pretrained(str(adapters)).base_model_name_or_path
-    if not base:
-        raise ConfigError(f"{adapters}: the adapters do not say which model they belong to, so they cannot be merged")
-    model = peft.PeftModel.from_pretrained(load_causal_lm(base, dtype="auto"), str(adapters)).merge_and_unload()
+    base = load_causal_lm(base_of(adapters), dtype="auto")
+    model = peft.PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    require_finite(model.named_parameters(), "the merged model")
     model.save_pretrained(directory)
     value_head = adapters / VALUE_HEAD_FILE
     if value_head.is_file():
         (directory / VALUE_HEAD_FILE).write_bytes(value_head.read_bytes())
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a model's directory or of a hub id, with a pad token. Raises `ModelNotFound`."""
-    _require_reachable(path)
+def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Raises `NotFinite` with the name of the first tensor that holds NaN or an infinity."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NotFinite(f"{what} is not saved: its weight {name} ({tensor.dtype}) is not finite")
+
+
+def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
+    """The tokenizer in a model's directory or of a hub id, with a pad token; of adapters without one, their base's.
+
+    Raises:
+        ModelNotFound: there is none, or only the empty one that transformers makes up where the files are missing.
+        ConfigError: it has neither a pad token nor an end-of-text token.
+    """
+    _require_reachable(path, setting)
+    tokenizer: Any = None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
     except (OSError, ValueError) as error:
-        raise _not_found(path, "tokenizer", error) from error
+        if not is_adapters(path):
+            raise _not_found(path, "tokenizer", error, setting) from error
+    words = [] if tokenizer is None else tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]
+    if len({tuple(ids) for ids in words if ids}) < 2:
+        if is_adapters(path):
+            return load_tokenizer(base_of(path), setting=setting)
+        raise ModelNotFound(
+            f"{setting}={str(path)!r} has no tokenizer that tells words apart ({type(tokenizer).__name__} with "
+            f"{len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or vocab.json and merges.txt, ...) "
+            "of the model it was made from into the directory"
+        )
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"{setting}={str(path)!r}: its tokenizer has neither a pad token nor an end-of-text token: name one "
+                'as "eos_token" in its tokenizer_config.json'
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _require_reachable(path: str | Path) -> None:
+_WORDS = ("good", "bad", "A", "C", "1", "2", "хорошо", "плохо", "好", "坏")
+"""Any tokenizer knows two of them apart."""
+
+
+def _require_reachable(path: str | Path, setting: str) -> None:
     """Raises `ModelNotFound` for a directory that isn't there, before the hub is asked about it and tried again."""
     path = demo_models.resolve(path)
     parent = Path(path).parent
     is_path = Path(path).is_absolute() or len(Path(path).parts) > 2 or str(path).startswith(".")
     if not Path(path).is_dir() and (is_path or (parent != Path() and parent.is_dir())):
-        raise ModelNotFound(f"policy={str(path)!r}: no such directory; name one with a model in it, or a hub id")
+        raise ModelNotFound(f"{setting}={str(path)!r}: no such directory; name one with a model in it, or a hub id")
 
 
-def _not_found(path: str | Path, what: str, error: Exception) -> ModelNotFound:
+def _not_found(path: str | Path, what: str, error: Exception, setting: str) -> ModelNotFound:
     where = "directory" if Path(path).is_dir() else "directory here, and no hub id that can be reached,"
     reason = " ".join(str(error).split())
-    return ModelNotFound(f"policy={str(path)!r} is no {where} with a {what} that loads ({reason:.160})")
+    return ModelNotFound(f"{setting}={str(path)!r} is no {where} with a {what} that loads ({reason:.160})")

@@ -16,6 +16,7 @@ from transformers import StaticCache
 from plaudit.policy.generation import Draws, sample_tokens
 from plaudit.policy.packing import additive, attention_dtype, takes_own_mask
 from plaudit.policy.samples import Samples
+from plaudit.policy.texts import end_tokens
 from plaudit.settings.policy import GenerationSettings
 
 QUERY_TOKENS = 8
@@ -49,7 +50,8 @@ class StaticGenerator:
         decoder = self._decoders.get(rows)
         if decoder is None or decoder.width < width:
             self._decoders.pop(rows, None)
-            decoder = Decoder(self._model, self._settings, rows, width, eos=self._tokenizer.eos_token_id)
+            ends = end_tokens(self._model, self._tokenizer)
+            decoder = Decoder(self._model, self._settings, rows, width, ends=ends)
             self._decoders[rows] = decoder
         return decoder
 
@@ -69,7 +71,7 @@ def supports(model: Any) -> bool:
     settings = GenerationSettings(min_new_tokens=3, max_new_tokens=3)
     queries, device = [[1, 2, 1], [2]], next(model.parameters()).device
     samples = Samples.from_lists(queries, [[0]] * len(queries), 0, device)
-    decoder = Decoder(model, settings, len(queries), 4, eos=None)
+    decoder = Decoder(model, settings, len(queries), 4, ends=[])
     try:
         tokens, _ = decoder.decode(samples, Draws.of(settings, len(queries), seed=0, step=0))
     except (RuntimeError, TypeError, ValueError):
@@ -98,9 +100,10 @@ class _Cache(StaticCache):  # type: ignore[misc]
 class Decoder:
     """Everything a token reads and writes, at fixed addresses, for B queries of up to Q tokens."""
 
-    def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, eos: int | None) -> None:
-        self._model, self._settings, self._eos, self.width = model, settings, -1 if eos is None else eos, width
+    def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, ends: Sequence[int]) -> None:
+        self._model, self._settings, self.width = model, settings, width
         steps, device = settings.max_new_tokens, next(model.parameters()).device
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
         self._cache = _Cache(config=model.config, max_cache_len=width + steps)
         self._mask = torch.zeros(rows, 1, 1, width + steps, dtype=attention_dtype(model), device=device)
         """0 on the cells that are seen, -inf elsewhere."""
@@ -173,7 +176,7 @@ class Decoder:
         chosen = sample_tokens(logits, self._uniforms.gather(1, self._step).squeeze(1), self._settings)
         self._tokens.scatter_(1, self._step, chosen.unsqueeze(1))
         self._written.add_(~self._ended)
-        self._ended.logical_or_((self._written >= self._lengths) | (chosen == self._eos))
+        self._ended.logical_or_((self._written >= self._lengths) | (chosen.unsqueeze(1) == self._ends).any(1))
         # The chosen token is read next; its keys and values go into the cell that is seen from now on.
         self._last.copy_(chosen.unsqueeze(1))
         self._position.add_(1)

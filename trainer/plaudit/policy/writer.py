@@ -1,6 +1,7 @@
 """A policy that only writes: a whole model or adapters, its tokenizer, and a name for exactly these weights."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import peft
 import torch
 
 from plaudit import demo_models
-from plaudit.errors import ConfigError
-from plaudit.policy.model import load_causal_lm, load_tokenizer
+from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
+from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.model import Policy, base_of, is_adapters, load_causal_lm, load_tokenizer
+from plaudit.policy.uncached_generation import generate_uncached
+from plaudit.settings.policy import GenerationSettings
 
 WEIGHTS = ("adapter_model*", "adapter_config.json", "model*.safetensors", "pytorch_model*.bin", "config.json")
 BLOCK_BYTES = 2**20
@@ -20,28 +24,40 @@ BLOCK_BYTES = 2**20
 class Writer:
     """`model` is a bare causal language model, in which adapters, if there are any, are active."""
 
+    source: str
     model: Any
     tokenizer: Any
+    cached: bool
+    """Whether it samples with its cache."""
     revision: str
     """A hash of the weights in the directory; empty for a model of a hub that doesn't say."""
 
+    def answer(self, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings) -> list[str]:
+        """One answer to each query, as text."""
+        draw = generate if self.cached else generate_uncached
+        return decode_responses(self.tokenizer, draw(self.model, queries, draws, settings, self.tokenizer))
 
-def load_writer(path: str | Path, *, device: torch.device | str = "cpu") -> Writer:
+    def check(self, queries: Sequence[Sequence[int]], texts: Sequence[str], settings: GenerationSettings) -> None:
+        """Raises `ConfigError` where prompts don't fit into the model, or the tokenizer is another model's."""
+        check_tokenizer_fits(self.tokenizer, self.model, self.source, texts)
+        check_room(self.model, max(map(len, queries)), settings, self.source)
+
+
+def load_writer(path: str, *, device: torch.device | str = "cpu") -> Writer:
     """The policy of a directory or hub id. Adapters bring their base and its tokenizer.
 
     Raises:
-        ConfigError: there is none, or the adapters don't say which model they belong to.
+        ConfigError: there is none, the adapters don't say which model they belong to, or the model can't sample.
     """
     directory = Path(demo_models.resolve(path))
-    if not (directory / "adapter_config.json").is_file():
-        model = load_causal_lm(path, device=device).eval()
-        own = revision_of(directory) if directory.is_dir() else getattr(model.config, "_commit_hash", None) or ""
-        return Writer(model, load_tokenizer(path), own)
-    base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-    if not base:
-        raise ConfigError(f"policy={str(path)!r} holds adapters that don't say which model they belong to")
-    model = peft.PeftModel.from_pretrained(load_causal_lm(base, device=device), str(directory)).eval()
-    return Writer(model.get_base_model(), load_tokenizer(base), revision_of(directory))
+    if is_adapters(path):
+        base = load_causal_lm(base_of(path), device=device)
+        model = peft.PeftModel.from_pretrained(base, str(directory)).get_base_model()
+    else:
+        model = load_causal_lm(path, device=device)
+    revision = revision_of(directory) if directory.is_dir() else getattr(model.config, "_commit_hash", None) or ""
+    cached = check_policy(Policy(model).eval(), path)
+    return Writer(path, model.eval(), load_tokenizer(path), cached, revision)
 
 
 def revision_of(directory: Path) -> str:

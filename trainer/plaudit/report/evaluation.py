@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from plaudit.errors import NotFinite
+
 RESAMPLES = 10_000
 
 
@@ -92,7 +94,19 @@ class Evaluation:
 
 
 def compare(before: Answers, after: Answers) -> Evaluation:
-    """Everything that is said of two policies' answers to the same prompts."""
+    """Everything that is said of two policies' answers to the same prompts.
+
+    Raises:
+        NotFinite: a log-probability or a reward is NaN or infinite.
+    """
+    for name, answers in (("before", before), ("after", after)):
+        for field in ("rewards", "logprobs", "reference_logprobs", "plain_reference_logprobs"):
+            for i, value in enumerate(getattr(answers, field)):
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f"{field} of the answer {name} to prompt {i} is {value}, so no figure means anything; look at "
+                        "the weights of that policy"
+                    )
     if len(before) != len(after):
         raise ValueError(f"{len(before)} answers before and {len(after)} after: the comparison is paired")
     differences = [b - a for a, b in zip(before.rewards, after.rewards, strict=True)]

@@ -15,7 +15,7 @@ def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str,
     """Write `directory/README.md` with the metadata the hub reads in front. The trained weights are there already."""
     adapters = directory / "adapter_config.json"
     # Of adapters that went on training it is the model that they were first put on.
-    base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.is_file() else None
+    base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapters.is_file() else None
     front = {
         "base_model": base or config.policy,
         "library_name": "peft" if base else "transformers",

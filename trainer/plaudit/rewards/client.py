@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from plaudit.errors import ConfigError
 from plaudit.rewards.endpoint import Endpoint
 from plaudit.rewards.errors import RewardRejected
 from plaudit.rewards.function import FunctionSource
+from plaudit.rewards.proxies import proxy_for
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.rewards.source import Source
 from plaudit.wire import ModelInfo, RewardItem
@@ -59,7 +61,14 @@ class RewardClient:
                 return FunctionSource(component, settings)
             http = self._clients[component.name]
             endpoints = [
-                Endpoint(url, component, http, settings.request_timeout_s, settings.max_in_flight)
+                Endpoint(
+                    url,
+                    component,
+                    http,
+                    settings.request_timeout_s,
+                    settings.max_in_flight,
+                    proxy=proxy_for(url, os.environ),
+                )
                 for url in component.url
             ]
             return Source(component, settings, endpoints, on_wait)
@@ -199,13 +208,32 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
 
 def _http_client(component: RewardComponent, settings: RewardSettings) -> httpx.AsyncClient:
     in_flight = settings.max_in_flight * len(component.url)
+    tls = _tls(component)
+    # Hedged chunks and descriptions may come on top of the chunks in flight.
+    limits = httpx.Limits(max_connections=2 * in_flight, max_keepalive_connections=in_flight)
     return httpx.AsyncClient(
         headers=_headers(component),
-        verify=_tls(component),
+        verify=tls,
         timeout=httpx.Timeout(settings.request_timeout_s, connect=settings.connect_timeout_s),
-        # Hedged chunks and descriptions may come on top of the chunks in flight.
-        limits=httpx.Limits(max_connections=2 * in_flight, max_keepalive_connections=in_flight),
+        limits=limits,
+        # httpx would read every proxy variable there is, and end on one that it can't use.
+        trust_env=False,
+        mounts=_ways(component, tls, limits),
     )
+
+
+def _ways(
+    component: RewardComponent, tls: ssl.SSLContext, limits: httpx.Limits
+) -> dict[str, httpx.AsyncBaseTransport | None]:
+    """The way to each endpoint that has a proxy in front of it."""
+    ways: dict[str, httpx.AsyncBaseTransport | None] = {}
+    for url in component.url:
+        proxy = proxy_for(url, os.environ)
+        if proxy is not None:
+            place = urlsplit(url)
+            where = f"{place.scheme}://{place.netloc.rpartition('@')[2]}"
+            ways[where] = httpx.AsyncHTTPTransport(verify=tls, limits=limits, proxy=proxy.url)
+    return ways
 
 
 def _headers(component: RewardComponent) -> dict[str, str]:
@@ -213,8 +241,8 @@ def _headers(component: RewardComponent) -> dict[str, str]:
     key = os.environ.get(API_KEY_VARIABLE)
     if component.api_key_file is not None:
         try:
-            key = component.api_key_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
+            key = component.api_key_file.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"reward.api_key_file={component.api_key_file} can't be read: {error}") from error
     if key:
         if not (key.isascii() and key.isprintable()):

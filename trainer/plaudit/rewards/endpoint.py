@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from plaudit.rewards.errors import Exchange, RewardRejected
 from plaudit.rewards.protocols import DIALECTS, recognise
 from plaudit.rewards.protocols.base import BrokenBody, Dialect, UnusableAnswer
+from plaudit.rewards.proxies import Proxy
 from plaudit.rewards.settings import RewardComponent, without_credentials
-from plaudit.wire import ModelInfo, Problem, RewardItem, RewardResponse
+from plaudit.wire import FINAL_PROBLEMS, ModelInfo, Problem, RewardItem, RewardResponse
 
 RETRIED_STATUSES = frozenset({408, 425, 429})
-"""The refusals that pass with time. So does every 5xx but 501 and 505."""
+"""The refusals that pass with time. So does every 5xx but 501, 505 and those that say they don't."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
 MAX_ANSWER_BYTES = 16 * 2**20
@@ -47,6 +48,8 @@ class Endpoint:
         http: httpx.AsyncClient,
         request_timeout_s: float,
         max_in_flight: int,
+        *,
+        proxy: Proxy | None = None,
     ) -> None:
         self.url = without_credentials(url).rstrip("/")
         """As messages and files may show it."""
@@ -63,6 +66,8 @@ class Endpoint:
         self._http = http
         self._auth = _basic_auth(url)
         self._request_timeout_s = request_timeout_s
+        host = urlsplit(self.url).hostname
+        self._via = f", through {proxy}; NO_PROXY={host} goes around it" if proxy is not None else ""
 
     async def describe(self) -> ModelInfo:
         """Ask which model answers. Raises `Trouble` while it isn't ready, `RewardRejected` when it won't ever be."""
@@ -119,7 +124,9 @@ class Endpoint:
             ):
                 body, whole = await _read(response)
         except TimeoutError as error:
-            raise Trouble(f"{self.url}: no whole answer within {timeout_s:g} s", exchange=exchange) from error
+            raise Trouble(
+                f"{self.url}: no whole answer within {timeout_s:g} s{self._via}", exchange=exchange
+            ) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             if _untrusted(error):
                 raise RewardRejected(
@@ -127,7 +134,7 @@ class Endpoint:
                     "Name the certificate authority's file with --reward.ca-file.",
                     exchange,
                 ) from error
-            raise Trouble(f"{self.url}: {_in_words(error)}", exchange=exchange) from error
+            raise Trouble(f"{self.url}: {_in_words(error)}{self._via}", exchange=exchange) from error
         status = response.status_code
         answered = _answered(exchange, status, dict(response.headers), body)
         if status == 200 and not whole:
@@ -143,14 +150,15 @@ class Endpoint:
             if exchange.method == "POST" and "json" not in kind:
                 raise RewardRejected(
                     f"{self.url} answered {kind or 'something untyped'} instead of JSON: a proxy, a login page or "
-                    f"another server is in the way: {_quote(body)}",
+                    f"another server is in the way{self._via}: {_quote(body)}",
                     exchange,
                 )
             return body
+        final = _no_use_in_another_try(body)
         passing = self._dialect.retried_statuses if self._dialect else frozenset()
-        if status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505)):
+        if not final and (status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505))):
             raise Trouble(
-                f"{self.url}: {_in_short(response, body)}",
+                f"{self.url}: {_in_short(response, body)}{self._via}",
                 retry_after_s=_retry_after_s(response),
                 server_error=status == 500 or status in passing,
                 exchange=exchange,
@@ -166,7 +174,8 @@ class Endpoint:
                 f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(body)}",
                 exchange,
             )
-        raise RewardRejected(f"{exchange.url} refuses the request: {_in_short(response, body)}", exchange)
+        what = "can't score this, now or later" if final else "refuses the request"
+        raise RewardRejected(f"{exchange.url} {what}: {_in_short(response, body)}{self._via}", exchange)
 
 
 async def _read(response: httpx.Response) -> tuple[bytes, bool]:
@@ -203,6 +212,15 @@ def _quote(body: bytes) -> str:
         return " ".join(body[: 4 * QUOTED_CHARS].decode(errors="replace").split())[:QUOTED_CHARS]
     labels = f" (labels: {', '.join(problem.labels)})" if problem.labels else ""
     return problem.detail + labels
+
+
+def _no_use_in_another_try(body: bytes) -> bool:
+    """Whether this is a problem document of a kind that another try doesn't help against, whatever its status."""
+    try:
+        problem = Problem.model_validate_json(body)
+    except ValidationError:
+        return False
+    return problem.type in FINAL_PROBLEMS
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, PlauditError
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -19,16 +21,21 @@ class Exchange:
     answer: str | None = None
 
 
-class RewardError(Exception):
+class RewardError(PlauditError):
     """No reward. The caller must not go on without one."""
 
 
 class RewardUnavailable(RewardError):
     """Nobody answered within the patience. Save, stop, and start again when the service is back (exit 75)."""
 
+    exit_code = EXIT_UNAVAILABLE
+    can_be_resumed = True
+
 
 class RewardRejected(RewardError):
     """What was sent is refused, or what came back can't be used: waiting won't help (exit 65)."""
+
+    exit_code = EXIT_REJECTED
 
     def __init__(self, message: str, exchange: Exchange | None = None) -> None:
         super().__init__(message)

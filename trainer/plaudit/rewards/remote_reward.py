@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from plaudit.rewards.client import RewardClient
+from plaudit.rewards.errors import RewardRejected
 from plaudit.rewards.settings import RewardSettings
 
 Text = str | list[dict[str, Any]]
@@ -12,8 +13,22 @@ Text = str | list[dict[str, Any]]
 
 
 def contents(messages: list[dict[str, Any]]) -> str:
-    """The contents of the messages, one below the other."""
-    return "\n".join(str(message["content"]) for message in messages)
+    """The contents of the messages, one below the other. Raises `RewardRejected` for what is no text."""
+    return "\n".join(_text_of(message.get("content")) for message in messages)
+
+
+def _text_of(content: object) -> str:
+    """A message's text, which may come in parts: `[{"type": "text", "text": ...}, ...]`."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise RewardRejected(
+            f"a message's content is {content!r:.80}, and only text can be judged: give RemoteReward a `render` that "
+            "makes text of a conversation"
+        )
+    return "".join(map(str, texts))
 
 
 class RemoteReward:

@@ -38,8 +38,10 @@ ORDER_PROBES = [
     ),
     RewardItem(prompt="I", response=" loved it."),
     RewardItem(prompt="This is", response=" a terrible, boring waste of everyone's time."),
-    RewardItem(prompt="It starts", response=" at nine."),
+    RewardItem(prompt="I", response=" hated it."),
 ]
+OPPOSITES = (1, 3)
+"""Two of them that have the same length and say the opposite."""
 
 
 class Source:
@@ -268,11 +270,22 @@ async def _check_order(endpoint: Endpoint) -> None:
     """Raises `RewardRejected` if texts scored together get each other's rewards.
 
     Scores may differ a little with the batch that they are computed in, so a reward is in its place within a tenth of
-    their spread. A judge that answers the same text differently each time passes.
+    their spread. A judge that answers the same text differently each time passes. One that gives two
+    opposites the same reward is worth a warning and no more: a rule may have nothing to say about either.
     """
     together, exchange = await endpoint.score(ORDER_PROBES)
     alone = [(await endpoint.score([item]))[0].rewards[0] for item in ORDER_PROBES]
     tolerance = (max(alone) - min(alone)) / 10
+    one, other = (ORDER_PROBES[place] for place in OPPOSITES)
+    if len({alone[place] for place in OPPOSITES}) == 1:
+        log.warning(
+            "%s gives %r and %r the same reward, %s: if all texts of one length get the same, nothing can be learned "
+            "from it; look at its model and at its tokenizer's files",
+            endpoint.url,
+            one.prompt + one.response,
+            other.prompt + other.response,
+            _rounded(alone[1:2]),
+        )
 
     def alike(left: Sequence[float], right: Sequence[float]) -> bool:
         return all(abs(a - b) <= tolerance for a, b in zip(left, right, strict=True))

@@ -6,15 +6,20 @@ in which the answers are shown, nor on who else is at work. Who gets which task 
 
 import math
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Literal, TypeAlias
 
 from plaudit.run.rankings import RankingPerson
 from plaudit.wire import rankings as wire
 
-Judge = Callable[[str, Sequence[str]], list[float]]
+Turn: TypeAlias = Literal["done", "idle", "finished"]
+Judge: TypeAlias = Callable[[str, Sequence[str]], list[float]]
 """Scores of several answers to one prompt, higher is better. Called from several threads."""
 LOOK_AGAIN_S = 0.25
 """How often somebody without a task looks whether one has come free."""
@@ -72,41 +77,95 @@ def decide(
     return dict(zip(ids, ranking(judge(prompt, texts), habits, draw), strict=True))
 
 
-def work(
-    service: RankingPerson,
-    judge: Judge,
-    habits: Habits,
-    *,
-    person: str,
-    limit: int | None,
-    patience_s: float,
-    on_done: Callable[[str], None] = lambda status: None,
-) -> Counter[str]:
-    """Rank until nothing is left, or `limit` tasks are done; how many submissions ended with which status.
+class Annotator:
+    """One simulated person at work, a task at a time."""
 
-    Tasks that others hold may come free: after `patience_s` of finding nothing else, the person stops, and "waiting" is
-    counted once.
-    """
-    done: Counter[str] = Counter()
-    idle_since: float | None = None
-    while limit is None or done.total() < limit:
-        task = service.next_task()
+    def __init__(self, service: RankingPerson, judge: Judge, habits: Habits, *, person: str, limit: int | None) -> None:
+        self.statuses: Counter[str] = Counter()
+        """Submissions by what became of them."""
+        self.idle_since: float | None = None
+        """When they last began to find nothing but tasks that others hold."""
+        self._service = service
+        self._judge = judge
+        self._habits = habits
+        self._person = person
+        self._limit = limit
+
+    def turn(self) -> Turn:
+        """Look for a task and say something about it."""
+        if self._limit is not None and self.statuses.total() >= self._limit:
+            return "finished"
+        task = self._service.next_task()
         if isinstance(task, wire.NoTask):
-            idle_since = time.monotonic() if idle_since is None else idle_since
-            if not task.waiting:
-                break
-            if time.monotonic() - idle_since > patience_s:
-                done["waiting"] += 1
-                break
-            time.sleep(LOOK_AGAIN_S)
-            continue
-        idle_since = None
+            self.idle_since = time.monotonic() if self.idle_since is None else self.idle_since
+            return "idle" if task.waiting else "finished"
+        self.idle_since = None
         answers = {answer.id: answer.text for answer in task.answers}
-        ranks = decide(as_text(task.prompt), answers, judge, habits, person=person)
-        accepted = service.skip(task) if ranks is None else service.rank(task, ranks)
-        done[accepted.status] += 1
-        on_done(accepted.status)
-    return done
+        ranks = decide(as_text(task.prompt), answers, self._judge, self._habits, person=self._person)
+        accepted = self._service.skip(task) if ranks is None else self._service.rank(task, ranks)
+        self.statuses[accepted.status] += 1
+        return "done"
+
+
+def all_at_work(
+    annotators: Sequence[Annotator],
+    *,
+    concurrency: int,
+    patience_s: float,
+    on_done: Callable[[], None] = lambda: None,
+) -> int:
+    """Everybody ranks until nothing is left for them; they take turns, `concurrency` of them at once.
+
+    Tasks that others hold may come free: whoever finds nothing else for `patience_s` stops. How many did.
+    """
+    queue: SimpleQueue[Annotator | None] = SimpleQueue()
+    for annotator in annotators:
+        queue.put(annotator)
+    left, stopped = len(annotators), 0
+    lock = threading.Lock()
+
+    def ends(*, idle: bool) -> None:
+        nonlocal left, stopped
+        with lock:
+            left -= 1
+            stopped += idle
+            if left == 0:
+                for _ in range(concurrency):
+                    queue.put(None)
+
+    def take_turns() -> None:
+        while (annotator := queue.get()) is not None:
+            turn = annotator.turn()
+            if turn == "finished":
+                ends(idle=False)
+                continue
+            if turn == "done":
+                on_done()
+            elif annotator.idle_since is not None and time.monotonic() - annotator.idle_since > patience_s:
+                ends(idle=True)
+                continue
+            else:
+                time.sleep(LOOK_AGAIN_S)
+            queue.put(annotator)
+
+    def guarded() -> None:
+        try:
+            take_turns()
+        except BaseException:
+            for _ in range(concurrency):
+                queue.put(None)
+            raise
+
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="annotator") as pool:
+        futures = [pool.submit(guarded) for _ in range(concurrency)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            # Of a worker that goes on after another has failed, the queue must end too.
+            for _ in range(concurrency):
+                queue.put(None)
+    return stopped
 
 
 def as_text(prompt: str | Sequence[wire.Turn]) -> str:

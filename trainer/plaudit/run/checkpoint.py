@@ -5,15 +5,16 @@ mid-write leaves litter and the previous checkpoint. Prompts and sampling depend
 in the data is the step itself and there are no generator states to save beyond the stepper's own.
 """
 
+import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
@@ -56,10 +57,19 @@ class Checkpoint:
     """Steps done; the next one has this index."""
     config: dict[str, Any]
     reward_revision: str | None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of what the run reads, by what it is; none in a checkpoint of an earlier version."""
 
 
 def save_checkpoint(
-    root: Path, policy: Policy, stepper: PPOStepper, *, config: dict[str, Any], reward_revision: str | None, keep: int
+    root: Path,
+    policy: Policy,
+    stepper: PPOStepper,
+    *,
+    config: dict[str, Any],
+    reward_revision: str | None,
+    keep: int,
+    inputs: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
 
@@ -68,28 +78,43 @@ def save_checkpoint(
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    manifest = {"format": FORMAT, "step": stepper.steps_done, "config": config, "reward_revision": reward_revision}
+    inputs = dict(inputs or {})
+    manifest = {
+        "format": FORMAT,
+        "step": stepper.steps_done,
+        "config": config,
+        "reward_revision": reward_revision,
+        "inputs": inputs,
+    }
     weights = {name: for_files(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
     state = stepper.state_dict()
-    checkpoint = Checkpoint(root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision)
-    stepper.processes.on_main(lambda: _write(checkpoint.directory, manifest, weights, state, keep=keep))
+    checkpoint = Checkpoint(
+        root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision, inputs
+    )
+
+    def fill(beside: Path) -> None:
+        save_file(weights, beside / WEIGHTS)
+        # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
+        with (beside / STATE).open("wb") as file:
+            torch.save(state, file)
+
+    stepper.processes.on_main(lambda: write_checkpoint(checkpoint.directory, manifest, fill, keep=keep))
     return checkpoint
 
 
-def _write(
-    final: Path, manifest: dict[str, Any], weights: dict[str, Tensor], state: dict[str, Any], *, keep: int
-) -> None:
+def write_checkpoint(final: Path, manifest: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> None:
+    """Writes the checkpoint `final` whole or not at all: what `fill` puts into a directory, then the manifest.
+
+    Of the checkpoints beside it, the newest `keep` stay. Raises `NotWritten`.
+    """
     beside = final.with_name(f".{final.name}.writing")
     replaced = final.with_name(f"{final.name}.replaced")
     _remove(beside)
     with writing(beside):
         try:
             beside.mkdir(parents=True)
-            save_file(weights, beside / WEIGHTS)
-            # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
-            with (beside / STATE).open("wb") as file:
-                torch.save(state, file)
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            fill(beside)
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             for written in (*beside.iterdir(), beside):
                 sync(written)
         except BaseException:
@@ -126,10 +151,12 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 def read_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint in `directory`. Raises ConfigError when there is none or this version can't read it."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ConfigError(f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
-        return Checkpoint(directory, manifest["step"], manifest["config"], manifest["reward_revision"])
+        return Checkpoint(
+            directory, manifest["step"], manifest["config"], manifest["reward_revision"], manifest.get("inputs", {})
+        )
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"{directory}: not a checkpoint ({error}); name a directory checkpoints/step-NNNNNN"
@@ -154,18 +181,56 @@ def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None
     stepper.load_state_dict(state)
 
 
-def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
+    """Compare what the run read with what it would read now, by their fingerprints.
+
+    Raises:
+        ConfigError: something has changed, and going on would be another run; both fingerprints are named.
+    """
+    changed = [
+        f"the {name}: {then} then, {inputs[name]} now"
+        for name, then in checkpoint.inputs.items()
+        if inputs.get(name, then) != then
+    ]
+    if changed:
+        raise ConfigError(
+            f"cannot resume from {checkpoint.directory}: what the run reads has changed since: {'; '.join(changed)}. "
+            "Put the earlier files back, or start a new run in another --output-dir"
+        )
+
+
+def frozen_weights_fingerprint(policy: Policy) -> str:
+    """Of the weights that no checkpoint holds: those of the base that stay as they are, and of the reference's copy.
+
+    Some numbers of each tensor stand for it: another training of the model moves nearly all. Quantised ones are left
+    out, since each device packs them otherwise.
+    """
+    digest, count = hashlib.sha256(), 0
+    frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    for tensor in (*frozen, *(parameter for model in policy.transformers[1:] for parameter in model.parameters())):
+        if tensor.is_floating_point() and not tensor.requires_grad:
+            flat = tensor.detach().flatten()
+            digest.update(flat[:: max(1, len(flat) // 64)][:64].float().cpu().numpy().tobytes())
+            count += 1
+    return f"{count} tensors, sha256 {digest.hexdigest()[:16]}"
+
+
+def check_same_run(
+    saved: dict[str, Any], current: dict[str, Any], *, defaults: object = None, free: tuple[str, ...] = FREE_TO_CHANGE
+) -> list[str]:
     """Compare a checkpoint's configuration with the current one; returns the harmless differences, one line each.
+
+    `defaults` is a config of that kind as it is by default, `free` names what may change.
 
     Raises:
         ConfigError: a difference that would make the resumed run another run; all of them are named.
     """
     # A setting that is younger than the checkpoint had its default.
-    defaults = _flat(to_dict(PPOConfig()))
+    defaults = _flat(to_dict(PPOConfig() if defaults is None else defaults))
     before, after = defaults | _flat(saved), defaults | _flat(current)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
-    refused = [line for name, line in lines.items() if not name.startswith(FREE_TO_CHANGE)]
+    refused = [line for name, line in lines.items() if not name.startswith(free)]
     if refused:
         raise ConfigError(
             f"cannot resume with other settings: {'; '.join(refused)}. "

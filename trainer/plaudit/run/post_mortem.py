@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.rollout import Collected
-from plaudit.learner.stepper import NonFiniteUpdate
 from plaudit.run.storage import write_text
 
 

@@ -17,7 +17,8 @@ from urllib.parse import quote, urlsplit
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from plaudit.errors import ConfigError
+from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, ConfigError, PlauditError
+from plaudit.rewards.proxies import proxy_for
 from plaudit.rewards.settings import without_credentials
 from plaudit.wire import Problem
 from plaudit.wire import rankings as wire
@@ -36,12 +37,17 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 M = TypeVar("M", bound=BaseModel)
 
 
-class RankingsUnavailable(Exception):
+class RankingsUnavailable(PlauditError):
     """The ranking service did not answer within the patience, or people have not finished. Go on later (exit 75)."""
 
+    exit_code = EXIT_UNAVAILABLE
+    can_be_resumed = True
 
-class RankingsRejected(Exception):
+
+class RankingsRejected(PlauditError):
     """The ranking service refuses what it is sent, or its answer can't be used: waiting won't help (exit 65)."""
+
+    exit_code = EXIT_REJECTED
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -63,7 +69,14 @@ class _Service:
         """As messages may show it."""
         self._patience_s = patience_s
         self._on_wait = on_wait
-        self._http = httpx.Client(base_url=url.rstrip("/"), timeout=REQUEST_TIMEOUT_S, transport=transport)
+        proxy = proxy_for(url, os.environ)
+        self._http = httpx.Client(
+            base_url=url.rstrip("/"),
+            timeout=REQUEST_TIMEOUT_S,
+            transport=transport,
+            proxy=proxy.url if proxy else None,
+            trust_env=False,
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -73,10 +73,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready_file: Path, log_fi
     deadline = time.monotonic() + timeout_s
     while not ready_file.exists():
         if process.poll() is not None:
-            lines = log_file.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
             raise ConfigError(f"the reward service ended with code {process.returncode}: {lines[-1]}")
         if time.monotonic() > deadline:
             raise ConfigError(f"the reward service was not ready after {timeout_s:.0f} s; see {log_file}")
         time.sleep(POLL_S)
-    url: str = json.loads(ready_file.read_text())["url"]
+    url: str = json.loads(ready_file.read_text(encoding="utf-8"))["url"]
     return url

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import filelock
 
-from plaudit.errors import ConfigError
+from plaudit.errors import ConfigError, PlauditError
 from plaudit.run.storage import writing
 
 T = TypeVar("T")
@@ -19,8 +19,10 @@ POLL_S = 0.2
 """How often a wait looks whether the run was asked to stop."""
 
 
-class StopRequested(Exception):
+class StopRequested(PlauditError):
     """SIGTERM or Ctrl-C arrived. The CLI exits with 128 + the signal's number, as shells do."""
+
+    can_be_resumed = True
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
@@ -49,6 +51,11 @@ class StopSignal:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         signal.signal(number, signal.SIG_DFL)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._received is not None
 
     def check(self) -> None:
         """Raise `StopRequested` if a signal has arrived."""

@@ -7,15 +7,20 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from plaudit.errors import EXIT_NOT_WRITTEN, PlauditError
 
-class NotWritten(Exception):
+
+class NotWritten(PlauditError):
     """Something could not be written: the disk is full, or the place is not writable. Make room, then go on."""
+
+    exit_code = EXIT_NOT_WRITTEN
+    can_be_resumed = True
 
 
 @contextmanager
@@ -60,7 +65,10 @@ def files_of(directory: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         try:
             yield beside
-            files = [path for path in beside.rglob("*") if path.is_file()]
+            # A model's config last: a directory without it is no model directory.
+            files = sorted(
+                (path for path in beside.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json"
+            )
             for file in files:
                 sync(file)
             for file in files:
@@ -69,6 +77,15 @@ def files_of(directory: Path) -> Iterator[Path]:
                 file.replace(place)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def forget_other_weights(directory: Path, written: Iterable[str]) -> None:
+    """Removes the weights of an earlier model that a loader would prefer to those just written in its place."""
+    kept = set(written)
+    for pattern in ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*"):
+        for path in directory.glob(pattern):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -17,8 +17,8 @@ class EvaluateConfig:
     after: str = "runs/ppo"
     """The directory that `plaudit ppo` wrote, or that of a whole model."""
     policy: str | None = None
-    """Before: the directory or hub id that `plaudit ppo` started from; also the reference of KL and perplexity. Not
-    given means the one that the adapters name."""
+    """Before: a whole model, or what `plaudit ppo` wrote; also the reference of KL and perplexity. Not given means the
+    one that the adapters were trained on."""
     output_dir: Path = Path("runs/evaluation")
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)

@@ -23,7 +23,8 @@ class RewardModelConfig:
     output_dir: Path = Path("runs/reward-model")
     dataset: Data = field(default_factory=DataSettings)
     label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
-    """Names of labels 0, 1, ... as the reward service offers them."""
+    """The labels' names, in the order of the head, as the reward service offers them. The data's labels may be these
+    names, or numbers that count them from 0."""
     ranked: Path | None = None
     """Pairwise: JSON lines of {"prompt": ..., "answers": [best, ..., worst]}."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
@@ -37,10 +38,14 @@ class RewardModelConfig:
     """Held-out accuracy is also told on the first so many words of each text."""
     half_precision: bool = False
     """Save the weights in float16."""
+    resume: str | None = None
+    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints. One is also written when the run is stopped, and they go when it is done."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words")
+        positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words", "checkpoint_every")
         fraction(self, "crop_fraction")
         require(
             self.crop_min_tokens <= self.crop_max_tokens,

@@ -26,10 +26,14 @@ class SFTConfig:
     """Held-out texts that the perplexity is measured on."""
     half_precision: bool = False
     """Save the weights in float16."""
+    resume: str | None = None
+    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints. One is also written when the run is stopped, and they go when it is done."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "max_length", "eval_texts")
+        positive(self, "max_length", "eval_texts", "checkpoint_every")
         require(
             not self.from_scratch or self.max_length <= self.sizes.max_positions,
             f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",

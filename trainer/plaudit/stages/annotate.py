@@ -2,9 +2,8 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from plaudit.errors import ConfigError
 from plaudit.parallel.processes import device_named
 from plaudit.policy.model import load_tokenizer
 from plaudit.rewards import RewardClient
-from plaudit.run.annotator import Habits, Judge, work
+from plaudit.run.annotator import Annotator, Habits, Judge, all_at_work
 from plaudit.run.progress import Counting
 from plaudit.run.rankings import RankingAdmin, RankingPerson
 from plaudit.settings.annotate import AnnotateConfig
@@ -51,20 +50,21 @@ def run(config: AnnotateConfig) -> AnnotateResult:
         ) as admin:
             links = [admin.invitation(name_of(config, i)) for i in range(config.annotators)]
 
-        def one(index: int) -> Counter[str]:
-            with RankingPerson(config.url, links[index], patience_s=config.patience_s) as person:
-                return work(
-                    person,
+        with ExitStack() as stack:
+            people = [
+                Annotator(
+                    stack.enter_context(RankingPerson(config.url, link, patience_s=config.patience_s)),
                     judge,
                     habits_of(config, index),
                     person=name_of(config, index),
                     limit=config.limit,
-                    patience_s=config.patience_s,
-                    on_done=lambda status: counting.add(),
                 )
-
-        done = _all_of(one, config.annotators, config.concurrency)
-    waiting = done.pop("waiting", 0)
+                for index, link in enumerate(links)
+            ]
+            waiting = all_at_work(
+                people, concurrency=config.concurrency, patience_s=config.patience_s, on_done=counting.add
+            )
+    done = sum((person.statuses for person in people), Counter[str]())
     result = AnnotateResult(config.annotators, done, waiting)
     _say(result)
     return result
@@ -101,7 +101,7 @@ class _Classifier:
 
     def __init__(self, path: str, label: str, device: str | None) -> None:
         try:
-            self._tokenizer = load_tokenizer(path)
+            self._tokenizer = load_tokenizer(path, setting="judge")
             model = transformers.AutoModelForSequenceClassification.from_pretrained(demo_models.resolve(path))
         except (ConfigError, OSError, ValueError) as error:
             raise ConfigError(
@@ -130,20 +130,6 @@ class _Classifier:
             logits = self._model(**given).logits
         scores: list[float] = logits[:, self._index].double().tolist()
         return scores
-
-
-def _all_of(one: Callable[[int], Counter[str]], count: int, concurrency: int) -> Counter[str]:
-    """What `one(0)` to `one(count - 1)` counted, so many at once; the first failure is raised, and starts no other."""
-    total: Counter[str] = Counter()
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="annotator") as pool:
-        futures = [pool.submit(one, index) for index in range(count)]
-        try:
-            for future in futures:
-                total += future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return total
 
 
 def _say(result: AnnotateResult) -> None:

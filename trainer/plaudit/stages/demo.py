@@ -84,12 +84,14 @@ def _train_models(config: DemoConfig) -> tuple[str, str]:
         sft_config,
         optimizer=dataclasses.replace(sft_config.optimizer, max_steps=config.from_scratch_steps),
         output_dir=config.output_dir / "sft",
+        resume="auto",
     )
     judge_config = files.load(RewardModelConfig, Path("imdb-distilbert-mini"))
     judge_config = dataclasses.replace(
         judge_config,
         optimizer=dataclasses.replace(judge_config.optimizer, max_steps=config.from_scratch_steps),
         output_dir=config.output_dir / "reward-model",
+        resume="auto",
     )
     print("Stage 1: supervised fine-tuning", flush=True)
     sft.run(sft_config)

@@ -1,5 +1,6 @@
 """Before against after: both policies answer the same held-out prompts with the same random numbers."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,19 @@ from plaudit import demo_models
 from plaudit.data.sources import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
 from plaudit.parallel.processes import device_named, settle_arithmetic
+from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
 from plaudit.policy.generation import Draws, decode_responses, generate
-from plaudit.policy.model import Policy, load_causal_lm, load_tokenizer
+from plaudit.policy.model import (
+    ModelNotFound,
+    Policy,
+    base_of,
+    is_adapters,
+    load_causal_lm,
+    load_tokenizer,
+    load_whole_causal_lm,
+)
 from plaudit.policy.samples import Samples
+from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.report.evaluation import Answers, Evaluation, compare
 from plaudit.report.page import (
     Sample,
@@ -29,6 +40,8 @@ from plaudit.report.page import (
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run.metrics import FILE_NAME, read_metrics
 from plaudit.run.progress import WaitingLine
+from plaudit.run.runtime import exclusive
+from plaudit.run.storage import files_of, write_text
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
@@ -51,28 +64,37 @@ class EvaluationResult:
 
 def run(config: EvaluateConfig) -> EvaluationResult | PeopleResult:
     """Judge by rewards, or by people where the settings name a ranking service."""
-    settle_arithmetic()
     if config.by_people is None:
         return by_rewards(config)
-    return by_people.run(config, lambda: both_answers(config))
+    settle_arithmetic()
+    # Tried before the first answer: figures that can't be written would be lost with all the work.
+    with exclusive(config.output_dir):
+        return by_people.run(config, lambda: both_answers(config))
 
 
 def by_rewards(config: EvaluateConfig) -> EvaluationResult:
     """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
-    policy, tokenizer = load_pair(config)
-    prompts = held_out_prompts(config, tokenizer)
-    draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
+    settle_arithmetic()
     console = Console()
-    with WaitingLine() as waiting, RewardClient(config.reward, on_wait=waiting) as client:
-        try:
-            client.connect()
-            before = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=True)
-            after = _answer(policy, tokenizer, prompts, draws, config.generation, client, as_reference=False)
-        except RewardRejected as error:
-            error.leave_in(config.output_dir)
-            raise
-    result = EvaluationResult(compare(before, after), pair_samples(prompts.texts, before, after))
-    _write(config, result)
+    # Tried before the first answer: figures that can't be written would be lost with all the work.
+    with exclusive(config.output_dir):
+        policy, tokenizer = load_pair(config)
+        prompts = held_out_prompts(config, tokenizer)
+        cached = _check_all(config, policy, tokenizer, prompts)
+        answer = functools.partial(
+            _answer, policy, tokenizer, prompts, Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
+        )
+        with WaitingLine() as waiting, RewardClient(config.reward, on_wait=waiting) as client:
+            try:
+                client.connect()
+                before = answer(config.generation, client, as_reference=True, cached=cached)
+                after = answer(config.generation, client, as_reference=False, cached=cached)
+            except RewardRejected as error:
+                error.leave_in(config.output_dir)
+                raise
+        result = EvaluationResult(compare(before, after), pair_samples(prompts.texts, before, after))
+        _write(config, result)
+    console.print(f"before: {_before(config)}; after: {config.after}", markup=False, soft_wrap=True)
     console.print(summary_table(result.evaluation))
     console.print(verdict(result.evaluation))
     console.print(samples_table(result.samples))
@@ -81,24 +103,89 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
 
 
 def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
-    """The policy after PPO, whose reference is the policy before, and their tokenizer."""
+    """The policy after PPO, whose reference is the policy before, and their tokenizer.
+
+    Either may be a whole model or adapters. Adapters on the policy before itself are switched off to get it; any other
+    pair is two models.
+    """
+    after, before, device = config.after, _before(config), device_named(config.device)
+    if not is_adapters(after):
+        policy = Policy(load_causal_lm(after, device=device), reference=load_whole_causal_lm(before, device=device))
+        return policy.eval(), _tokenizer_of(before, after)
+    base = base_of(after)
+    if not _same(base, before):
+        try:
+            model = _with_adapters(load_causal_lm(base, device=device), after)
+        except ModelNotFound as error:
+            if is_adapters(before):
+                raise
+            print(
+                f"the adapters of after={after!r} name a model that isn't here ({error}): they go on policy={before!r}"
+            )
+            base = before
+        else:
+            policy = Policy(model, reference=load_whole_causal_lm(before, device=device))
+            return policy.eval(), _tokenizer_of(before, after)
+    return Policy(_with_adapters(load_causal_lm(before, device=device), after)).eval(), load_tokenizer(before)
+
+
+def _before(config: EvaluateConfig) -> str:
+    """The policy to compare with: the one that was named, else the one that the adapters were trained on."""
+    if not is_adapters(config.after) and not (Path(demo_models.resolve(config.after)) / "config.json").is_file():
+        raise ConfigError(f"after={config.after!r} holds neither adapters nor a model: name what `plaudit ppo` wrote")
+    if config.policy is not None:
+        return config.policy
+    if not is_adapters(config.after):
+        raise ConfigError(f"after={config.after!r} doesn't say what it was trained from: pass --policy")
+    return base_of(config.after)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names mean one model."""
+    paths = [Path(demo_models.resolve(name)) for name in (one, other)]
+    return paths[0] == paths[1] or (paths[0].exists() and paths[1].exists() and paths[0].samefile(paths[1]))
+
+
+def _with_adapters(model: Any, adapters: str) -> Any:
     import peft
 
-    after = Path(demo_models.resolve(config.after))
-    adapters = (after / "adapter_config.json").is_file()
-    if not adapters and not (after / "config.json").is_file():
-        raise ConfigError(f"after={config.after!r} holds neither adapters nor a model: name what `plaudit ppo` wrote")
-    before = config.policy or (
-        peft.PeftConfig.from_pretrained(str(after)).base_model_name_or_path if adapters else None
-    )
-    if before is None:
-        raise ConfigError(f"after={config.after!r} doesn't say what it was trained from: pass --policy")
-    device = device_named(config.device)
-    if adapters:
-        policy = Policy(peft.PeftModel.from_pretrained(load_causal_lm(before, device=device), str(after)))
-    else:
-        policy = Policy(load_causal_lm(after, device=device), reference=load_causal_lm(before, device=device))
-    return policy.eval(), load_tokenizer(before)
+    try:
+        return peft.PeftModel.from_pretrained(model, demo_models.resolve(adapters))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"after={adapters!r}: its adapters don't fit {model.name_or_path!r} ({' '.join(str(error).split()):.160}); "
+            "pass the model that they were trained on as --policy"
+        ) from error
+
+
+def _tokenizer_of(before: str, after: str) -> Any:
+    """The tokenizer of both. Raises `ConfigError` where they differ: token by token there is nothing to compare."""
+    one, other = load_tokenizer(before), load_tokenizer(after, setting="after")
+    if one.get_vocab() != other.get_vocab():
+        raise ConfigError(
+            f"policy={before!r} and after={after!r} have different tokenizers ({len(one)} and {len(other)} tokens): "
+            "their answers can't be compared token by token; name two policies that were trained from one model"
+        )
+    return one
+
+
+def _check(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prompts) -> bool:
+    """Tries both policies; whether both sample with their cache."""
+    check_tokenizer_fits(tokenizer, policy.language_model, config.after, prompts.texts, setting="after")
+    cached = check_policy(policy, config.after)
+    for reference in policy.transformers[1:]:
+        check_tokenizer_fits(tokenizer, reference, _before(config), prompts.texts)
+        cached = check_policy(Policy(reference), _before(config)) and cached
+    return cached
+
+
+def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prompts) -> bool:
+    """`_check`, and whether every prompt and its answer fit into both policies."""
+    cached = _check(config, policy, tokenizer, prompts)
+    longest = max(map(len, prompts.token_ids))
+    for model, source in ((policy.language_model, config.after), (policy.transformers[-1], _before(config))):
+        check_room(model, longest, config.generation, source)
+    return cached
 
 
 def held_out_prompts(config: EvaluateConfig, tokenizer: Any) -> Prompts:
@@ -123,6 +210,8 @@ def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
     """Each held-out prompt with both policies' answers to it, from the same random numbers."""
     policy, tokenizer = load_pair(config)
     prompts, sources = held_out_sources(config, tokenizer)
+    cached = _check_all(config, policy, tokenizer, prompts)
+    draw = generate if cached else generate_uncached
     draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
 
     def texts(model: Any) -> list[str]:
@@ -131,7 +220,7 @@ def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
         for start in range(0, len(prompts), size):
             rows = slice(start, min(start + size, len(prompts)))
             queries, chunk = prompts.token_ids[rows], draws.rows(rows.start, rows.stop)
-            listed += decode_responses(tokenizer, generate(model, queries, chunk, config.generation, tokenizer))
+            listed += decode_responses(tokenizer, draw(model, queries, chunk, config.generation, tokenizer))
         return listed
 
     with policy.as_reference() as model:
@@ -150,8 +239,10 @@ def _answer(
     client: RewardClient,
     *,
     as_reference: bool,
+    cached: bool,
 ) -> Answers:
     """Answers of the policy, or of its reference. A chunk is judged while the next one is generated."""
+    draw = generate if cached else generate_uncached
     texts: list[str] = []
     pending, scored = [], []
     for start in range(0, len(prompts), settings.batch_size):
@@ -159,9 +250,9 @@ def _answer(
         queries, chunk_draws = prompts.token_ids[rows], draws.rows(rows.start, rows.stop)
         if as_reference:
             with policy.as_reference() as model:
-                samples = generate(model, queries, chunk_draws, settings, tokenizer)
+                samples = draw(model, queries, chunk_draws, settings, tokenizer)
         else:
-            samples = generate(policy.language_model, queries, chunk_draws, settings, tokenizer)
+            samples = draw(policy.language_model, queries, chunk_draws, settings, tokenizer)
         responses = decode_responses(tokenizer, samples)
         pending.append(client.submit(prompts.texts[rows], responses))
         texts += responses
@@ -199,8 +290,6 @@ def _logprobs(
 
 def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
     directory, after = config.output_dir, Path(config.after)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_samples(directory / SAMPLES_FILE, result.samples)
     settings = {"evaluate": to_dict(config)}
     if (after / CONFIG_FILE).is_file():
         settings = {"ppo": json.loads((after / CONFIG_FILE).read_text(encoding="utf-8")), **settings}
@@ -211,6 +300,9 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
         training=read_metrics(after / FILE_NAME) if (after / FILE_NAME).is_file() else (),
         settings=settings,
     )
-    (directory / REPORT_FILE).write_text(report, encoding="utf-8")
+    with files_of(directory) as beside:
+        write_samples(beside / SAMPLES_FILE, result.samples)
+        (beside / REPORT_FILE).write_text(report, encoding="utf-8")
     # Last: whoever finds the figures finds the rest.
-    (directory / EVALUATION_FILE).write_text(json.dumps(result.evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
+    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
+    write_text(directory / EVALUATION_FILE, figures + "\n")

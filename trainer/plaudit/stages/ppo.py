@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
-from plaudit.data.sources import PromptSchedule, load_prompts
+from plaudit.data.sources import PromptSchedule, fingerprint, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
+from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.rollout import Collected, Sampler, collect, sampler
-from plaudit.learner.stepper import NonFiniteUpdate, PPOStepper, Sampling
+from plaudit.learner.stepper import PPOStepper, Sampling
 from plaudit.parallel.processes import Processes, joined, settle_arithmetic
 from plaudit.parallel.sharding import shard, sharding_for, whole_weights
+from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import Policy, PolicyWeights, load_policy, load_tokenizer
 from plaudit.policy.samples import Rollout
+from plaudit.policy.texts import end_tokens
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.report.model_card import write_model_card
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable
@@ -78,6 +81,17 @@ def run(config: PPOConfig) -> PPOResult:
         resumed = processes.on_main(lambda: _checkpoint_to_resume(config))
         tokenizer = load_tokenizer(config.policy)
         policy = load_policy(config.policy, config.lora, config.model, device=device)
+        cached = check_policy(policy, config.policy)
+        prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
+        check_tokenizer_fits(tokenizer, policy.language_model, config.policy, prompts.texts)
+        longest = max(map(len, prompts.token_ids))
+        check_room(policy.language_model, longest, config.generation, config.policy)
+        inputs = {
+            "prompts": fingerprint(zip(prompts.token_ids, prompts.texts, strict=True)),
+            "policy": checkpoints.frozen_weights_fingerprint(policy),
+        }
+        if resumed is not None:
+            checkpoints.check_same_inputs(resumed, inputs)
         processes.copy_from_main(parameter for parameter in policy.parameters() if parameter.requires_grad)
         gathered: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if sharding is not None:
@@ -85,7 +99,6 @@ def run(config: PPOConfig) -> PPOResult:
             gathered = sharded.gathered
             if processes.is_main:
                 print(sharded)
-        prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
         schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
         steps = config.steps if config.steps is not None else schedule.steps_per_epoch
         stepper = PPOStepper(
@@ -105,15 +118,28 @@ def run(config: PPOConfig) -> PPOResult:
             revisions = processes.together(lambda: _connect(client, config, resumed, stop))
             if len(set(revisions)) > 1 and not config.reward.allow_revision_change:
                 raise RewardRejected(f"the processes see different reward models: {', '.join(sorted(set(revisions)))}")
-            sample = sampler(policy, config.generation, tokenizer)
+            sample = sampler(policy, config.generation, tokenizer, cached=cached)
             log: list[MetricsLog] = []
             processes.on_main(lambda: _prepare_directory(config, stepper.steps_done))
             processes.on_main(lambda: log.append(held.enter_context(_open_log(config, stepper.steps_done))))
             loop = _Loop(
-                config, tokenizer, policy, gathered, sample, stepper, schedule, client, stop, processes, progress
+                config,
+                tokenizer,
+                policy,
+                gathered,
+                sample,
+                stepper,
+                schedule,
+                client,
+                stop,
+                processes,
+                progress,
+                inputs,
             )
             if processes.is_main:
                 print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
+                if not cached:
+                    print("sampling without a key-value cache, since this model keeps none: right, and slow")
                 with progress.showing():
                     metrics = loop.train(steps, log[0])
             else:
@@ -146,6 +172,7 @@ def _write_results(loop: "_Loop", weights: PolicyWeights | None) -> None:
     with files_of(directory) as beside:
         loop.policy.save(beside, weights)
         loop.tokenizer.save_pretrained(beside)
+        loop.policy.check_saved(beside, weights)
     write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
     if config.merge:
         with files_of(directory / MERGED) as beside:
@@ -182,6 +209,8 @@ class _Loop:
     stop: StopSignal
     processes: Processes
     progress: StepProgress
+    inputs: Mapping[str, str]
+    """Fingerprints of what the run reads, for its checkpoints."""
 
     def train(self, steps: int, log: MetricsLog | None) -> dict[str, float]:
         """Steps until `steps` are done. Whatever ends the run early leaves a checkpoint of the last whole step."""
@@ -210,7 +239,7 @@ class _Loop:
             parts = self.processes.together(self._collect_share)
             collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
-        rollout = penalised(collected.rollout, config.penalties, self.tokenizer.eos_token_id)
+        rollout = penalised(collected.rollout, config.penalties, end_tokens(self.policy.language_model, self.tokenizer))
         try:
             with measuring_peak(self.policy.device) as update_peak:
                 result = self.stepper.update(rollout)
@@ -274,13 +303,14 @@ class _Loop:
             config=to_dict(self.config),
             reward_revision=self.client.revision,
             keep=self.config.keep_checkpoints,
+            inputs=self.inputs,
         )
 
 
-def penalised(rollout: Rollout, penalties: PenaltySettings, eos_token_id: int) -> Rollout:
-    """The rollout with what its responses lose for their length and for not ending."""
+def penalised(rollout: Rollout, penalties: PenaltySettings, ends: Sequence[int]) -> Rollout:
+    """The rollout with what its responses lose for their length and for ending with none of the end tokens."""
     samples = rollout.samples
-    ended = ((samples.response_ids == eos_token_id) & samples.mask).any(1)
+    ended = (torch.isin(samples.response_ids, samples.response_ids.new_tensor(ends)) & samples.mask).any(1)
     scores = penalise_missing_eos(rollout.scores, ended, penalties.missing_eos)
     scores = penalise_length(
         scores,

@@ -16,10 +16,11 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from plaudit.data.sources import DataError, Prompts, load_sourced_prompts
+from plaudit.data.sources import Prompts, load_sourced_prompts
+from plaudit.data.tables import DataError
 from plaudit.errors import ConfigError
 from plaudit.parallel.processes import device_named, settle_arithmetic
-from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.generation import Draws
 from plaudit.policy.writer import Writer, load_writer
 from plaudit.run.progress import Counting
 from plaudit.run.rankings import RankingAdmin, answers_in_pieces
@@ -89,6 +90,7 @@ def sample(config: SampleConfig, sink: Sink) -> SampleResult:
     """The rows of `config`, each handed to `sink` once it is in the file."""
     writer = load_writer(config.policy, device=device_named(config.device))
     prompts, groups, merged = training_prompts(config, writer)
+    writer.check(prompts.token_ids, prompts.texts, config.generation)
     kept = _rows_in(config.file)
     settings = _settings_file(config, writer)
     for number, row in enumerate(kept[: config.n], start=1):
@@ -159,7 +161,7 @@ def answers_to(
     drawn = [Draws.of(settings, 1, seed=seed, step=p * MOST_ANSWERS + j) for p, j in places]
     draws = Draws(torch.cat([draw.lengths for draw in drawn]), torch.cat([draw.uniforms for draw in drawn]))
     queries = [prompts.token_ids[p - first] for p, _ in places]
-    texts = decode_responses(writer.tokenizer, generate(writer.model, queries, draws, settings, writer.tokenizer))
+    texts = writer.answer(queries, draws, settings)
     return [texts[start : start + k] for start in range(0, len(texts), k)]
 
 

@@ -3,19 +3,33 @@
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
-from plaudit.data.sources import load_texts
-from plaudit.learner.optimizers import build_optimizer
+from plaudit.data.sources import fingerprint, load_texts
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
+from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
-from plaudit.policy.model import load_causal_lm, load_tokenizer
+from plaudit.policy.model import load_causal_lm, load_tokenizer, load_whole_causal_lm
+from plaudit.policy.texts import tokens_in_front
+from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
-from plaudit.stages.supervised import save_model_directory, training_arguments
+from plaudit.stages.optimizers import build_optimizer
+from plaudit.stages.supervised import (
+    Run,
+    begun,
+    forget_checkpoints,
+    require_same_figures,
+    resumable,
+    save_model_directory,
+    train,
+    training_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,11 @@ class SFTResult:
 
 def run(config: SFTConfig) -> SFTResult:
     """Train, measure on held-out texts, save to `config.output_dir`."""
+    with begun(config) as run:
+        return _run(config, run)
+
+
+def _run(config: SFTConfig, run: Run) -> SFTResult:
     set_seed(config.seed)
     texts = load_texts(config.dataset, "train")
     held_out = load_texts(config.dataset, "held_out")[: config.eval_texts]
@@ -37,7 +56,9 @@ def run(config: SFTConfig) -> SFTResult:
         tokenizer = train_tokenizer(texts, vocab_size=config.sizes.vocab_size, max_length=config.sizes.max_positions)
         model = new_causal_lm(config.sizes, tokenizer)
     else:
-        model, tokenizer = load_causal_lm(config.model), load_tokenizer(config.model)
+        model = load_whole_causal_lm(config.model, setting="model")
+        tokenizer = load_tokenizer(config.model, setting="model")
+        _check_start(config, model, tokenizer, texts)
 
     # Only now: these take seconds to import, and wrong data should be told before.
     from datasets import Dataset
@@ -46,42 +67,75 @@ def run(config: SFTConfig) -> SFTResult:
 
     ids = token_rows(tokenizer, texts, config.max_length)
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = SFTTrainer(
+    trainer = resumable(SFTTrainer)(
         model=model,
         args=TrlSFTConfig(
             max_length=config.max_length,
             train_sampling_strategy="group_by_length",
             dataset_kwargs={"skip_prepare_dataset": True},
-            **training_arguments(config.output_dir, config.optimizer, config.seed),
+            **training_arguments(config),
         ),
         train_dataset=rows,
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
-    trainer.train()
+    model = train(trainer, run, {"training texts": fingerprint(ids)})
+    held_out_rows = token_rows(tokenizer, held_out, config.max_length)
 
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    loss = held_out_loss(model, token_rows(tokenizer, held_out, config.max_length))
+    def reproduces(directory: Path) -> None:
+        again, few = load_causal_lm(directory, device=model.device), held_out[:8]
+        own, others = (
+            token_rows(tokenizer, few, config.max_length),
+            token_rows(load_tokenizer(directory), few, config.max_length),
+        )
+        if own != others:
+            raise NotAsSaved("the model is not saved: its tokenizer, loaded again, reads texts as other tokens")
+        require_same_figures(
+            "the loss on held-out texts",
+            torch.tensor([held_out_loss(model, own)]),
+            torch.tensor([held_out_loss(again.eval(), own)]),
+        )
+
+    model = save_model_directory(
+        model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
+    )
+    loss = held_out_loss(model, held_out_rows)
     samples = sample(model, tokenizer, held_out, seed=config.seed, length=min(36, config.max_length))
     result = SFTResult(loss, math.exp(loss), samples)
-    save_model_directory(model, tokenizer, config.output_dir, half_precision=config.half_precision)
     measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
     report = {"stage": "sft", "config": to_dict(config), "train_rows": len(rows), **measured}
-    (config.output_dir / "sft.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_text(config.output_dir / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    forget_checkpoints(run)
     print(f"held-out perplexity {result.perplexity:.1f} (loss {loss:.3f} nats a token), saved in {config.output_dir}")
     for text in result.samples:
         print(f"  {text}")
     return result
 
 
+def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:
+    check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
+    positions = max_positions(model)
+    if positions is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length={config.max_length}: model={config.model!r} has {positions} positions; give --max-length less"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model={config.model!r}: its tokenizer has no end-of-text token, and every text is closed by one: name "
+            'one as "eos_token" in its tokenizer_config.json'
+        )
+
+
 def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
     """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
 
-    Rows never join two texts, so the model sees openings as openings.
+    A text begins with what the tokenizer puts in front of it. Rows never join two texts, so the model sees openings as
+    openings.
     """
     rows: list[list[int]] = []
+    in_front = tokens_in_front(tokenizer)
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids = [*ids, tokenizer.eos_token_id]
+        ids = [*in_front, *ids, tokenizer.eos_token_id]
         rows.extend(ids[start : start + max_length] for start in range(0, len(ids), max_length))
     return [row for row in rows if len(row) > 1]
 
@@ -100,6 +154,8 @@ def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> fl
         logits = model(input_ids=ids, attention_mask=(labels != -100).long()).logits[:, :-1]
         total += cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum").item()
         count += int((labels[:, 1:] != -100).sum())
+    if not math.isfinite(total):
+        raise NotFinite(f"the loss on held-out texts is {total / count}: the model is not saved")
     return total / count
 
 
@@ -107,8 +163,10 @@ def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> fl
 def sample(model: Any, tokenizer: Any, texts: list[str], *, seed: int, length: int, count: int = 8) -> list[str]:
     """What the model makes of the first four tokens of held-out texts, up to `length` tokens in all."""
     torch.manual_seed(seed)
-    prompts = [ids[:4] for ids in tokenizer(texts[:count], add_special_tokens=False, verbose=False)["input_ids"]]
+    in_front = tokens_in_front(tokenizer)
+    openings = tokenizer(texts[:count], add_special_tokens=False, verbose=False)["input_ids"]
+    prompts = [[*in_front, *ids[:4]] for ids in openings]
     settings = {"do_sample": True, "max_length": length, "pad_token_id": tokenizer.pad_token_id}
     rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
     drawn = [model.generate(row, attention_mask=torch.ones_like(row), **settings)[0] for row in rows]
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
+    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in drawn]

@@ -1,18 +1,113 @@
-"""What stages 1 and 2 share: the arguments of transformers' Trainer, and writing a model directory whole."""
+"""What stages 1 and 2 share: a training that can be stopped and gone on with, and a model directory that is proven.
 
+What would be wrong here: hours of training whose result finds no place, weights that are not finite, or a directory
+that says "saved" and can't be loaded. So the directory is tried first, every gradient is looked at before it moves a
+weight, and what was written is loaded again and must give its own figures before anybody is told.
+"""
+
+import os
+import random
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
+from plaudit.learner.memory import Fitting, is_out_of_memory
+from plaudit.parallel.processes import WORLD_SIZES
+from plaudit.policy.model import require_finite
+from plaudit.run import checkpoint as checkpoints
+from plaudit.run.runtime import StopRequested, StopSignal, exclusive
+from plaudit.run.storage import NotWritten, files_of, forget_other_weights
+from plaudit.settings.plain import to_dict
+from plaudit.settings.reward_model import RewardModelConfig
+from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import OptimizerSettings
 
+CHECKPOINTS = "checkpoints"
+ORDER = "order.pt"
+"""In a checkpoint: from where the epoch's order was drawn, and the state of a collator that draws."""
+FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every")
 
-def training_arguments(output_dir: Path, optimizer: OptimizerSettings, seed: int) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Run:
+    """A stage that has begun: its directory is held, and signals are remembered."""
+
+    config: SFTConfig | RewardModelConfig
+    stop: StopSignal
+    resumed: checkpoints.Checkpoint | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.output_dir / CHECKPOINTS
+
+
+@contextmanager
+def begun(config: SFTConfig | RewardModelConfig) -> Iterator[Run]:
+    """Tries and holds the output directory, finds where to go on, and listens to signals, for the length of the block.
+
+    Raises:
+        ConfigError: another run holds the directory, it has an unfinished run, or several processes were started.
+        NotWritten: the directory can't be written to; or later, what did not find room, and where to go on from.
+        StopRequested: after a signal, with the checkpoint that was written.
+    """
+    count = max(int(os.environ.get(name, "1")) for name in WORLD_SIZES)
+    if count > 1:
+        raise ConfigError(f"this stage runs in one process, and a launcher started {count}: start it without one")
+    with exclusive(config.output_dir), StopSignal().listening() as stop:
+        if (config.output_dir / "adapter_config.json").exists():
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds adapters, and a model beside them would be loaded with them on: "
+                "give another --output-dir"
+            )
+        root = config.output_dir / CHECKPOINTS
+        run = Run(config, stop, _checkpoint_to_resume(config, root))
+        try:
+            yield run
+        except (NotWritten, StopRequested, RuntimeError) as error:
+            existing = checkpoints.list_checkpoints(root)
+            if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+                newest = f"the newest whole checkpoint is {existing[-1].directory}" if existing else "no checkpoint yet"
+                error.add_note(f"{newest}; go on with --resume auto" if existing else newest)
+            raise
+
+
+def _checkpoint_to_resume(config: SFTConfig | RewardModelConfig, root: Path) -> checkpoints.Checkpoint | None:
+    existing = checkpoints.list_checkpoints(root)
+    if config.resume is None:
+        if existing:
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds an unfinished run with checkpoints up to step "
+                f"{existing[-1].step}; go on with --resume auto, or give another --output-dir"
+            )
+        return None
+    if config.resume == "auto":
+        if not existing:
+            return None
+        chosen = existing[-1]
+    else:
+        chosen = checkpoints.read_checkpoint(Path(config.resume))
+    lines = checkpoints.check_same_run(chosen.config, to_dict(config), defaults=type(config)(), free=FREE_TO_CHANGE)
+    for line in lines:
+        print(f"resuming with {line}")
+    print(f"resuming after step {chosen.step} from {chosen.directory}", flush=True)
+    return chosen
+
+
+def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
     """The settings of transformers' TrainingArguments that both stages use."""
+    optimizer: OptimizerSettings = config.optimizer
     return {
-        "output_dir": str(output_dir),
+        "output_dir": str(config.output_dir / CHECKPOINTS),
         "per_device_train_batch_size": optimizer.batch_size,
         "num_train_epochs": optimizer.epochs,
         "max_steps": optimizer.max_steps or -1,
@@ -21,24 +116,299 @@ def training_arguments(output_dir: Path, optimizer: OptimizerSettings, seed: int
         "warmup_steps": optimizer.warmup_fraction,
         "max_grad_norm": optimizer.max_grad_norm,
         "logging_steps": 50,
-        "save_strategy": "no",
+        # It would show the average of earlier losses in place of one that is not finite.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.checkpoint_every,
         "report_to": "none",
         "bf16": False,
         "activation_checkpointing": False,
         "dataloader_pin_memory": False,
-        "seed": seed,
+        "seed": config.seed,
     }
 
 
-def save_model_directory(model: Any, tokenizer: Any, directory: Path, *, half_precision: bool) -> None:
-    """Save a plain Hugging Face directory: config, safetensors, tokenizer. An interrupted save leaves the old files."""
-    beside = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.to(torch.float16 if half_precision else model.dtype).save_pretrained(beside, safe_serialization=True)
-    tokenizer.save_pretrained(beside)
-    directory.mkdir(parents=True, exist_ok=True)
-    # The config last: a directory without it is no model directory.
-    for file in sorted(beside.iterdir(), key=lambda file: file.name == "config.json"):
-        file.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
-        file.replace(directory / file.name)
-    beside.rmdir()
+def train(trainer: Any, run: Run, inputs: Mapping[str, str], collator: "Drawing | None" = None) -> Any:
+    """Trains, from the checkpoint to resume if there is one, and gives the model. `trainer` is one of `resumable`.
+
+    Raises:
+        StopRequested: after a signal; the checkpoint of the last step is written.
+        NotFinite: a gradient is not finite. No weight has seen it.
+        ConfigError: the data have changed since the checkpoint.
+    """
+    if run.resumed is not None:
+        checkpoints.check_same_inputs(run.resumed, inputs)
+    run.stop.check()
+    trainer.keeper = _Keeper(run, inputs, collator)
+    trainer.add_callback(_Watch(run.stop, trainer))
+    directory = None if run.resumed is None else str(run.resumed.directory)
+    if run.resumed is not None:
+        trainer.keeper.restore(run.resumed)
+    if run.resumed is not None and run.resumed.inputs.get("steps") == str(run.resumed.step):
+        trainer._load_from_checkpoint(directory)  # it had done its last step
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=directory)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                trainer.keeper.save(trainer, after_failure=True)
+            raise
+    run.stop.check()
+    return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+class Drawing:
+    """Something that draws random numbers for every batch; a checkpoint keeps from where.
+
+    Batches are made ahead of the steps that take them, so a few earlier states are remembered.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self._batches = 0
+        self._states: dict[int, Any] = {}
+
+    def next_batch(self) -> None:
+        """Call this before anything is drawn for a batch."""
+        self._states[self._batches] = self.random.getstate()
+        self._states.pop(self._batches - 8, None)
+        self._batches += 1
+
+    def state_after(self, batches: int) -> Any:
+        """The state before anything was drawn for batch number `batches`, counted from 0."""
+        return self._states.get(batches, self.random.getstate())
+
+    def restore(self, batches: int, state: Any) -> None:
+        self._batches = batches
+        version, numbers, gauss = state
+        self.random.setstate((version, tuple(numbers), gauss))
+
+
+class _SameOrder(Sampler[int]):
+    """A sampler that draws its order from torch's global generator, and can draw that of an epoch again."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.drawn_from: torch.Tensor | None = None
+        self.draw_from: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.draw_from is not None:
+            torch.set_rng_state(self.draw_from)
+            self.draw_from = None
+        self.drawn_from = torch.get_rng_state()
+        return iter(self.inner)
+
+
+class _Keeper:
+    """Writes a run's checkpoints, in transformers' layout and with our manifest, and puts back what that leaves out."""
+
+    def __init__(self, run: Run, inputs: Mapping[str, str], collator: Drawing | None) -> None:
+        self._run, self._inputs, self._collator = run, inputs, collator
+        self.sampler: _SameOrder | None = None
+        self._order: torch.Tensor | None = None
+        self.random_states: dict[str, Any] = {}
+        """As they were when the step under way began."""
+
+    def save(self, trainer: Any, *, after_failure: bool = False) -> None:
+        """A checkpoint of the last whole step."""
+        step, config = trainer.state.global_step, self._run.config
+        # What a step needs and what it had drawn before it failed.
+        states = self.random_states if after_failure else _random_states()
+        mid_epoch = trainer.state.epoch is not None and trainer.state.epoch % 1 != 0
+
+        def fill(beside: Path) -> None:
+            trainer.args.output_dir = str(beside)
+            trainer.rng_states = states
+            Trainer._save_checkpoint(trainer, trainer.model, None)
+            within = beside / f"checkpoint-{step}"
+            for file in within.iterdir():
+                file.rename(beside / file.name)
+            within.rmdir()
+            order = {
+                "sampler": self.sampler.drawn_from if self.sampler is not None and mid_epoch else None,
+                "collator": None if self._collator is None else self._collator.state_after(step),
+            }
+            _save(order, beside / ORDER)
+
+        manifest = {
+            "format": checkpoints.FORMAT,
+            "step": step,
+            "config": to_dict(config),
+            "reward_revision": None,
+            "inputs": {**self._inputs, "steps": str(trainer.state.max_steps)},
+        }
+        final = self._run.checkpoints / f"step-{step:06d}"
+        try:
+            checkpoints.write_checkpoint(final, manifest, fill, keep=1)
+        except NotWritten as error:
+            if step < trainer.state.max_steps or after_failure:
+                raise
+            print(f"{error}; the model itself is written next", flush=True)
+
+    def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """What was drawn for the batches that a checkpoint has not yet seen."""
+        order = torch.load(checkpoint.directory / ORDER, weights_only=True)
+        self._order = order["sampler"]
+        if self._collator is not None and order["collator"] is not None:
+            self._collator.restore(checkpoint.step, order["collator"])
+
+    def watched(self, sampler: Any) -> Any:
+        """The sampler, with its order kept for checkpoints."""
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler  # of others, accelerate draws the order from seed and epoch alone
+        self.sampler = _SameOrder(sampler)
+        self.sampler.draw_from = self._order
+        return self.sampler
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Looks at every step: a signal, a gradient that is not finite."""
+
+    def __init__(self, stop: StopSignal, trainer: Any) -> None:
+        self._stop, self._trainer = stop, trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.keeper.random_states = _random_states()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
+        if not bool(get_total_norm(gradients).isfinite()):
+            raise NotFinite(
+                f"the gradient of step {state.global_step} is not finite, and no weight has seen it: lower "
+                "--optimizer.learning-rate, or look at the texts"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stop.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
+    """That trainer with checkpoints of ours, and batches that are halved when they don't fit into memory.
+
+    With `pairs`, the second half of a batch's rows belongs to the first.
+    """
+
+    class Resumable(trainer_type):  # type: ignore[misc]
+        keeper: _Keeper
+        rng_states: dict[str, Any]
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._fitting = Fitting(self.args.per_device_train_batch_size)
+            self._share = 1.0
+
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return self.keeper.watched(super()._get_train_sampler(*args))
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            self.keeper.save(self)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            _save(self.optimizer.state_dict(), Path(output_dir, "optimizer.pt"))
+            _save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            _save(self.rng_states, Path(output_dir, "rng_state.pth"))
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            """One batch's gradient; as several smaller ones that add up to it, where it does not fit into memory."""
+            examples = len(next(iter(inputs.values()))) // (2 if pairs else 1)
+
+            def in_parts(size: int) -> Any:
+                if size >= examples:
+                    self._share = 1.0
+                    return super(Resumable, self).training_step(model, inputs, num_items_in_batch)
+                model.zero_grad()
+                losses = []
+                for start in range(0, examples, size):
+                    rows = list(range(start, min(start + size, examples)))
+                    rows += [examples + row for row in rows] if pairs else []
+                    part = {name: values[rows] for name, values in inputs.items() if isinstance(values, torch.Tensor)}
+                    self._share = _items(part) / _items(inputs)
+                    losses.append(super(Resumable, self).training_step(model, part, None))
+                return sum(losses)
+
+            try:
+                return self._fitting.run(in_parts)
+            finally:
+                self._share = 1.0
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            if self._share == 1.0:
+                return computed
+            return (self._share * computed[0], computed[1]) if return_outputs else self._share * computed
+
+    return Resumable
+
+
+def _items(inputs: Mapping[str, Any]) -> int:
+    """What a batch's mean loss is a mean over: the tokens that are predicted, or the rows."""
+    labels = inputs.get("labels")
+    if labels is not None and labels.ndim == 2:
+        return int((labels[:, 1:] != -100).sum())
+    return len(inputs["input_ids"])
+
+
+def _random_states() -> dict[str, Any]:
+    """In transformers' layout."""
+    import numpy as np
+
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _save(value: Any, path: Path) -> None:
+    # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
+    with path.open("wb") as file:
+        torch.save(value, file)
+
+
+def save_model_directory(
+    model: Any,
+    tokenizer: Any,
+    directory: Path,
+    *,
+    half_precision: bool,
+    reproduces: Callable[[Path], None],
+) -> Any:
+    """Save a plain Hugging Face directory: config, safetensors, tokenizer. An interrupted save leaves the old files.
+
+    `reproduces` is given the directory before it takes the old one's place, and raises unless it can be loaded again
+    and gives the figures of the model. Gives the model in fp32, with the numbers as they were saved.
+
+    Raises:
+        NotFinite: a weight is not finite, or not in float16.
+        NotWritten: the disk is full, or can't be written to.
+    """
+    model = model.to(torch.float16 if half_precision else torch.float32)
+    require_finite(model.named_parameters(), "the model")
+    with files_of(directory) as beside:
+        model.save_pretrained(beside, safe_serialization=True)
+        tokenizer.save_pretrained(beside)
+        for file in beside.iterdir():
+            file.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
+        model = model.float()
+        reproduces(beside)
+        written = {file.name for file in beside.iterdir()}
+    forget_other_weights(directory, written)
+    return model
+
+
+def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -> None:
+    """Raises `NotFinite` or `NotAsSaved` where a model that was saved and loaded again computes something else."""
+    if not bool(expected.isfinite().all()):
+        raise NotFinite(f"the model is not saved: {what} is not finite")
+    worst = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
+    if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise NotAsSaved(f"the model is not saved: loaded again, it is off by {worst:.3g} in {what}")
+
+
+def forget_checkpoints(run: Run) -> None:
+    """A finished stage needs none; its model is in its directory."""
+    shutil.rmtree(run.checkpoints, ignore_errors=True)

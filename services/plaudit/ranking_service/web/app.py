@@ -134,6 +134,8 @@ class Front:
         if scope["path"] not in UNLIMITED:
             try:
                 self._limits.take(str((scope.get("client") or ("unknown",))[0]))
+                if "\x00" in scope["path"]:  # no name holds it, and PostgreSQL takes no text with it
+                    raise ProblemError("not-found", "there is nothing at a path with a NUL")
             except ProblemError as problem:
                 metrics.refused.labels(problem.name).inc()
                 await problem_response(problem)(scope, receive, send_with_headers)

@@ -68,6 +68,10 @@ class ScorerLostError(Exception):
     """The device or the model is gone for good; the process should be restarted."""
 
 
+class OutOfMemoryNow(Exception):
+    """The device lacks the memory for this batch. It had it when the service started, so another try may succeed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """The answer to one job: a row of logits for each text, by the model `scorer`, and where the time went."""
@@ -563,4 +567,7 @@ def _estimated_tokens(text: Text, max_tokens: int) -> int:
 
 def _scoring_failed(error: Exception, index: int | None) -> ProblemError:
     where = "these texts" if index is None else f"items[{index}]"
+    if isinstance(error, OutOfMemoryNow | MemoryError):
+        detail = f"the device lacks memory for {where}: {error}"
+        return ProblemError("out-of-memory", detail, item=index, retry_after_s=RETRY_AFTER_DRAIN_S)
     return ProblemError("scoring-failed", f"the model failed on {where}: {type(error).__name__}: {error}", item=index)

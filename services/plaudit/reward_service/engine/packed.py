@@ -4,6 +4,7 @@ Only the first token is read after the last layer, so that layer works out nothi
 whose reward depends on its company, or one that differs from what transformers says of it.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,36 @@ from itertools import accumulate, chain
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import embedding, gelu, layer_norm, linear
 
-FAMILIES = {"bert", "camembert", "distilbert", "roberta", "xlm-roberta"}
-"""Encoders whose classifier reads the first token. The names are transformers' `model_type`."""
+_LAYER = (
+    "Attention",
+    "Embeddings",
+    "Encoder",
+    "Intermediate",
+    "Layer",
+    "Model",
+    "Output",
+    "SelfAttention",
+    "SelfOutput",
+)
+_WITH_HEAD = (*_LAYER, "ClassificationHead", "ForSequenceClassification")
+_FAMILIES = {
+    "bert": ("Bert", (*_LAYER, "Pooler", "ForSequenceClassification")),
+    "camembert": ("Camembert", _WITH_HEAD),
+    "distilbert": (
+        "",
+        (
+            *("Embeddings", "FFN", "Transformer", "TransformerBlock"),
+            *("DistilBertForSequenceClassification", "DistilBertModel", "DistilBertSelfAttention"),
+        ),
+    ),
+    "roberta": ("Roberta", _WITH_HEAD),
+    "xlm-roberta": ("XLMRoberta", _WITH_HEAD),
+}
+"""The modules that `PackedEncoder` knows, by transformers' `model_type`. Their classifiers read the first token."""
+_TORCH_PARTS = (nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Tanh)
 NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
 ROWS_AT_ONCE = 128
 """Tokens that go through a layer's products together: what lies between two products then stays in the cache."""
@@ -31,13 +58,35 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] to [rows, out], bias included, and GELU where it was asked for."""
 
 
-def can_pack(config: Any) -> bool:
-    """Whether `PackedEncoder` runs this model."""
-    return (
-        config.model_type in FAMILIES
-        and not getattr(config, "is_decoder", False)
-        and getattr(config, "position_embedding_type", "absolute") == "absolute"
-    )
+def can_pack(model: Any) -> bool:
+    """Whether `PackedEncoder` runs this model: of a family it knows, and made of that family's modules alone.
+
+    It reads the modules' weights and never calls them, so a subclass, or a layer with an adapter around it, would be
+    taken for the plain layer within.
+    """
+    config = model.config
+    if (
+        config.model_type not in _FAMILIES
+        or getattr(config, "is_decoder", False)
+        or getattr(config, "position_embedding_type", "absolute") != "absolute"
+    ):
+        return False
+    known = _known_types(config.model_type)
+    called = {id(module) for path, module in model.named_modules() if _is_called(path)}
+    return all(type(module) in known or id(module) in called for module in model.modules())
+
+
+def _is_called(path: str) -> bool:
+    """Activations are called as they are, so they may be of any type."""
+    return path.rpartition(".")[2] in ("activation", "intermediate_act_fn")
+
+
+def _known_types(family: str) -> set[type]:
+    prefix, parts = _FAMILIES[family]
+    names = [prefix + part for part in parts]
+    folder = family.replace("-", "_")
+    code = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    return {*_TORCH_PARTS, *(getattr(code, name) for name in names if hasattr(code, name))}
 
 
 @dataclass(frozen=True)
@@ -71,7 +120,7 @@ class _Layer:
 
 
 class PackedEncoder:
-    """A sequence classifier of one of `FAMILIES`, its weights laid out anew; the model it is made from may go."""
+    """A sequence classifier that `can_pack`, its weights laid out anew; the model it is made from may go."""
 
     def __init__(self, model: Any, *, int8: bool = False) -> None:
         config = model.config

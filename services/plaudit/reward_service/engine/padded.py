@@ -26,6 +26,7 @@ class PaddedModel:
         pad_id: int,
         max_tokens: int,
         takes_type_ids: bool,
+        takes_mask: bool = True,
         compiled: bool = False,
     ) -> None:
         """A negative `pad_id` is no token: all texts of a batch then have one length.
@@ -38,6 +39,7 @@ class PaddedModel:
         self._device = device
         self._pad_id = pad_id
         self._inputs = ("input_ids", "attention_mask", "token_type_ids")[: 3 if takes_type_ids else 2]
+        self._takes_mask = takes_mask
         self._on_gpu = device.type == "cuda"
         self._staging = torch.empty(0, dtype=torch.int64)
 
@@ -48,7 +50,10 @@ class PaddedModel:
         if self._on_gpu and self._pad_id >= 0:
             width = max(width, min(-(-width // GPU_WIDTH_STEP) * GPU_WIDTH_STEP, self._max_tokens))
         staged = self._stage(batch, width).to(self._device, non_blocking=True)
-        logits: torch.Tensor = self._model(**dict(zip(self._inputs, staged, strict=True))).logits
+        inputs = dict(zip(self._inputs, staged, strict=True))
+        if not self._takes_mask:
+            del inputs["attention_mask"]
+        logits: torch.Tensor = self._model(**inputs).logits
         # The one wait for the device. After it the staging memory may be written again.
         return logits.float().cpu()
 

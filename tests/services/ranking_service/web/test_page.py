@@ -253,6 +253,30 @@ def test_an_answer_that_never_arrives_is_asked_for_again_under_one_key(
     assert row["version"] == 1
 
 
+def test_a_database_that_is_locked_is_said_and_the_ranking_is_sent_again(
+    service: RankingService, open_page: OpenPage
+) -> None:
+    service.upload(rows(1), overlap_share=0)
+    page = open_page()
+    ready(page)
+    refused: list[str] = []
+
+    def refuse(route: Any) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route.request.url)
+            route.fulfill(status=503, headers={"retry-after": "1"}, content_type="application/problem+json", body="{}")
+
+    page.route("**/ranking", refuse)
+    for key in ("1", "2", "2", "4", "Enter"):
+        page.keyboard.press(key)
+    expect(page.locator("#notice")).to_contain_text("kept and sent again in 1 s")
+    page.get_by_role("heading", name="Thank you").wait_for()
+    (row,) = service.rankings()
+    assert ranks_in_order_shown(row) == [1, 2, 2, 3]
+
+
 def test_a_service_that_is_killed_and_restarted_gets_the_ranking(service: RankingService, open_page: OpenPage) -> None:
     service.upload(rows(1), overlap_share=0)
     page = open_page()

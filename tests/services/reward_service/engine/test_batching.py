@@ -4,11 +4,11 @@ import asyncio
 import gc
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from plaudit.reward_service.engine.batching import Encoded, Engine, Job, Waiting, _Item
+from plaudit.reward_service.engine.batching import Encoded, Engine, Job, Logits, OutOfMemoryNow, Waiting, _Item
 from plaudit.reward_service.problems import ProblemError
 from tests.support.scorers import FakeScorer
 
@@ -120,6 +120,25 @@ def test_a_failed_batch_fails_its_own_requests_and_the_next_one_succeeds(make_en
     assert outcomes[2] == [4]
     assert after == [5]
     assert scorer.batches[1] == [4, 6, 4, 6, 4, 4], "the poisoned batch was one batch"
+
+
+class Cramped(FakeScorer):
+    """Has no room for long texts."""
+
+    def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
+        if any(len(encoded.ids) > 10 for encoded in batch):
+            raise OutOfMemoryNow("DefaultCPUAllocator: can't allocate memory")
+        return super().score(batch, replica)
+
+
+def test_a_lack_of_memory_may_pass_and_says_so(make_engine: Callable[..., Engine]) -> None:
+    async def run() -> ProblemError:
+        with pytest.raises(ProblemError) as caught:
+            await score(make_engine(Cramped()), "fine", "a" * 20)
+        return caught.value
+
+    problem = asyncio.run(run())
+    assert (problem.name, problem.status, problem.item, problem.retry_after_s) == ("out-of-memory", 503, 1, 1)
 
 
 def test_a_logit_that_is_not_finite_is_an_error_and_never_a_score(make_engine: Callable[..., Engine]) -> None:

@@ -1,15 +1,23 @@
 """Encoders without padding: a text's score doesn't know its company, in whatever order and number format."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 from plaudit.reward_service.engine import packed
 from plaudit.reward_service.engine.packed import ROWS_AT_ONCE, PackedEncoder, can_pack
 from tests.support.tiny_models import tiny_classifier_dir
 
+SMALL: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 10}
 IDS = [[2, 9, 3], [2, 7, 8, 9, 3], [2, 9, 3], [2, 3], [2, *range(5, 55), 3], [2, 9, 11, 3]] * 12
 """Several texts of one length, some of them apart; together more rows than go through a feed-forward at once."""
 
@@ -52,6 +60,6 @@ def test_int8_is_the_same_on_a_processor_without_exact_integers(
 
 
 def test_only_encoders_that_read_the_first_token_are_packed() -> None:
-    assert can_pack(BertConfig())
-    assert not can_pack(BertConfig(is_decoder=True))
-    assert not can_pack(GPT2Config())
+    assert can_pack(BertForSequenceClassification(BertConfig(**SMALL)))
+    assert not can_pack(BertForSequenceClassification(BertConfig(**SMALL, is_decoder=True)))
+    assert not can_pack(GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_head=1, n_layer=1, vocab_size=10)))

@@ -152,14 +152,14 @@ def test_another_model_written_over_its_files_does_not_touch_the_one_that_serves
 
 def test_files_that_change_while_they_are_read_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tiny_classifier_dir(tmp_path / "model")
-    load = scorer_module._load
+    load = scorer_module.read_model
 
     def load_and_write(*arguments: Any) -> Any:
         loaded = load(*arguments)
         tiny_classifier_dir(directory, seed=1)
         return loaded
 
-    monkeypatch.setattr(scorer_module, "_load", load_and_write)
+    monkeypatch.setattr(scorer_module, "read_model", load_and_write)
     with pytest.raises(ModelError, match="changed while it was being read"):
         scorer_of(directory)
 

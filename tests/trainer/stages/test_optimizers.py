@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from plaudit.learner.optimizers import build_optimizer
 from plaudit.settings.supervised import OptimizerSettings
+from plaudit.stages.optimizers import build_optimizer
 
 
 def tiny_model() -> nn.Module:

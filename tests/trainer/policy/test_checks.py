@@ -1,0 +1,182 @@
+"""A policy is tried before it is trained: what it says of itself and does not keep is one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from plaudit.errors import ConfigError, NotAsSaved, NotFinite
+from plaudit.parallel.processes import device_named
+from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
+from plaudit.policy.generation import Draws, generate
+from plaudit.policy.model import ModelNotFound, Policy, add_lora, load_causal_lm, load_policy, load_tokenizer
+from plaudit.policy.uncached_generation import generate_uncached
+from plaudit.settings.policy import GenerationSettings, LoraSettings
+from tests.support.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+SETTINGS = GenerationSettings(min_new_tokens=3, max_new_tokens=9)
+QUERIES = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+def made(kind: str, **shape: Any) -> Any:
+    """A tiny random model of any causal kind, spread out enough to tell texts apart."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0, **shape
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
+def policy_of(model: Any) -> Policy:
+    return Policy(model, reference=model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_common_policy_passes_and_samples_with_its_cache(architecture: str) -> None:
+    assert check_policy(policy_of(ARCHITECTURES[architecture]()), "p")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("lfm2", {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "full_attn_idxs": [1]}),
+    ],
+)
+def test_a_recurrent_or_hybrid_policy_samples_without_a_cache_the_same_in_any_batch(kind: str, shape: Any) -> None:
+    model, tokenizer = made(kind, **shape), tiny_tokenizer()
+    assert not check_policy(policy_of(model), "p")
+    draws = Draws.of(SETTINGS, len(QUERIES), seed=0, step=0)
+    together = generate_uncached(model, QUERIES, draws, SETTINGS, tokenizer)
+    assert together.response_lengths.tolist() == draws.lengths.tolist()
+    for i, query in enumerate(QUERIES):
+        alone = generate_uncached(model, [query], draws.rows(i, i + 1), SETTINGS, tokenizer)
+        assert alone.response_ids[0].tolist() == together.response_ids[i][together.mask[i]].tolist()
+
+
+def test_without_a_cache_the_samples_are_those_with_one() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    draws = Draws.of(SETTINGS, len(QUERIES), seed=0, step=0)
+    cached, uncached = (draw(model, QUERIES, draws, SETTINGS, tokenizer) for draw in (generate, generate_uncached))
+    assert torch.equal(cached.response_ids[cached.mask], uncached.response_ids[uncached.mask])
+    assert torch.equal(cached.mask, uncached.mask)
+
+
+def test_a_model_that_reads_padding_or_the_future_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"policy='p' \(RwkvForCausalLM\) .* beside a longer text"):
+        check_policy(policy_of(made("rwkv", attention_hidden_size=32)), "p")
+    looks_ahead = made("bert", num_attention_heads=2, intermediate_size=64, is_decoder=False)
+    with pytest.raises(ConfigError, match=r"policy='p' \(BertLMHeadModel\) .* depends on the tokens behind it"):
+        check_policy(policy_of(looks_ahead), "p")
+
+
+def test_damaged_weights_are_told() -> None:
+    model = tiny_gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(NotFinite, match="policy='p' gives log-probabilities that are not finite"):
+        check_policy(policy_of(model), "p")
+
+
+def test_a_response_ends_at_any_of_the_models_end_tokens() -> None:
+    model, tokenizer = tiny_gpt2(), tiny_tokenizer()
+    settings = GenerationSettings(min_new_tokens=40, max_new_tokens=40)
+    draws = Draws.of(settings, 32, seed=0, step=0)
+    model.generation_config.eos_token_id = ends = [0, *range(100, 130)]
+    for draw in (generate, generate_uncached):
+        samples = draw(model, [[5, 6]] * 32, draws, settings, tokenizer)
+        rows = [row[real].tolist() for row, real in zip(samples.response_ids, samples.mask, strict=True)]
+        assert all(len(row) == 40 or row[-1] in ends for row in rows)
+        assert not any(token in ends for row in rows for token in row[:-1])
+        assert sum(row[-1] in ends for row in rows) > 16
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embedding_or_of_another_model_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    check_tokenizer_fits(tokenizer, tiny_gpt2(), "p")
+    check_tokenizer_fits(tokenizer, tiny_gpt2(vocab_size=VOCAB_SIZE + 60), "p")
+    with pytest.raises(ConfigError, match="its tokenizer knows 300 tokens and the model 5000"):
+        check_tokenizer_fits(tokenizer, tiny_gpt2(vocab_size=5000), "p")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    check_tokenizer_fits(tokenizer, tiny_gpt2(), "p", ["no text holds it"])
+    with pytest.raises(ConfigError, match=r"has number 300.*resize_token_embeddings\(301\)"):
+        check_tokenizer_fits(tokenizer, tiny_gpt2(), "p", ["one", "<|im_start|>two"])
+    tokenizer.pad_token = "<|im_start|>"
+    with pytest.raises(ConfigError, match=r"'<\|im_start\|>' of its tokenizer has number 300"):
+        check_tokenizer_fits(tokenizer, tiny_gpt2(), "p")
+    with pytest.raises(ConfigError, match=r"has embeddings for 0 to 199 alone"):
+        check_tokenizer_fits(tiny_tokenizer(), tiny_gpt2(vocab_size=200), "p")
+
+
+def test_a_prompt_and_a_response_must_have_positions() -> None:
+    model = tiny_gpt2()
+    assert max_positions(model) == 64
+    check_room(model, 64 - 8, SETTINGS, "p")
+    with pytest.raises(ConfigError, match=r"policy='p' has 64 positions, and a prompt of 57 tokens .* needs 65"):
+        check_room(model, 57, SETTINGS, "p")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_directory_without_tokenizer_files_is_one_line(architecture: str, tmp_path: Path) -> None:
+    ARCHITECTURES[architecture]().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFound, match="tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_end_and_padding_says_what_to_write(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    save(tiny_gpt2(), tmp_path, tokenizer)
+    with pytest.raises(ConfigError, match=r"neither a pad token nor an end-of-text token: name one as .eos_token."):
+        load_tokenizer(tmp_path)
+
+
+def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save(model, tmp_path)
+    state = model.state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelNotFound, match=r"lack 1 of the weights of a LlamaForCausalLM, .*up_proj\.weight"):
+        load_causal_lm(tmp_path)
+
+
+def test_adapters_that_cannot_be_put_on_a_model_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora: no adapters can be put on MambaForCausalLM .*--lora.target-modules"):
+        add_lora(made("mamba", state_size=4), LoraSettings())
+
+
+def test_a_policy_in_half_precision_is_trained_in_full(tmp_path: Path) -> None:
+    save(tiny_gpt2().half(), tmp_path)
+    policy = load_policy(tmp_path)
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "gpu"])
+def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device='{name}'"):
+        device_named(name)
+
+
+def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
+    policy = Policy(add_lora(tiny_gpt2(), LoraSettings(r=2)))
+    policy.save(tmp_path)
+    policy.check_saved(tmp_path)
+    with torch.no_grad():
+        policy.v_head.bias.fill_(1.0)
+    with pytest.raises(NotAsSaved, match=r"not written as it should be: bias"):
+        policy.check_saved(tmp_path)
+    with torch.no_grad():
+        policy.v_head.bias.fill_(torch.nan)
+    policy.save(tmp_path)
+    with pytest.raises(NotFinite, match="bias"):
+        policy.check_saved(tmp_path)

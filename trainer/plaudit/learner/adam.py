@@ -1,0 +1,90 @@
+"""PPO's optimizer, its learning rates, and its state in a checkpoint.
+
+Failure modes: a rate replaced where a recorded graph reads it, or kernels of one device taken over to another.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plaudit.parallel.sharding import as_split, for_files, is_sharded
+from plaudit.policy.model import Policy
+from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
+
+OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
+"""Of an optimizer's options, those that a checkpoint does not decide: how it computes, and the rate, set each step."""
+
+
+def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Adam:
+    """Adam without weight decay over everything that learns. The values may have a learning rate of their own."""
+    modules = [policy.v_head] if policy.value_model is None else [policy.v_head, policy.value_model]
+    head = {id(parameter) for module in modules for parameter in module.parameters()}
+    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    rate, head_rate = config.learning_rate, config.value_head_learning_rate
+    groups: list[dict[str, Any]] = [{"params": learning, "lr": rate, "initial_lr": rate}]
+    if head_rate is not None:
+        groups = [
+            {"params": [p for p in learning if id(p) not in head], "lr": rate, "initial_lr": rate},
+            {"params": [p for p in learning if id(p) in head], "lr": head_rate, "initial_lr": head_rate},
+        ]
+    # One kernel for all parameters; split ones have none.
+    fused = True if policy.device.type == "cuda" and not is_sharded(policy) else None
+    if fused:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=policy.device)
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, fused=fused, capturable=bool(fused))
+
+
+def learning_rate_factor(
+    step: int, schedule: LearningRateSchedule, *, warmup_steps: int = 0, total_steps: int | None = None
+) -> float:
+    """What multiplies the learning rate in step `step` (from 0): rising over the warm-up, then by the schedule."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    assert total_steps is not None
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Each group's initial rate times `factor`; the first group's."""
+    for group in optimizer.param_groups:
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # in place, for whatever graph reads it
+        else:
+            group["lr"] = rate
+    return float(optimizer.param_groups[0]["initial_lr"] * factor)
+
+
+def state_for_files(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state with whole tensors. With sharded weights all processes call this, and the first gets it."""
+    state = optimizer.state_dict()
+    return {
+        "state": _tensors(state["state"], lambda _, moment: for_files(moment)),
+        "param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]],
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], saved: Mapping[str, Any]
+) -> None:
+    """Goes on from `state_for_files`."""
+    own = _tensors(saved["state"], lambda i, moment: as_split(moment, parameters[i]) if moment.ndim else moment)
+    # How steps are computed is this process's business, not that of the one which wrote the file.
+    pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    groups = [group | {name: current[name] for name in OWN_OPTIONS} for group, current in pairs]
+    optimizer.load_state_dict({"state": own, "param_groups": groups})
+
+
+def _tensors(
+    states: Mapping[int, Mapping[str, Tensor]], change: Callable[[int, Tensor], Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """An optimizer's state, `change` applied to each parameter's number and each of its tensors."""
+    return {i: {name: change(i, tensor) for name, tensor in state.items()} for i, state in states.items()}

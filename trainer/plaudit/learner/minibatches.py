@@ -1,0 +1,314 @@
+"""Epochs of mini-batches over one rollout: gradients, and the optimizer's steps.
+
+A mini-batch goes through the model in groups that fit into memory, on every process its share of the rows; or, on a
+GPU, as one recorded graph. Failure modes: a weight that moves on a skipped mini-batch or on a number that is not
+finite, and a batch that ran out of memory and counted twice.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plaudit.errors import PlauditError
+from plaudit.learner.adam import make_optimizer
+from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
+from plaudit.learner.memory import Fitting
+from plaudit.learner.objective import STATISTICS, measure, token_losses
+from plaudit.parallel.processes import Processes
+from plaudit.parallel.sharding import is_sharded, whole
+from plaudit.policy.model import Policy, ResponseOutputs
+from plaudit.policy.samples import Rollout, Samples, on_device, stack_rows
+from plaudit.ppo.masked import masked_sum
+from plaudit.settings.ppo import PPOHyperparameters
+
+
+class NonFiniteUpdate(PlauditError, RuntimeError):
+    """A loss or gradient was NaN or infinite. No weight has seen it; `samples` are the mini-batch, for inspection."""
+
+    def __init__(self, what: str, *, step: int, epoch: int, rows: Tensor, samples: Samples) -> None:
+        super().__init__(f"{what} in step {step}, epoch {epoch}, samples {rows.tolist()} of the batch")
+        self.step = step
+        self.epoch = epoch
+        self.rows = rows
+        self.samples = samples
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some rows of a rollout, as wide as the longest of them needs. Everything but the samples is [b, T]."""
+
+    samples: Samples
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    support: Tensor | None
+
+    @classmethod
+    def of(cls, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> "Minibatch":
+        """These rows of a rollout."""
+        whole = cls(rollout.samples, rollout.logprobs, rollout.values, advantages, returns, rollout.support)
+        return whole.rows(rows)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def mask(self) -> Tensor:
+        """[b, T] bool, True on real tokens."""
+        return self.samples.mask
+
+    def rows(self, rows: Tensor | Sequence[int]) -> "Minibatch":
+        """Some of its rows."""
+        samples = self.samples.select(rows)
+        width, chosen = samples.mask.shape[1], on_device(torch.as_tensor(rows), self.mask.device)
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[:, :width].index_select(0, chosen)
+
+        return Minibatch(
+            samples,
+            of(self.logprobs),
+            of(self.values),
+            of(self.advantages),
+            of(self.returns),
+            None if self.support is None else of(self.support),
+        )
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A mini-batch whose update a recorded graph has computed, and its statistics on the device."""
+
+    statistics: Tensor
+    rows: Tensor
+    epoch: int
+
+
+class MinibatchEngine:
+    """The optimizer, and what moves the weights over one rollout."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: PPOHyperparameters,
+        *,
+        temperature: float,
+        processes: Processes,
+        record: bool,
+    ) -> None:
+        """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
+        self.policy, self.config, self.processes = policy, config, processes
+        self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config)
+        # With sharded weights, one process that tried again would be out of step with the others.
+        share = processes.largest_share(config.mini_batch_size)
+        self.fitting = Fitting(min(config.micro_batch_size or share, share), fixed=is_sharded(policy))
+        self.step = 0
+        """Number of the step, for messages."""
+        self._temperature = temperature
+        self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that learns, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def run(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, orders: Iterable[Tensor]
+    ) -> tuple[dict[str, float], list[list[int]]]:
+        """One epoch for each of the `ppo_epochs` orders of samples, unless one stops early.
+
+        Gives the mini-batches' statistics, averaged, and the orders that were taken.
+
+        Raises `NonFiniteUpdate`; no weight has seen the number.
+        """
+        config = self.config
+        self.policy.train()
+        history: list[dict[str, float]] = []
+        recorded: list[_Recorded] = []
+        taken: list[list[int]] = []
+        for epoch, order in enumerate(orders):
+            taken.append(order.tolist())
+            for group in torch.split(order, config.mini_batch_size * config.gradient_accumulation_steps):
+                done = self._recorded_step(rollout, advantages, returns, group, epoch=epoch)
+                if done is None:
+                    history += self._optimizer_step(rollout, advantages, returns, group, epoch=epoch)
+                else:
+                    recorded.append(done)
+            if config.early_stopping or epoch == config.ppo_epochs - 1:
+                # One look at the device for all of them.
+                history += self._read(recorded, rollout)
+                recorded.clear()
+            if config.early_stopping and history[-1]["ppo/policy/policykl"] > 1.5 * config.target_kl:
+                break
+        self.policy.eval()
+        statistics = {name: sum(entry[name] for entry in history) / len(history) for name in history[0]}
+        spread = statistics["ppo/returns/var"]
+        statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / spread if spread > 0 else 0.0
+        statistics["ppo/policy/ratio_drift"] = history[0]["ppo/policy/ratio_drift"]
+        return statistics, taken
+
+    def _optimizer_step(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
+    ) -> list[dict[str, float]]:
+        """Accumulates the gradients of a group of mini-batches and moves the weights once, if any of them counted."""
+        config = self.config
+        history = [
+            self._accumulate(rollout, advantages, returns, minibatch, epoch=epoch)
+            for minibatch in torch.split(rows, config.mini_batch_size)
+        ]
+        if all(statistics["ppo/skipped"] for statistics in history):
+            return history
+        self.processes.sum_gradients(self.parameters())
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters(), config.max_grad_norm or math.inf))
+        if not bool(norm.isfinite()):
+            raise self._non_finite(f"gradient norm is {norm.item()}", rollout, rows, epoch)
+        for statistics in history:
+            statistics["ppo/grad_norm"] = norm.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return history
+
+    def _recorded_step(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
+    ) -> "_Recorded | None":
+        """The same for one mini-batch, by a recorded graph, unread; None where there is none."""
+        if self._updates is None:
+            return None
+        minibatch = Minibatch.of(rollout, advantages, returns, rows)
+        flat = FlatMinibatch.of(
+            minibatch.samples,
+            self.policy.mask_dtype,
+            logprobs=minibatch.logprobs,
+            values=minibatch.values,
+            advantages=minibatch.advantages,
+            returns=minibatch.returns,
+        )
+        try:
+            return _Recorded(self._updates.run(flat), rows, epoch)
+        except RuntimeError as error:
+            self._updates = None
+            self.optimizer.zero_grad()
+            warn_of_no_graphs("updates", error)
+            return None
+
+    def _learn(self, minibatch: FlatMinibatch, hold: Tensor) -> Tensor:
+        """One mini-batch's update without a look from the host: its statistics, the gradient's norm last.
+
+        No weight moves if the mean ratio is over the threshold, if loss or gradient is not finite, or if `hold` > 0.
+        """
+        config, mask = self.config, minibatch.mask
+        new = self.policy.score(minibatch.given, minibatch.tokens, temperature=self._temperature)
+        loss = masked_sum(token_losses(minibatch, new, config), mask) / mask.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.parameters(), config.max_grad_norm or math.inf)
+        measured = measure(minibatch, ResponseOutputs(*(output.detach() for output in vars(new).values())), config)
+        stays = (
+            (measured["ppo/policy/ratio"] > config.ratio_threshold)
+            | ~measured["ppo/loss/total"].isfinite()
+            | ~norm.isfinite()
+        )
+        # As torch.amp.GradScaler tells a fused optimizer.
+        told: Any = self.optimizer
+        told.grad_scale, told.found_inf = None, torch.maximum(stays.float(), hold)
+        try:
+            told.step()
+        finally:
+            del told.grad_scale, told.found_inf
+        return torch.stack([*measured.values(), norm])
+
+    def _read(self, recorded: Sequence["_Recorded"], rollout: Rollout) -> list[dict[str, float]]:
+        """The statistics of recorded updates. Raises `NonFiniteUpdate` for one whose weights did not move for that."""
+        history: list[dict[str, float]] = []
+        if not recorded:
+            return history
+        for done, (*values, norm) in zip(
+            recorded, torch.stack([done.statistics for done in recorded]).tolist(), strict=True
+        ):
+            statistics, skipped = self._judged(dict(zip(STATISTICS, values, strict=True)))
+            if not skipped:
+                if not math.isfinite(statistics["ppo/loss/total"]):
+                    what = f"loss is {statistics['ppo/loss/total']}"
+                    raise self._non_finite(what, rollout, done.rows, done.epoch)
+                if not math.isfinite(norm):
+                    raise self._non_finite(f"gradient norm is {norm}", rollout, done.rows, done.epoch)
+                statistics["ppo/grad_norm"] = norm
+            history.append(statistics)
+        return history
+
+    def _accumulate(
+        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
+    ) -> dict[str, float]:
+        """Adds a mini-batch's gradient to the parameters', unless its mean ratio says that the policy has left."""
+        old = Minibatch.of(rollout, advantages, returns, rows)
+        before = [parameter.grad for parameter in self.parameters()]
+        own = self.processes.share(len(rows))
+        outputs = self.fitting.run(lambda size: self._backward(old, own, size))
+        new = ResponseOutputs(*self.processes.complete(outputs, own, old.mask.shape))
+        statistics, skipped = self._statistics(old, new)
+        if not skipped and not math.isfinite(statistics["ppo/loss/total"]):
+            raise self._non_finite(f"loss is {statistics['ppo/loss/total']}", rollout, rows, epoch)
+        for parameter, earlier in zip(self.parameters(), before, strict=True):
+            if skipped or parameter.grad is None:
+                parameter.grad = earlier
+            elif earlier is not None:
+                parameter.grad += earlier
+        return statistics
+
+    def _backward(self, minibatch: "Minibatch", own: range, size: int) -> Tensor:
+        """The gradient of this process's `own` rows, in groups that fit into memory, and their outputs [3, b, T].
+
+        The loss is a mean over all tokens of the mini-batch, so the groups' gradients add up to its gradient.
+        """
+        self.optimizer.zero_grad()
+        divisor = minibatch.mask.sum() * self.config.gradient_accumulation_steps
+        groups = []
+        for start in range(0, self.processes.largest_share(len(minibatch)), size):
+            rows = own[start : start + size]
+            if not rows:
+                if is_sharded(self.policy):
+                    self._idle_pass(minibatch)
+                continue
+            group = minibatch.rows(rows)
+            new: ResponseOutputs = self.policy(
+                group.samples,
+                temperature=self._temperature,
+                support=group.support,
+            )
+            loss = masked_sum(token_losses(group, new, self.config), group.mask) / divisor
+            loss.backward()  # type: ignore[no-untyped-call]
+            groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
+        return stack_rows(groups, dim=2)
+
+    def _idle_pass(self, minibatch: "Minibatch") -> None:
+        """A dummy pass: other ranks have a group more, and all ranks take part in each all-gather of the weights."""
+        new: ResponseOutputs = self.policy(minibatch.rows(range(1)).samples)
+        loss = 0.0 * (new.logprobs.sum() + new.values.sum())
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _statistics(self, old: "Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
+        """What a whole mini-batch was like, and whether it has to be skipped."""
+        measured = measure(old, new, self.config)
+        # One copy from the device for all of them.
+        return self._judged(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
+
+    def _judged(self, statistics: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """The statistics of a mini-batch, and whether it was skipped."""
+        config = self.config
+        skipped = statistics["ppo/policy/ratio"] > config.ratio_threshold
+        if skipped:
+            warnings.warn(
+                f"mean ratio {statistics['ppo/policy/ratio']:.2f} exceeds ratio_threshold={config.ratio_threshold}: "
+                "mini-batch skipped",
+                stacklevel=2,
+            )
+            statistics |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
+        return statistics | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}, skipped
+
+    def _non_finite(self, what: str, rollout: Rollout, rows: Tensor, epoch: int) -> NonFiniteUpdate:
+        self.optimizer.zero_grad()
+        return NonFiniteUpdate(what, step=self.step, epoch=epoch, rows=rows, samples=rollout.samples.select(rows))

@@ -1,0 +1,42 @@
+"""Sampling without a cache, for models whose cache is none of keys and values, such as Mamba and its hybrids.
+
+Every token reads its whole text again: slow, and the same samples as `generation.generate` where both can.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from plaudit.policy.generation import Draws, sample_tokens
+from plaudit.policy.packing import padded
+from plaudit.policy.samples import Samples
+from plaudit.policy.texts import end_tokens
+from plaudit.settings.policy import GenerationSettings
+
+
+@torch.no_grad()
+def generate_uncached(
+    model: Any, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings, tokenizer: Any
+) -> Samples:
+    """One response for each query; what `generation.generate` gives."""
+    model.eval()
+    device = next(model.parameters()).device
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=device)
+    texts = [list(query) for query in queries]
+    lengths, uniforms = draws.lengths.to(device), draws.uniforms.to(device)
+    rows = torch.arange(len(texts), device=device)
+    for t in range(int(lengths.max())):
+        # The last token of `padded` is no input: one stands in for the token that is to be sampled.
+        whole = Samples.from_lists([texts[row] for row in rows], [[0]] * len(rows), tokenizer.pad_token_id, device)
+        logits = model(**padded(whole, takes_positions=takes_positions).arguments, use_cache=False).logits
+        chosen = sample_tokens(logits[:, -1], uniforms[rows, t], settings)
+        for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+            texts[row].append(token)
+        rows = rows[(lengths[rows] > t + 1) & ~torch.isin(chosen, ends)]
+        if len(rows) == 0:
+            break
+    responses = [text[len(query) :] for text, query in zip(texts, queries, strict=True)]
+    return Samples.from_lists(queries, responses, tokenizer.pad_token_id, device)
