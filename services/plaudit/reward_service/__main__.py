@@ -78,10 +78,12 @@ def api_keys(settings: Settings) -> list[str]:
 
 def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> NoReturn:
     """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
-    from plaudit.reward_service.engine.model_files import ModelError, model_source
+    from plaudit.reward_service.engine.model_files import ModelError
+    from plaudit.reward_service.engine.model_source import ModelOrigins
 
     try:
-        model_source(settings.model)
+        origins = ModelOrigins(settings.model, settings.revision)
+        origins.files()
     except ModelError as error:
         raise StartError(str(error)) from None
 
@@ -94,7 +96,7 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     from plaudit.reward_service.problems import ProblemError
 
     try:
-        app = assemble(settings, keys)
+        app = assemble(settings, keys, origins=origins)
     except (ModelError, TracingError) as error:
         raise StartError(str(error)) from None
     engine = app.state.service.engine

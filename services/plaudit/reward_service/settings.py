@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     )
 
     model: str
-    """Sequence-classification directory or hub id."""
+    """Sequence-classification directory or hub id. Which of the two it is, is decided once, at the start."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; a reload fetches the same one, or fails."""
     label: str | None = None
     """The label whose logit is the reward when a request names none."""
     join: wire.Join = "concat"
