@@ -1,7 +1,7 @@
 """Where the served model comes from: decided once, at the start, and never again.
 
-What would be wrong here: a reload that finds the directory gone and fetches a stranger's repository of the same name, or
-a revision that names other bytes than those that were loaded. Quick to import: no torch, no transformers.
+What would be wrong here: a reload that finds the directory gone and fetches a stranger's repository of the same name,
+or a revision that names other bytes than those that were loaded. Quick to import: no torch, no transformers.
 """
 
 import contextlib

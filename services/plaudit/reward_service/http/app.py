@@ -112,13 +112,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
     )
-    async def model() -> wire.ModelInfo:
-        return service.info()
+    async def model(request: Request) -> Response:
+        return _message(service.info(_request_id(request)))
 
     @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
-    async def reload() -> wire.ModelInfo:
+    async def reload(request: Request) -> Response:
         await service.load_again()
-        return service.info()
+        return _message(service.info(_request_id(request)))
 
     @app.get(wire.LIVEZ_PATH, summary="The process answers")
     async def livez() -> dict[str, str]:
@@ -153,13 +153,37 @@ async def answer_rewards(service: Service, request: Request) -> Response:
         revision=scored.scorer.revision,
         label=scored.scorer.labels[index],
         truncated=scored.truncated,
+        request_id=_request_id(request),
     )
     headers = {"server-timing": server_timing(scored)}
     if _wants_msgpack(request, content_type):
         # Logits are float32 to begin with, so half the bytes lose nothing.
-        packed = msgpack.packb(answer.model_dump(), use_single_float=True)
+        packed = msgpack.packb(answer.model_dump(exclude=_unasked_fields(answer)), use_single_float=True)
         return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
-    return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
+    return _message(answer, headers)
+
+
+def _message(answer: wire.RewardResponse | wire.ModelInfo, headers: dict[str, str] | None = None) -> Response:
+    body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
+    return Response(body, media_type=JSON_TYPE, headers=headers)
+
+
+def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str] | None:
+    """Fields that older clients don't know, and refuse: they didn't ask for them."""
+    return {"request_id"} if answer.request_id is None else None
+
+
+def _request_id(request: Request) -> str | None:
+    sent = request.headers.get(wire.REQUEST_ID_HEADER)
+    if sent is None:
+        return None
+    if not (0 < len(sent) <= wire.MAX_REQUEST_ID_CHARS and sent.isascii() and sent.isprintable()):
+        raise ProblemError(
+            "invalid-request",
+            f"{wire.REQUEST_ID_HEADER} has {len(sent)} characters; send 1 to {wire.MAX_REQUEST_ID_CHARS} printable "
+            "ASCII characters",
+        )
+    return sent
 
 
 def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:

@@ -185,7 +185,7 @@ class Service:
                     raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
                 return scorer
 
-    def info(self) -> wire.ModelInfo:
+    def info(self, request_id: str | None = None) -> wire.ModelInfo:
         scorer = self.engine.scorer
         return wire.ModelInfo(
             id=scorer.id,
@@ -200,6 +200,7 @@ class Service:
                 max_body_bytes=self.limits.max_body_bytes,
                 max_tokens=scorer.max_tokens,
             ),
+            request_id=request_id,
         )
 
     def label_index(self, scorer: Scorer, label: str | None) -> int:
