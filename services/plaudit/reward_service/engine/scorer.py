@@ -15,7 +15,14 @@ import torch
 import transformers
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-from plaudit.reward_service.engine.batching import Encoded, Logits, OutOfMemoryNow, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import (
+    CHARS_PER_TOKEN_LIMIT,
+    Encoded,
+    Logits,
+    OutOfMemoryNow,
+    ScorerLostError,
+    Text,
+)
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
 from plaudit.reward_service.engine.model_files import ModelError, content_revision
 from plaudit.reward_service.engine.model_source import ModelOrigins, held
@@ -23,10 +30,6 @@ from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
 from plaudit.reward_service.engine.self_check import WORDS, Batching, prove
 from plaudit.reward_service.settings import Settings
-
-CHARS_PER_TOKEN_LIMIT = 64
-"""A text is cut to this many characters for each token the model can see, before it is tokenised: a megabyte would
-otherwise hold the tokenizer for a second. English has about 4 characters a token."""
 
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
 """What torch's plain RuntimeError names when an allocation on the CPU fails."""
