@@ -13,6 +13,7 @@ from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.http.service import ServiceLimits
 from plaudit.reward_service.http.tracing import provider_from_environment
+from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.settings import Settings
 
 PRIMITIVES = "128"
@@ -21,7 +22,7 @@ hundred kilobytes. Where every batch has a shape of its own, memory would grow f
 
 
 def assemble(
-    settings: Settings, keys: Sequence[str], *, reloads: bool = True, origins: ModelOrigins | None = None
+    settings: Settings, keys: Sequence[str] | Keys, *, reloads: bool = True, origins: ModelOrigins | None = None
 ) -> FastAPI:
     """Load the model, start the engine, and put the application over it. Raises `ModelError` and `TracingError`.
 
@@ -40,7 +41,9 @@ def assemble(
     engine = Engine(scorer, batch_tokens=settings.batch_tokens, max_queue_tokens=settings.max_queue_tokens).start()
     return create_app(
         engine,
-        limits=ServiceLimits(settings.max_items, settings.max_text_chars, settings.max_body_bytes),
+        limits=ServiceLimits(
+            settings.max_items, settings.max_text_chars, settings.max_body_bytes, settings.max_held_bytes
+        ),
         default_label=settings.label,
         join=settings.join,
         api_keys=keys,
