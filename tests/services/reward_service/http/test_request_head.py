@@ -23,7 +23,8 @@ def service(classifier_dir: Path) -> Iterator[RewardService]:
 
 def head(size: int, *, path: str = "/v1/rewards", start: str = "X-Much: ") -> bytes:
     """The request line and headers of a request for rewards, filled up to `size` bytes."""
-    line = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n{start}"
+    line = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    line += f"Content-Length: {len(BODY)}\r\n{start}"
     return line.encode() + b"x" * (size - len(line) - 4) + b"\r\n\r\n"
 
 
