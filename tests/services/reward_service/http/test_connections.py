@@ -178,14 +178,16 @@ def test_the_bound_on_connections_leaves_files_for_other_uses() -> None:
 
 def test_parked_bodies_have_one_bound_together_and_small_requests_still_find_room() -> None:
     limits = ServiceLimits(max_body_bytes=1_000_000, max_held_bytes=4_000_000)
-    head = request(b"Host: x", JSON, b"Content-Length: 1000000")
+    head = request(b"Host: x", b"Connection: keep-alive", JSON, b"Content-Length: 1000000")
     with serving(limits=limits) as port, ExitStack() as stack:
         parked = []
         for _ in range(12):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
             connection.sendall(head + b"x" * 999_000)
             parked.append(connection)
-        refused = b"".join(iter(lambda: parked[-1].recv(65536), b""))
+        refused = b""
+        while not refused.endswith(b"}"):
+            refused += parked[-1].recv(65536)
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"bytes of requests are held" in refused
         assert b"retry-after: 1" in refused
