@@ -142,9 +142,6 @@ class _Item:
     def sort_key(self) -> tuple[int, int, int]:
         return (self.job.generation, self.length, self.order)
 
-    def __lt__(self, other: "_Item") -> bool:
-        return (self.finish, self.order) < (other.finish, other.order)
-
 
 @dataclass(eq=False, slots=True)
 class _Slice:
@@ -181,11 +178,12 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._arrival: list[_Item] = []
+        self._arrival: list[tuple[float, int, _Item]] = []
+        """A heap, in order of turns: when it would be finished, and of two the earlier one."""
         self._by_length: list[_Item] = []
 
     def add(self, item: _Item) -> None:
-        heapq.heappush(self._arrival, item)
+        heapq.heappush(self._arrival, (item.finish, item.order, item))
         if not item.job.scorer.packed:
             bisect.insort(self._by_length, item, key=lambda waiting: waiting.sort_key)
 
@@ -194,11 +192,11 @@ class Waiting:
         dropped: list[_Item] = []
         now = time.monotonic()
         while self._arrival:
-            oldest = self._arrival[0]
+            oldest = self._arrival[0][2]
             if oldest.taken:
                 heapq.heappop(self._arrival)
             elif _abandoned(oldest, now):
-                self._drop(heapq.heappop(self._arrival), dropped)
+                self._drop(heapq.heappop(self._arrival)[2], dropped)
             else:
                 batch = (
                     self._take_in_order(budget, now, dropped)
@@ -220,7 +218,7 @@ class Waiting:
         batch: list[_Item] = []
         tokens = 0
         while self._arrival:
-            item = self._arrival[0]
+            item = self._arrival[0][2]
             if batch and (tokens + item.length > budget or item.job.generation != batch[0].job.generation):
                 break
             heapq.heappop(self._arrival)

@@ -285,7 +285,7 @@ def test_a_caller_with_one_text_passes_a_caller_with_a_thousand(make_engine: Cal
         await asyncio.to_thread(scorer.entered.acquire)
         await until(lambda: len(engine._waiting._arrival) >= 20)
         small = engine.submit(texts("b" * 7), caller="small")
-        await until(lambda: any(item.job is small for item in engine._waiting._arrival))
+        await until(lambda: any(item.job is small for _, _, item in list(engine._waiting._arrival)))
         scorer.open()
         await asyncio.gather(small.future, greedy.future)
 
@@ -330,7 +330,7 @@ def test_two_large_requests_are_served_in_turns(make_engine: Callable[..., Engin
         await asyncio.to_thread(scorer.entered.acquire)
         jobs = [engine.submit(texts(*[letter * 100] * 40), caller=letter) for letter in ("a", "b")]
         await until(lambda: len(engine._waiting._arrival) == 80)
-        letters = "".join(item.job.caller for item in sorted(engine._waiting._arrival))
+        letters = "".join(item.job.caller for _, _, item in sorted(engine._waiting._arrival))
         assert letters != "a" * 40 + "b" * 40
         assert max(map(len, letters.replace("ab", "a b").replace("ba", "b a").split())) < 20
         scorer.open()
