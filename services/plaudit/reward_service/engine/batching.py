@@ -34,7 +34,9 @@ CHARS_PER_TOKEN_ESTIMATE = 4
 """Of plain ASCII. Other texts are taken for a token a character: Chinese is, and combining marks are nearly."""
 SLICE_BATCHES = 4
 """Batches that a slice may fill. Requests of up to that size are answered one after the other, larger ones in turns."""
-SLICE_CHARS = 64 * 1024
+NEARLY_EMPTY = 1 / 16
+"""Share of its bound up to which a queue takes a job that is larger than the whole bound."""
+SLICE_CHARS = 32 * 1024
 """Characters tokenised in one go. The tokenizer takes some 200 bytes for each of them while it works."""
 MAX_RETRY_AFTER_S = 120
 RATE_SMOOTHING = 0.2
@@ -271,7 +273,7 @@ class Engine:
     """Admits jobs, tokenises, batches, runs the model, answers. Start it with `start()`, end it with `close()`.
 
     `max_queue_tokens` bounds what is admitted and not yet answered. Admission is atomic: all of a job or none of it. A
-    job larger than the whole bound is admitted only into an empty queue. A full queue still takes a caller's job, as
+    job larger than the whole bound is admitted only into a queue that is nearly empty. A full queue still takes a caller's job, as
     long as the caller has no more than its share and all but the largest caller together no more than the bound.
     """
 
@@ -404,6 +406,8 @@ class Engine:
     def _has_room(self, tokens: int, caller: str) -> bool:
         if not self._queued_tokens or self._queued_tokens + tokens <= self.max_queue_tokens:
             return True
+        if tokens > self.max_queue_tokens and self._queued_tokens <= NEARLY_EMPTY * self.max_queue_tokens:
+            return caller not in self._callers
         mine = self._callers.get(caller)
         largest = max(known.tokens for known in self._callers.values())
         share = self.max_queue_tokens // (len(self._callers) + (mine is None))

@@ -24,7 +24,7 @@ MAX_PARTS = 16 * wire.MAX_ITEMS_PER_REQUEST + 2048
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 64
 """Of a number in JSON. Python's floats have 24 at most; an integer of thousands takes its square in time."""
-TURN_S = 0.01
+TURN_S = 0.003
 """How long a large body may keep the event loop before others have their turn."""
 PIECE_BYTES = 64 * 1024
 
