@@ -273,8 +273,9 @@ class Engine:
     """Admits jobs, tokenises, batches, runs the model, answers. Start it with `start()`, end it with `close()`.
 
     `max_queue_tokens` bounds what is admitted and not yet answered. Admission is atomic: all of a job or none of it. A
-    job larger than the whole bound is admitted only into a queue that is nearly empty. A full queue still takes a caller's job, as
-    long as the caller has no more than its share and all but the largest caller together no more than the bound.
+    job larger than the whole bound is admitted only into a queue that is nearly empty. A full queue still takes a
+    caller's job, as long as the caller has no more than its share and all but the largest caller together no more than
+    the bound.
     """
 
     def __init__(
