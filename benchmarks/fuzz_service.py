@@ -10,11 +10,13 @@ The service's own count of its answers is printed beside.
 """
 
 import argparse
+import contextlib
 import http.client
 import json
 import math
 import random
 import re
+import socket
 import sys
 import time
 import warnings
@@ -87,7 +89,7 @@ class Tally:
 
     @property
     def server_errors(self) -> int:
-        return sum(count for status, count in self.statuses.items() if status >= 500)
+        return sum(count for status, count in self.statuses.items() if status >= 500 and status != 501)
 
     def __str__(self) -> str:
         statuses = ", ".join(f"{count} x {status}" for status, count in sorted(self.statuses.items()))
@@ -337,6 +339,76 @@ def _damaged(body: bytes, draw: random.Random) -> bytes:
     return body
 
 
+SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+"""What must never be answered: it stands where a body, a trailer or nothing at all belongs."""
+
+
+def by_framing(url: str, count: int, seed: int) -> Tally:
+    """Heads whose framing two servers may read differently. Each connection gets one answer, or none, and is closed."""
+    tally = Tally()
+    draw = random.Random(seed)
+    port = int(url.rpartition(":")[2])
+    with timed(tally):
+        for _ in range(count):
+            sent = _framed(draw)
+            received = b""
+            reset = contextlib.suppress(ConnectionError)
+            with reset, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                connection.sendall(sent)
+                while piece := connection.recv(65536):
+                    received += piece
+            statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
+            tally.statuses[int(statuses[0]) if statuses else 0] += 1
+            if len(statuses) > 1:
+                tally.wrong[f"{len(statuses)} answers to {sent[:200]!r}"] += 1
+            elif statuses and not (statuses[0] == b"200" or b"4" <= statuses[0] < b"5" or statuses[0] == b"501"):
+                tally.wrong[f"{statuses[0].decode()} to {sent[:200]!r}"] += 1
+    return tally
+
+
+def _framed(draw: random.Random) -> bytes:
+    body = json.dumps(EXAMPLES[wire.REWARDS_PATH]).encode()
+    chunked = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
+    chunked += (
+        draw.choice([b"", b"X-Trailer: a\r\n", b"Content-Length: 0\r\n", b"Authorization: Bearer a\r\n"]) + b"\r\n"
+    )
+    fields = [b"Connection: close", b"Content-Type: application/json"]
+    fields += draw.choice([[], [b"Host: x"], [b"Host: x"], [b"Host: x"], [b"Host: x", b"Host: y"], [b"Host: x y"]])
+    fields += draw.choice(
+        [
+            [b"Content-Length: %d" % len(body)],
+            [b"Transfer-Encoding: chunked"],
+            [b"Transfer-Encoding: gzip, chunked"],
+            [b"Transfer-Encoding: chunked, chunked"],
+            [b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)],
+            [b"Transfer-Encoding : chunked"],
+            [b"Content-Length: %d" % len(body)] * 2,
+            [b"Content-Length: +%d" % len(body)],
+            [b"Content-Length: 0"],
+            [],
+        ]
+    )
+    if draw.random() < 0.2:
+        fields[0] = b"Connection: Upgrade, close"
+        fields.append(draw.choice([b"Upgrade: h2c", b"Upgrade: websocket"]))
+    if draw.random() < 0.1:
+        fields.append(
+            draw.choice([b" folded", b"X-Bad\0: a", b"No-Colon", b"X-Long: " + b"a" * draw.choice([100, 70_000])])
+        )
+    draw.shuffle(fields)
+    line = b"%s %s HTTP/%s" % (
+        draw.choice([b"POST", b"POST", b"POST", b"GET", b"PUT", b"post"]),
+        draw.choice([b"/v1/rewards", b"/livez", b"//livez", b"http://y/livez", b"*", b"/v1/rewards?a=\xff"]),
+        draw.choice([b"1.1", b"1.1", b"1.1", b"1.0", b"2.0", b"9"]),
+    )
+    end = draw.choice([b"\r\n", b"\r\n", b"\r\n", b"\n"])
+    sent = end.join([line, *fields, b"", b""]) + (chunked if any(b"chunked" in field for field in fields) else body)
+    if draw.random() < 0.1:  # one byte is another
+        place = draw.randrange(len(sent))
+        sent = sent[:place] + bytes([draw.randrange(256)]) + sent[place + 1 :]
+    return sent + b"\r\n\r\n" + SMUGGLED
+
+
 def counted_by_the_service(url: str) -> Counter[str]:
     """The service's own count of its answers, by status."""
     counts: Counter[str] = Counter()
@@ -348,8 +420,9 @@ def counted_by_the_service(url: str) -> Counter[str]:
 
 PARTS: dict[str, tuple[Callable[[str, int, int], Tally], float]] = {
     "schema": (by_schema, 0.05),
-    "texts": (by_texts, 0.45),
-    "bytes": (by_bytes, 0.5),
+    "texts": (by_texts, 0.4),
+    "bytes": (by_bytes, 0.45),
+    "framing": (by_framing, 0.1),
 }
 """What makes the requests, and its share of them."""
 

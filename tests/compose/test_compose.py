@@ -96,7 +96,7 @@ class Stack:
 
     def replicas_up(self) -> int:
         """How many reward services the balancer sends requests to."""
-        code = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:8404{STATISTICS}').read().decode())"
+        code = f"import urllib.request as r; print(r.urlopen('http://127.0.0.1:8405{STATISTICS}').read().decode())"
         return replicas_up_in(docker("exec", *self.containers("balancer"), "python3", "-c", code))
 
     def kill_and_restart(self, replica: str) -> tuple[int, int]:

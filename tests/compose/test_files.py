@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -181,3 +182,33 @@ def test_the_dashboard_asks_for_metrics_that_the_reward_service_has() -> None:
     }
     assert asked
     assert asked <= exposed
+
+
+def test_every_container_is_confined_and_bounded() -> None:
+    for name, service in load(COMPOSE_FILES[0])["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"], name
+        assert service["mem_limit"], name
+
+
+@pytest.mark.parametrize("image", ["reward", "trainer"])
+def test_the_images_dependencies_are_locked_with_their_hashes(image: str) -> None:
+    text = (ROOT / "deploy" / f"{image}.lock").read_text()
+    locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE))
+    assert len(locked) == len(re.findall(r"^\S", text, re.MULTILINE)), "each has a version and a hash"
+    assert not {"torch", "triton"} & locked.keys()
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    extras = {"reward": ("reward", "otel"), "trainer": ("trainer",)}[image]
+    needs = subprocess.run(
+        [sys.executable, "deploy/requirements.py", *extras], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in re.findall(r"^[\w-]+", needs, re.MULTILINE):
+        if name not in ("torch", "uvloop"):
+            assert locked[name.lower().replace("_", "-")] == pinned.get(name, locked[name.lower().replace("_", "-")])
+
+
+def test_a_base_image_is_an_argument() -> None:
+    for name in ("Dockerfile.reward", "Dockerfile.trainer", "deploy/balancer/Dockerfile"):
+        assert "ARG BASE_IMAGE=python:3.11-slim\nFROM ${BASE_IMAGE}\n" in (ROOT / name).read_text()

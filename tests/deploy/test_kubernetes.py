@@ -98,3 +98,17 @@ def test_every_image_has_a_name_to_replace() -> None:
         container["image"] for name in OURS for container in manifests()[name]["spec"]["template"]["spec"]["containers"]
     }
     assert images == {image["name"] for image in kustomization()["images"]}
+
+
+def test_pods_talk_to_whom_they_must_and_the_key_comes_from_a_secret() -> None:
+    all_of_them = manifests()
+    assert all_of_them["NetworkPolicy/nobody"]["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    trainer, reward = (all_of_them[f"NetworkPolicy/{name}"]["spec"] for name in ("trainer", "reward"))
+    labels = all_of_them["Deployment/reward"]["spec"]["template"]["metadata"]["labels"]
+    assert reward["podSelector"]["matchLabels"] == labels
+    assert trainer["egress"][0]["to"][0]["podSelector"]["matchLabels"] == labels
+    assert reward["ingress"][0]["from"][0]["podSelector"] == trainer["podSelector"]
+    for kind, variable in (("Deployment/reward", "REWARD_API_KEY"), ("Job/trainer", "PLAUDIT_REWARD_API_KEY")):
+        [container] = all_of_them[kind]["spec"]["template"]["spec"]["containers"]
+        [entry] = [entry for entry in container["env"] if entry["name"] == variable]
+        assert entry["valueFrom"]["secretKeyRef"] == {"name": "reward-key", "key": "api-key"}

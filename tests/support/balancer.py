@@ -25,6 +25,9 @@ def balancer_file(
     text = config.read_text()
     for old, new in {
         "bind :8000": f"bind 127.0.0.1:{port}",
+        # One port for both: in the image the statistics have one that only the container itself reaches.
+        "    http-request return status 404\n": "    stats enable\n    stats uri /\n",
+        "bind 127.0.0.1:8405": "bind 127.0.0.1:0",
         "bind :8404": f"bind 127.0.0.1:{operations}",
         REPLICAS: servers,
     }.items():

@@ -15,6 +15,11 @@ from typing import Any
 READY_TIMEOUT_S = 120.0
 
 
+def python_path(tree: Path) -> str:
+    """Where Python finds the code of a checkout."""
+    return os.pathsep.join((str(tree / "services"), str(tree / "trainer")))
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -52,6 +57,14 @@ class RewardService:
         self._process: subprocess.Popen[str] | None = None
         self.begin()
         self.wait_until_ready()
+
+    def run_code_of(self, tree: Path | None) -> None:
+        """From the next `begin` on, run the code of another checkout; None is this one."""
+        self._environment.pop("PYTHONPATH", None)
+        if tree is not None:
+            self._environment["PYTHONPATH"] = python_path(tree)
+        elif "PYTHONPATH" in os.environ:
+            self._environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
 
     @property
     def running(self) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from plaudit.reward_service.keys import KeyFileError, Keys, keys_in, require_usable
 from plaudit.reward_service.settings import Secrets, Settings
 
 EXIT_USAGE = 2
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
-        keys = api_keys(settings)
+        keys = all_keys(settings)
         with _bound_socket(settings.host, settings.port) as listener:
             serve(settings, keys, listener)
     except StartError as error:
@@ -61,27 +62,48 @@ def parse_settings(arguments: list[str]) -> Settings:
 
 def api_keys(settings: Settings) -> list[str]:
     """The accepted bearer keys: REWARD_API_KEY and the lines of --api-key-file."""
-    secret = Secrets().api_key
-    keys = [secret.get_secret_value()] if secret is not None else []
-    if settings.api_key_file is not None:
-        try:
-            lines = settings.api_key_file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
-        keys += [line.strip() for line in lines if line.strip()]
-        if not keys:
-            raise StartError(f"--api-key-file {settings.api_key_file} holds no key; write one a line")
-    if any(not key.strip() for key in keys):
-        raise StartError("REWARD_API_KEY is empty; set a key or unset it")
+    try:
+        keys = _key_in_environment("REWARD_API_KEY", Secrets().api_key)
+        if settings.api_key_file is not None:
+            keys += keys_in(settings.api_key_file, "--api-key-file")
+    except KeyFileError as error:
+        raise StartError(str(error)) from None
     return keys
 
 
-def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> NoReturn:
+def all_keys(settings: Settings) -> Keys:
+    """The same and the administrators', with files that are read again when they change. Raises `StartError`."""
+    secrets = Secrets()
+    try:
+        return Keys(
+            _key_in_environment("REWARD_API_KEY", secrets.api_key),
+            file=settings.api_key_file,
+            admin_keys=_key_in_environment("REWARD_ADMIN_KEY", secrets.admin_key),
+            admin_file=settings.admin_key_file,
+            log=_log,
+        )
+    except KeyFileError as error:
+        raise StartError(str(error)) from None
+
+
+def _key_in_environment(name: str, secret: SecretStr | None) -> list[str]:
+    if secret is None:
+        return []
+    key = secret.get_secret_value().strip()  # a line end comes along where the variable is made from a file
+    if not key:
+        raise StartError(f"{name} is empty; set a key or unset it")
+    require_usable(key, name)
+    return [key]
+
+
+def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
     """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
-    from plaudit.reward_service.engine.model_files import ModelError, model_source
+    from plaudit.reward_service.engine.model_files import ModelError
+    from plaudit.reward_service.engine.model_source import ModelOrigins
 
     try:
-        model_source(settings.model)
+        origins = ModelOrigins(settings.model, settings.revision)
+        origins.files()
     except ModelError as error:
         raise StartError(str(error)) from None
 
@@ -94,7 +116,7 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     from plaudit.reward_service.problems import ProblemError
 
     try:
-        app = assemble(settings, keys)
+        app = assemble(settings, keys, origins=origins)
     except (ModelError, TracingError) as error:
         raise StartError(str(error)) from None
     engine = app.state.service.engine
@@ -103,11 +125,21 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
     def announce() -> None:
         collector.settle()
         if settings.ready_file is not None:
-            _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+            try:
+                _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+            except OSError as error:
+                print(
+                    f"{PROGRAM}: --ready-file {settings.ready_file} can't be written ({error.strerror}): make room, or "
+                    "name another place",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EXIT_USAGE)
         assert isinstance(engine.scorer, TransformersScorer)
         _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
 
     async def reload() -> None:
+        keys.look_again()
         try:
             reloaded = await app.state.service.load_again()
             assert isinstance(reloaded, TransformersScorer)
@@ -115,7 +147,9 @@ def serve(settings: Settings, keys: Sequence[str], listener: socket.socket) -> N
         except ProblemError as problem:
             _log("reload-failed", detail=problem.detail)
 
-    Server(app, settings.grace_s, Hooks(announce, reload, _log)).run(sockets=[listener])
+    Server(app, settings.grace_s, Hooks(announce, reload, _log), max_connections=settings.max_connections).run(
+        sockets=[listener]
+    )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
     if app.state.traces is not None:
@@ -154,7 +188,9 @@ def _url(host: str, port: int) -> str:
 
 def _write_whole(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.unlink(missing_ok=True)  # the name may be a link to somebody's file
+    with part.open("x", encoding="utf-8") as file:
+        file.write(text)
     part.replace(path)
 
 

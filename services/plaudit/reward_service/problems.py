@@ -5,8 +5,10 @@ from typing import Any
 from plaudit import wire
 
 STATUS = {
+    "malformed-request": 400,
     "malformed-body": 400,
     "unauthorized": 401,
+    "forbidden": 403,
     "not-found": 404,
     "method-not-allowed": 405,
     "request-timeout": 408,
@@ -25,15 +27,20 @@ STATUS = {
     "scoring-failed": 500,
     "non-finite-score": 500,
     "internal-error": 500,
+    "unknown-transfer-coding": 501,
     "draining": 503,
     "not-ready": 503,
     "out-of-memory": 503,
+    "overloaded": 503,
+    "too-many-connections": 503,
     "deadline-exceeded": 504,
 }
 """Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504; what
 `wire.FINAL_PROBLEMS` names comes again with the same request."""
 
 RETRY_AFTER_DRAIN_S = 1
+MAX_DETAIL_CHARS = 2000
+"""A detail may quote the request, which may have put megabytes there."""
 
 
 class ProblemError(Exception):
@@ -42,6 +49,8 @@ class ProblemError(Exception):
     def __init__(
         self, name: str, detail: str, *, item: int | None = None, retry_after_s: int | None = None, **extra: Any
     ) -> None:
+        if len(detail) > MAX_DETAIL_CHARS:
+            detail = f"{detail[:MAX_DETAIL_CHARS]}…"
         super().__init__(detail)
         self.name = name
         self.status = STATUS[name]

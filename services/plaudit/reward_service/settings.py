@@ -34,7 +34,9 @@ class Settings(BaseSettings):
     )
 
     model: str
-    """Sequence-classification directory or hub id."""
+    """Sequence-classification directory or hub id. Which of the two it is, is decided once, at the start."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; a reload fetches the same one, or fails."""
     label: str | None = None
     """The label whose logit is the reward when a request names none."""
     join: wire.Join = "concat"
@@ -63,10 +65,17 @@ class Settings(BaseSettings):
     """Characters one prompt or response may hold."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
     """Bytes one request body may hold."""
+    max_held_bytes: Annotated[int, Field(gt=0)] = 128 * 1024 * 1024
+    """Bytes that the bodies of all requests may hold together, until they are answered; more is refused with 503."""
+    max_connections: Annotated[int, Field(gt=0)] = 1024
+    """Connections that may be open; fewer if the system allows fewer files. Health answers beyond it too."""
     cache_items: Annotated[int, Field(ge=0)] = 0
     """Scores kept for texts that come again; 0 keeps none."""
     api_key_file: Path | None = None
-    """File with the accepted bearer keys, one a line. REWARD_API_KEY in the environment holds a single one."""
+    """File with the accepted bearer keys, one a line, read again when it changes. REWARD_API_KEY in the environment
+    holds a single one."""
+    admin_key_file: Path | None = None
+    """File with the keys that may also reload the model. REWARD_ADMIN_KEY in the environment holds a single one."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -80,6 +89,15 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> "Settings":
+        if self.max_held_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"--max-held-bytes {self.max_held_bytes} is less than --max-body-bytes {self.max_body_bytes}: not even "
+                "one body would fit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _int8_is_for_cpus(self) -> "Settings":
@@ -100,3 +118,4 @@ class Secrets(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="REWARD_", extra="ignore", frozen=True)
 
     api_key: SecretStr | None = None
+    admin_key: SecretStr | None = None

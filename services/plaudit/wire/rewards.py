@@ -12,6 +12,9 @@ REWARDS_PATH = "/v1/rewards"
 MODEL_PATH = "/v1/model"
 LIVEZ_PATH = "/livez"
 READYZ_PATH = "/readyz"
+REQUEST_ID_HEADER = "plaudit-request-id"
+"""A client that sends this header gets its value back as `request_id` in the body: proof that the answer is its own."""
+MAX_REQUEST_ID_CHARS = 128
 PROBLEM_CONTENT_TYPE = "application/problem+json"
 
 MAX_ITEMS_PER_REQUEST = 1024
@@ -51,6 +54,8 @@ class RewardResponse(_Message):
     label: str | None = None
     truncated: list[int] = []
     """Indices of items whose text was cut to the model's length."""
+    request_id: str | None = None
+    """What the request's `Plaudit-Request-Id` header said; left out when there was none, as older clients expect."""
 
 
 class Limits(_Message):
@@ -74,6 +79,8 @@ class ModelInfo(_Message):
     dtype: str = "fp32"
     """The number format that the model computes in."""
     limits: Limits
+    request_id: str | None = None
+    """As in `RewardResponse`. A service that leaves it out is older than request ids."""
 
 
 class Problem(BaseModel):

@@ -147,3 +147,15 @@ def test_a_single_step_and_equal_rewards_still_draw():
     document = render_report(title="", evaluation=compare(same, same), samples=rows, training=TRAINING[:1])
     assert document.count("data:image/svg+xml") == 2
     assert "+0.00" in document
+
+
+def test_no_text_in_samples_csv_is_a_formula(tmp_path):
+    rows = [
+        Sample(text, text, "- a list", 0.1, -0.2) for text in ('=HYPERLINK("http://evil","x")', "@SUM(1)", "+1", "a=b")
+    ]
+    write_samples(tmp_path / "samples.csv", rows)
+    with (tmp_path / "samples.csv").open(encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["query"] for row in read] == ['\'=HYPERLINK("http://evil","x")', "'@SUM(1)", "'+1", "a=b"]
+    assert {row["response_after"] for row in read} == {"'- a list"}
+    assert {float(row["reward_after"]) for row in read} == {-0.2}

@@ -159,3 +159,19 @@ def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default() -> None
     assert checkpoints.check_same_run(saved, to_dict(PPOConfig())) == []
     with pytest.raises(ConfigError, match=r"model\.compile: False -> True"):
         checkpoints.check_same_run(saved, to_dict(PPOConfig(model=ModelSettings(compile=True))))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"[]",
+        b"\xff\xfe",
+        b"{",
+        b'{"format": 1, "step": "../../etc", "config": {}, "reward_revision": null}',
+        b"[" * 99999,
+    ],
+)
+def test_a_malformed_manifest_is_one_clear_line(tmp_path: Path, manifest: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    with pytest.raises(ConfigError, match=r"not a checkpoint .* name a directory checkpoints/step-NNNNNN"):
+        checkpoints.read_checkpoint(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from plaudit.rewards.errors import Exchange, RewardRejected
-from plaudit.run.storage import NotWritten, writing
+from plaudit.run.storage import NotWritten, files_of, write_text, writing
 
 UNREACHABLE = ConnectionRefusedError(111, "Connect call failed")
 
@@ -42,3 +42,22 @@ def test_a_refusal_is_told_also_when_its_exchange_finds_no_place(tmp_path: Path)
     rejected = RewardRejected("401: send a valid key", Exchange("POST", "http://judge/v1/rewards", "{}", 401))
     rejected.leave_in(file / "run")
     assert rejected.__notes__ == [f"the request and the answer could not be written to {file / 'run'}: Not a directory"]
+
+
+def test_a_link_at_a_temporary_name_leads_nowhere(tmp_path: Path) -> None:
+    victim, directory = tmp_path / "victim", tmp_path / "vd"
+    victim.write_text("precious")
+    directory.mkdir()
+    (directory / "keep").write_text("precious")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.writing").symlink_to(victim)
+    write_text(out / "run.json", "ours")
+    assert victim.read_text() == "precious"
+    assert (out / "run.json").read_text() == "ours"
+    assert not (out / "run.json").is_symlink()
+    (out / ".writing").symlink_to(directory, target_is_directory=True)
+    with files_of(out) as beside:
+        (beside / "a").write_text("x")
+    assert (out / "a").read_text() == "x"
+    assert [path.name for path in directory.iterdir()] == ["keep"]

@@ -23,6 +23,8 @@ SAMPLES_ON_CONSOLE = 8
 SMOOTHING = 0.8
 """Weight of the past in the moving average of the training curves."""
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -46,14 +48,21 @@ def pair_samples(prompts: Sequence[str], before: Answers, after: Answers) -> lis
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """samples.csv: query, response_before, response_after, reward_before, reward_after."""
+    """samples.csv: query, response_before, response_after, reward_before, reward_after.
+
+    A text that a spreadsheet would run as a formula has an apostrophe in front.
+    """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("query", "response_before", "response_after", "reward_before", "reward_after"))
         for row in samples:
-            writer.writerow(
-                (row.query, row.response_before, row.response_after, repr(row.reward_before), repr(row.reward_after))
-            )
+            texts = map(_as_text, (row.query, row.response_before, row.response_after))
+            writer.writerow((*texts, repr(row.reward_before), repr(row.reward_after)))
+
+
+def _as_text(text: str) -> str:
+    """What a spreadsheet shows as it is."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def render_report(

@@ -54,7 +54,12 @@ class RewardClient:
             raise ConfigError(
                 "reward.url is empty: give the reward service's address, for example --reward.url http://127.0.0.1:8000"
             )
-        self._clients = {c.name: _http_client(c, settings) for c in self._components if c.function is None}
+        # The key in the environment was given for the first reward's URLs. Others are perhaps another company's.
+        self._clients = {
+            c.name: _http_client(c, settings, os.environ.get(API_KEY_VARIABLE) if index == 0 else None)
+            for index, c in enumerate(self._components)
+            if c.function is None
+        }
 
         def open_source(component: RewardComponent) -> Source | FunctionSource:
             if component.function is not None:
@@ -206,13 +211,13 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     return [task.result() for task in tasks]
 
 
-def _http_client(component: RewardComponent, settings: RewardSettings) -> httpx.AsyncClient:
+def _http_client(component: RewardComponent, settings: RewardSettings, key: str | None) -> httpx.AsyncClient:
     in_flight = settings.max_in_flight * len(component.url)
     tls = _tls(component)
     # Hedged chunks and descriptions may come on top of the chunks in flight.
     limits = httpx.Limits(max_connections=2 * in_flight, max_keepalive_connections=in_flight)
     return httpx.AsyncClient(
-        headers=_headers(component),
+        headers=_headers(component, key),
         verify=tls,
         timeout=httpx.Timeout(settings.request_timeout_s, connect=settings.connect_timeout_s),
         limits=limits,
@@ -236,9 +241,9 @@ def _ways(
     return ways
 
 
-def _headers(component: RewardComponent) -> dict[str, str]:
-    headers = {"Accept": "application/json", "User-Agent": "plaudit"}
-    key = os.environ.get(API_KEY_VARIABLE)
+def _headers(component: RewardComponent, key: str | None) -> dict[str, str]:
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "plaudit"}
+    key = key.strip() if key is not None else None
     if component.api_key_file is not None:
         try:
             key = component.api_key_file.read_text(encoding="utf-8-sig").strip()

@@ -1,6 +1,9 @@
 """One endpoint: one request, one answer, and a verdict on what went wrong. It never waits and never tries again."""
 
 import asyncio
+import json
+import logging
+import secrets
 import ssl
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,17 +13,30 @@ from urllib.parse import unquote, urlsplit
 import httpx
 from pydantic import ValidationError
 
-from plaudit.rewards.errors import Exchange, RewardRejected
+from plaudit.rewards.answers import Unreadable, break_if_more_came, read, without
+from plaudit.rewards.errors import KEPT_HEADERS, Exchange, RewardRejected, shown
 from plaudit.rewards.protocols import DIALECTS, recognise
 from plaudit.rewards.protocols.base import BrokenBody, Dialect, UnusableAnswer
 from plaudit.rewards.proxies import Proxy
 from plaudit.rewards.settings import RewardComponent, without_credentials
-from plaudit.wire import FINAL_PROBLEMS, ModelInfo, Problem, RewardItem, RewardResponse
+from plaudit.wire import (
+    FINAL_PROBLEMS,
+    MODEL_PATH,
+    REQUEST_ID_HEADER,
+    ModelInfo,
+    Problem,
+    RewardItem,
+    RewardResponse,
+)
+
+log = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429})
 """The refusals that pass with time. So does every 5xx but 501, 505 and those that say they don't."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
+MAX_NAME_CHARS = 1000
+SHORTEST_SECRET = 4
 MAX_ANSWER_BYTES = 16 * 2**20
 """More than any answer to `wire.MAX_ITEMS_PER_REQUEST` texts needs; what is longer is not kept in memory."""
 
@@ -31,7 +47,7 @@ class Trouble(Exception):
     def __init__(
         self, message: str, *, retry_after_s: float | None = None, server_error: bool = False, exchange: Exchange
     ) -> None:
-        super().__init__(message)
+        super().__init__(shown(message))
         self.retry_after_s = retry_after_s
         self.server_error = server_error
         """The server took the request and failed on it (500): the request itself may be the reason."""
@@ -65,27 +81,55 @@ class Endpoint:
         self._dialect: Dialect | None = None if component.kind == "auto" else DIALECTS[component.kind](component)
         self._http = http
         self._auth = _basic_auth(url)
+        self._secrets = _secrets(url, http.headers, component)
         self._request_timeout_s = request_timeout_s
         host = urlsplit(self.url).hostname
         self._via = f", through {proxy}; NO_PROXY={host} goes around it" if proxy is not None else ""
+        self._warned_of_age = False
 
     async def describe(self) -> ModelInfo:
         """Ask which model answers. Raises `Trouble` while it isn't ready, `RewardRejected` when it won't ever be."""
 
+        ids: dict[str, str] = {}
+
         async def get(path: str) -> bytes:
             exchange = Exchange("GET", self.url + path, "")
-            return await self._exchange(exchange, min(DESCRIBE_TIMEOUT_S, self._request_timeout_s))
+            ids[path] = secrets.token_hex(8)
+            return await self._exchange(exchange, min(DESCRIBE_TIMEOUT_S, self._request_timeout_s), ids[path])
 
         try:
             if self._dialect is None:
                 self._dialect = await recognise(self._component, get)
-            self.info = await self._dialect.describe(get)
+            info = await self._dialect.describe(get)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=Exchange("GET", self.url, "")) from error
         except UnusableAnswer as error:
             spoken = f" as {self._dialect.name}" if self._dialect else ""
             raise RewardRejected(f"{self.url} can't be used{spoken}: {error}") from error
-        return self.info
+        for name in (info.id, info.revision, *info.labels):
+            if len(name) > MAX_NAME_CHARS or not name.isprintable():
+                raise RewardRejected(
+                    f"{self.url} describes its model with a name that can't be shown: {name[:80]!r}. Names are at most "
+                    f"{MAX_NAME_CHARS} printable characters; look at what serves there"
+                )
+        if info.request_id not in (None, ids.get(MODEL_PATH)):
+            raise self._not_ours(info.request_id, ids[MODEL_PATH], Exchange("GET", self.url + MODEL_PATH, ""))
+        if info.request_id is None and self._dialect.name == "plaudit" and not self._warned_of_age:
+            self._warned_of_age = True
+            log.warning(
+                "%s is a reward service from before request ids: its answers are not checked to belong to their "
+                "requests. Update it when you can.",
+                self.url,
+            )
+        self.info = info
+        return info
+
+    def _not_ours(self, came: str | None, sent: str, exchange: Exchange) -> Trouble:
+        return Trouble(
+            f"{self.url}: an answer to another request (request_id {came!r:.200} for {sent!r}); something between here "
+            "and the service mixes answers up",
+            exchange=exchange,
+        )
 
     async def score(self, items: Sequence[RewardItem]) -> tuple[RewardResponse, Exchange]:
         """One finite reward for each item, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
@@ -94,14 +138,18 @@ class Endpoint:
         label = self._component.label
         call = self._dialect.encode(items)
         exchange = Exchange("POST", self.url + call.path, call.body.decode())
-        body = await self._exchange(exchange, self._request_timeout_s)
-        answered = _answered(exchange, 200, {}, body)
+        request_id = secrets.token_hex(8)
+        body = await self._exchange(exchange, self._request_timeout_s, request_id)
+        answered = self._answered(exchange, 200, {}, body)
         try:
             answer = self._dialect.decode(body, info)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
         except UnusableAnswer as error:
             raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
+        if answer.request_id != request_id and (answer.request_id, info.request_id) != (None, None):
+            self.info = None  # it may have become an older service since it was asked
+            raise self._not_ours(answer.request_id, request_id, answered)
         if len(answer.rewards) != len(items):
             raise RewardRejected(
                 f"{self.url}: {len(items)} items were sent and {len(answer.rewards)} rewards came back", answered
@@ -110,7 +158,7 @@ class Endpoint:
             raise RewardRejected(f"{self.url}: label {label!r} was asked for and {answer.label!r} came back", answered)
         return answer, answered
 
-    async def _exchange(self, exchange: Exchange, timeout_s: float) -> bytes:
+    async def _exchange(self, exchange: Exchange, timeout_s: float, request_id: str) -> bytes:
         try:
             async with (
                 asyncio.timeout(timeout_s),
@@ -118,11 +166,20 @@ class Endpoint:
                     exchange.method,
                     exchange.url,
                     content=exchange.request.encode() or None,
-                    headers={"Content-Type": "application/json"} if exchange.request else None,
+                    headers={REQUEST_ID_HEADER: request_id}
+                    | ({"Content-Type": "application/json"} if exchange.request else {}),
                     auth=self._auth,
                 ) as response,
             ):
-                body, whole = await _read(response)
+                try:
+                    body, whole = await read(response, MAX_ANSWER_BYTES)
+                except Unreadable as error:
+                    if response.status_code == 200:
+                        came = self._answered(exchange, 200, dict(response.headers), b"")
+                        raise RewardRejected(f"{self.url}: {error}", came) from error
+                    body, whole = b"", True  # the status says enough
+                if await break_if_more_came(response):
+                    log.warning("%s sent more than was asked for; the connection is closed", self.url)
         except TimeoutError as error:
             raise Trouble(
                 f"{self.url}: no whole answer within {timeout_s:g} s{self._via}", exchange=exchange
@@ -136,10 +193,10 @@ class Endpoint:
                 ) from error
             raise Trouble(f"{self.url}: {_in_words(error)}{self._via}", exchange=exchange) from error
         status = response.status_code
-        answered = _answered(exchange, status, dict(response.headers), body)
+        answered = self._answered(exchange, status, dict(response.headers), body)
         if status == 200 and not whole:
             raise RewardRejected(
-                f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes, beginning {_quote(body)}", answered
+                f"{self.url} answered with more than {MAX_ANSWER_BYTES} bytes, beginning {self._quote(body)}", answered
             )
         return self._accept(response, body, answered)
 
@@ -150,7 +207,7 @@ class Endpoint:
             if exchange.method == "POST" and "json" not in kind:
                 raise RewardRejected(
                     f"{self.url} answered {kind or 'something untyped'} instead of JSON: a proxy, a login page or "
-                    f"another server is in the way{self._via}: {_quote(body)}",
+                    f"another server is in the way{self._via}: {self._quote(body)}",
                     exchange,
                 )
             return body
@@ -158,7 +215,7 @@ class Endpoint:
         passing = self._dialect.retried_statuses if self._dialect else frozenset()
         if not final and (status in RETRIED_STATUSES | passing or (status >= 500 and status not in (501, 505))):
             raise Trouble(
-                f"{self.url}: {_in_short(response, body)}{self._via}",
+                f"{self.url}: {self._in_short(response, body)}{self._via}",
                 retry_after_s=_retry_after_s(response),
                 server_error=status == 500 or status in passing,
                 exchange=exchange,
@@ -171,21 +228,24 @@ class Endpoint:
         if status in (401, 403):
             raise RewardRejected(
                 f"{exchange.url} refuses the credentials ({status} {response.reason_phrase}): put the key into "
-                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {_quote(body)}",
+                f"--reward.api-key-file or PLAUDIT_REWARD_API_KEY. {self._quote(body)}",
                 exchange,
             )
         what = "can't score this, now or later" if final else "refuses the request"
-        raise RewardRejected(f"{exchange.url} {what}: {_in_short(response, body)}{self._via}", exchange)
+        raise RewardRejected(f"{exchange.url} {what}: {self._in_short(response, body)}{self._via}", exchange)
 
+    def _answered(self, exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
+        """What came back, fit to be kept: without what the server repeats of our keys, and without its cookies."""
+        kept = {name: without(value, self._secrets) for name, value in headers.items() if name in KEPT_HEADERS}
+        answer = without(body.decode(errors="replace"), self._secrets)
+        return Exchange(exchange.method, exchange.url, exchange.request, status, kept, answer)
 
-async def _read(response: httpx.Response) -> tuple[bytes, bool]:
-    """The body, and whether that is all of it: one without an end would fill the memory."""
-    body = bytearray()
-    async for part in response.aiter_bytes():
-        body += part
-        if len(body) > MAX_ANSWER_BYTES:
-            return bytes(body[:MAX_ANSWER_BYTES]), False
-    return bytes(body), True
+    def _in_short(self, response: httpx.Response, body: bytes) -> str:
+        said = f"{response.status_code} {response.reason_phrase}".strip()
+        return ": ".join(filter(None, (said, self._quote(body))))
+
+    def _quote(self, body: bytes) -> str:
+        return without(_quote(body), self._secrets)
 
 
 def _basic_auth(url: str) -> httpx.BasicAuth | None:
@@ -196,12 +256,13 @@ def _basic_auth(url: str) -> httpx.BasicAuth | None:
     return httpx.BasicAuth(unquote(parts.username), unquote(parts.password or ""))
 
 
-def _answered(exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
-    return Exchange(exchange.method, exchange.url, exchange.request, status, headers, body.decode(errors="replace"))
-
-
-def _in_short(response: httpx.Response, body: bytes) -> str:
-    return ": ".join(filter(None, (f"{response.status_code} {response.reason_phrase}".strip(), _quote(body))))
+def _secrets(url: str, headers: httpx.Headers, component: RewardComponent) -> list[str]:
+    """What is sent that proves who we are, in the forms that a server may repeat it in."""
+    parts = urlsplit(url)
+    sent = [headers.get("authorization", "").removeprefix("Bearer "), unquote(parts.password or "")]
+    sent += [line.partition(":")[2].strip() for line in component.header]
+    long_enough = {secret for secret in sent if len(secret) >= SHORTEST_SECRET}
+    return sorted(long_enough | {json.dumps(secret)[1:-1] for secret in long_enough}, key=len, reverse=True)
 
 
 def _quote(body: bytes) -> str:
@@ -211,7 +272,7 @@ def _quote(body: bytes) -> str:
     except ValidationError:
         return " ".join(body[: 4 * QUOTED_CHARS].decode(errors="replace").split())[:QUOTED_CHARS]
     labels = f" (labels: {', '.join(problem.labels)})" if problem.labels else ""
-    return problem.detail + labels
+    return problem.detail[: 4 * QUOTED_CHARS] + labels[: 4 * QUOTED_CHARS]
 
 
 def _no_use_in_another_try(body: bytes) -> bool:

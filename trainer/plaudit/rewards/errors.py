@@ -2,11 +2,20 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, PlauditError
+
+MAX_MESSAGE_CHARS = 4000
+KEPT_HEADERS = frozenset(
+    ("content-encoding", "content-length", "content-type", "date", "location", "retry-after", "server", "x-request-id")
+)
+"""Of an answer's headers, what helps a person. Cookies and challenges are not among them."""
+TERMINAL_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What JSON leaves as it is and a terminal doesn't. JSON itself escapes the controls below 32."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,10 @@ class Exchange:
 
 
 class RewardError(PlauditError):
-    """No reward. The caller must not go on without one."""
+    """No reward. The caller must not go on without one. The message is safe to print, whatever a server put into it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
 
 
 class RewardUnavailable(RewardError):
@@ -51,7 +63,10 @@ class RewardRejected(RewardError):
             self.add_note(f"the request and the answer could not be written to {directory}: {error.strerror}")
 
     def save(self, directory: Path) -> Path:
-        """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path."""
+        """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path.
+
+        Only the file's owner may read it: it holds the run's texts.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "rejected-reward.json"
         record = {
@@ -59,6 +74,23 @@ class RewardRejected(RewardError):
             "time": datetime.now(UTC).isoformat(),
             "exchange": asdict(self.exchange) if self.exchange else None,
         }
+        text = json.dumps(record, indent=2, ensure_ascii=False)
+        text = TERMINAL_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
         beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.unlink(missing_ok=True)  # the name may be a link to somebody's file
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
         return beside.replace(path)
+
+
+def shown(text: str) -> str:
+    """The text without control characters, so that no server clears the screen or fills the clipboard; and bounded.
+
+    Line ends stay: messages of our own have several lines.
+    """
+    cut = text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}… ({len(text)} characters)"
+    return "".join(
+        char if char.isprintable() or char == "\n" else " " if char == "\t" else "\N{REPLACEMENT CHARACTER}"
+        for char in cut
+    )

@@ -48,7 +48,8 @@ class RewardComponent:
     header: tuple[str, ...] = ()
     """Further request header, for example "X-Tenant: blue"."""
     api_key_file: Path | None = None
-    """File with the bearer token; the environment variable PLAUDIT_REWARD_API_KEY is the other way."""
+    """File with the bearer token. For the first reward, PLAUDIT_REWARD_API_KEY in the environment is the other way; it
+    is sent to no other reward's URLs."""
     ca_file: Path | None = None
     """PEM file of the certificate authority that signed an https endpoint's certificate."""
     function: str | None = None

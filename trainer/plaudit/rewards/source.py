@@ -20,7 +20,7 @@ from typing import TypeVar
 import stamina
 
 from plaudit.rewards.endpoint import Endpoint, Trouble
-from plaudit.rewards.errors import Exchange, RewardRejected, RewardUnavailable
+from plaudit.rewards.errors import Exchange, RewardRejected, RewardUnavailable, shown
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
@@ -257,7 +257,9 @@ class Source:
                     "of two models don't compare. Serve the first one again, or give --reward.allow-revision-change.",
                     exchange,
                 )
-            log.warning("%s answers with reward model revision %s, so far it was %s", url, revision, self.revision)
+            log.warning(
+                "%s answers with reward model revision %s, so far it was %s", url, shown(revision), self.revision
+            )
         self.revision = revision
 
 

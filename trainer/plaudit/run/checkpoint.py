@@ -152,12 +152,18 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """The checkpoint in `directory`. Raises ConfigError when there is none or this version can't read it."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise TypeError("its manifest is no JSON object")
         if manifest["format"] != FORMAT:
             raise ConfigError(f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
-        return Checkpoint(
-            directory, manifest["step"], manifest["config"], manifest["reward_revision"], manifest.get("inputs", {})
-        )
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        step, config, revision = manifest["step"], manifest["config"], manifest["reward_revision"]
+        if not (type(step) is int and step >= 0 and isinstance(config, dict) and isinstance(revision, str | None)):
+            raise TypeError(f"its manifest holds step {step!r:.80}, and settings and a revision of the wrong kind")
+        inputs = manifest.get("inputs", {})
+        if not isinstance(inputs, dict):
+            raise TypeError("its manifest holds inputs of the wrong kind")
+        return Checkpoint(directory, step, config, revision, inputs)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{directory}: not a checkpoint ({error}); name a directory checkpoints/step-NNNNNN"
         ) from error
@@ -256,5 +262,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _remove(directory: Path) -> None:
     """Deletes a checkpoint, its manifest first: without it, what a kill leaves is litter."""
+    if directory.is_symlink():
+        directory.unlink()  # what it points to is not ours
+        return
     (directory / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

@@ -45,7 +45,9 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.writing")
     with writing(path):
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.unlink(missing_ok=True)  # the name may be a link to somebody's file
+            with beside.open("x", encoding="utf-8") as file:
+                file.write(text)
             sync(beside)
             beside.replace(path)
         except OSError:
@@ -61,6 +63,8 @@ def files_of(directory: Path) -> Iterator[Path]:
     """
     beside = directory / ".writing"
     with writing(directory):
+        if beside.is_symlink():
+            beside.unlink()  # to somebody's directory; ours is made anew
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         try:

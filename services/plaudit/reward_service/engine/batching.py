@@ -3,14 +3,18 @@
 Two threads a service: one tokenises whatever has arrived, one runs the model on whatever is tokenised (one such thread
 for each replica of the model). A batch forms while the previous one runs, so nobody ever waits for company. The event
 loop only waits for futures.
+
+Callers share the model fairly. A request is cut into slices, and each slice gets the time at which it would be finished
+if the callers' requests ran side by side at the same speed (weighted fair queueing: Demers, Keshav and Shenker, 1989).
+Slices are served in the order of those times, so a caller with one text passes a caller with thousands.
 """
 
 import asyncio
 import bisect
+import heapq
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,7 +27,17 @@ Text = tuple[str, str | None]
 Logits = tuple[float, ...]
 """One row of the model's output, a number for each label."""
 
+CHARS_PER_TOKEN_LIMIT = 64
+"""A text is cut to this many characters for each token the model can see, before it is tokenised: a megabyte would
+otherwise hold the tokenizer for a second. English has about 4 characters a token."""
 CHARS_PER_TOKEN_ESTIMATE = 4
+"""Of plain ASCII. Other texts are taken for a token a character: Chinese is, and combining marks are nearly."""
+SLICE_BATCHES = 4
+"""Batches that a slice may fill. Requests of up to that size are answered one after the other, larger ones in turns."""
+NEARLY_EMPTY = 1 / 16
+"""Share of its bound up to which a queue takes a job that is larger than the whole bound."""
+SLICE_CHARS = 32 * 1024
+"""Characters tokenised in one go. The tokenizer takes some 200 bytes for each of them while it works."""
 MAX_RETRY_AFTER_S = 120
 RATE_SMOOTHING = 0.2
 
@@ -91,6 +105,7 @@ class Job:
     """One request's texts. They are admitted together, judged by one model, and answered together."""
 
     texts: Sequence[Text]
+    """Emptied as they are tokenised; `count` says how many there were."""
     scorer: Scorer
     generation: int
     loop: asyncio.AbstractEventLoop
@@ -99,6 +114,8 @@ class Job:
     """What the job holds of the queue's bound: estimated from characters until it is tokenised."""
     admitted_at: float
     deadline: float | None = None
+    caller: str = ""
+    count: int = 0
     items: "list[_Item]" = field(default_factory=list)
     open_items: int = 0
     over: bool = False
@@ -114,6 +131,8 @@ class _Item:
     index: int
     encoded: Encoded
     order: int
+    finish: float = 0.0
+    """When its slice would be finished if callers ran side by side; the least is served first."""
     logits: Logits | None = None
     taken: bool = False
 
@@ -126,19 +145,47 @@ class _Item:
         return (self.job.generation, self.length, self.order)
 
 
-class Waiting:
-    """Tokenised texts that wait for the model. The oldest is always in the next batch, so nothing starves.
+@dataclass(eq=False, slots=True)
+class _Slice:
+    """Texts `start` to `stop` of a job, which are tokenised together."""
 
-    Without padding a batch is filled in order of arrival. With padding it is filled with the length neighbours of the
-    oldest, because a batch then costs as much as its longest text times its rows.
+    job: Job
+    start: int
+    stop: int
+    tokens: int
+    """Estimated."""
+    finish: float
+    order: int
+
+    def __lt__(self, other: "_Slice") -> bool:
+        return (self.finish, self.order) < (other.finish, other.order)
+
+
+@dataclass(eq=False, slots=True)
+class _Caller:
+    """Somebody with open jobs."""
+
+    jobs: int = 0
+    tokens: int = 0
+    finish: float = 0.0
+    """When the last of its slices would be finished."""
+
+
+class Waiting:
+    """Tokenised texts that wait for the model. The one whose turn it is is always in the next batch: nothing starves.
+
+    Without padding a batch is filled in order of turns, for one caller that is the order of arrival. With padding it is
+    filled with the length neighbours of the first, because a batch then costs as much as its longest text times its
+    rows.
     """
 
     def __init__(self) -> None:
-        self._arrival: deque[_Item] = deque()
+        self._arrival: list[tuple[float, int, _Item]] = []
+        """A heap, in order of turns: when it would be finished, and of two the earlier one."""
         self._by_length: list[_Item] = []
 
     def add(self, item: _Item) -> None:
-        self._arrival.append(item)
+        heapq.heappush(self._arrival, (item.finish, item.order, item))
         if not item.job.scorer.packed:
             bisect.insort(self._by_length, item, key=lambda waiting: waiting.sort_key)
 
@@ -147,11 +194,11 @@ class Waiting:
         dropped: list[_Item] = []
         now = time.monotonic()
         while self._arrival:
-            oldest = self._arrival[0]
+            oldest = self._arrival[0][2]
             if oldest.taken:
-                self._arrival.popleft()
+                heapq.heappop(self._arrival)
             elif _abandoned(oldest, now):
-                self._drop(self._arrival.popleft(), dropped)
+                self._drop(heapq.heappop(self._arrival)[2], dropped)
             else:
                 batch = (
                     self._take_in_order(budget, now, dropped)
@@ -173,10 +220,10 @@ class Waiting:
         batch: list[_Item] = []
         tokens = 0
         while self._arrival:
-            item = self._arrival[0]
+            item = self._arrival[0][2]
             if batch and (tokens + item.length > budget or item.job.generation != batch[0].job.generation):
                 break
-            self._arrival.popleft()
+            heapq.heappop(self._arrival)
             item.taken = True
             if _abandoned(item, now):
                 dropped.append(item)
@@ -226,7 +273,9 @@ class Engine:
     """Admits jobs, tokenises, batches, runs the model, answers. Start it with `start()`, end it with `close()`.
 
     `max_queue_tokens` bounds what is admitted and not yet answered. Admission is atomic: all of a job or none of it. A
-    job larger than the whole bound is admitted only into an empty queue.
+    job larger than the whole bound is admitted only into a queue that is nearly empty. A full queue still takes a
+    caller's job, as long as the caller has no more than its share and all but the largest caller together no more than
+    the bound.
     """
 
     def __init__(
@@ -251,7 +300,10 @@ class Engine:
         self._queued_items = 0
         self._order = 0
         self._open: set[Job] = set()
-        self._arrived: deque[Job] = deque()
+        self._arrived: list[_Slice] = []
+        self._callers: dict[str, _Caller] = {}
+        self._virtual = 0.0
+        """Tokens that each caller would have got by now, if all had run side by side."""
         self._waiting = Waiting()
         self._closing = False
         lock = threading.Lock()
@@ -327,28 +379,67 @@ class Engine:
         self.metrics.model.remove(old.id, old.revision, old.dtype)
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
 
-    def submit(self, texts: Sequence[Text], *, deadline: float | None = None) -> Job:
+    def submit(self, texts: Sequence[Text], *, deadline: float | None = None, caller: str = "") -> Job:
         """Admit all of `texts` or raise `ProblemError`. Await `job.future`; call `abandon(job)` to give up on it.
 
-        `deadline` is on the clock of `time.monotonic()`. Must be called in a running event loop.
+        `deadline` is on the clock of `time.monotonic()`. Callers are served fairly. Must be called in a running event
+        loop.
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         with self._lock:
             self.require_open()
             scorer = self.scorer
-            tokens = sum(_estimated_tokens(text, scorer.max_tokens) for text in texts)
-            if self._queued_tokens and self._queued_tokens + tokens > self.max_queue_tokens:
+            estimates = [_estimated_tokens(text, scorer.max_tokens) for text in texts]
+            tokens = sum(estimates)
+            if not self._has_room(tokens, caller):
                 raise self._queue_full(tokens)
-            job = Job(texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline)
-            job.open_items = len(texts)
+            job = Job(texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller)
+            job.count = job.open_items = len(texts)
             self._open.add(job)
             self._queued_tokens += tokens
             self._queued_items += len(texts)
-            self._arrived.append(job)
+            self._slice(job, estimates)
             self._to_tokenize.notify()
         self.metrics.admitted_items.inc(len(texts))
         return job
+
+    def _has_room(self, tokens: int, caller: str) -> bool:
+        if not self._queued_tokens or self._queued_tokens + tokens <= self.max_queue_tokens:
+            return True
+        if tokens > self.max_queue_tokens and self._queued_tokens <= NEARLY_EMPTY * self.max_queue_tokens:
+            return caller not in self._callers
+        mine = self._callers.get(caller)
+        largest = max(known.tokens for known in self._callers.values())
+        share = self.max_queue_tokens // (len(self._callers) + (mine is None))
+        return (mine.tokens if mine else 0) + tokens <= share and (
+            self._queued_tokens - largest + tokens <= self.max_queue_tokens
+        )
+
+    def _slice(self, job: Job, estimates: Sequence[int]) -> None:
+        """Put the job's texts in line, a slice at a time."""
+        caller = self._callers.setdefault(job.caller, _Caller())
+        caller.jobs += 1
+        caller.tokens += job.tokens
+        finish = max(self._virtual, caller.finish)
+        most = SLICE_BATCHES * self.batch_tokens
+        most_chars = job.scorer.max_tokens * CHARS_PER_TOKEN_LIMIT
+        start = tokens = chars = 0
+        for index, estimate in enumerate(estimates):
+            size = min(_chars(job.texts[index]), most_chars)
+            if index > start and (tokens + estimate > most or chars + size > SLICE_CHARS):
+                finish += tokens
+                self._push(_Slice(job, start, index, tokens, finish, 0))
+                start, tokens, chars = index, 0, 0
+            tokens += estimate
+            chars += size
+        caller.finish = finish + tokens
+        self._push(_Slice(job, start, len(estimates), tokens, caller.finish, 0))
+
+    def _push(self, part: _Slice) -> None:
+        self._order += 1
+        part.order = self._order
+        heapq.heappush(self._arrived, part)
 
     def abandon(self, job: Job) -> None:
         """The client has gone or its deadline has passed: what hasn't run yet will not."""
@@ -381,57 +472,64 @@ class Engine:
                     self._to_tokenize.wait()
                 if self._closing:
                     return
-                jobs = self._take_arrived()
-            self._tokenize_jobs(jobs)
-            del jobs  # while this thread is idle, they would keep the model in memory that they were for
+                parts = self._take_arrived()
+            self._tokenize_parts(parts)
+            del parts  # while this thread is idle, they would keep the model in memory that they were for
 
-    def _tokenize_jobs(self, jobs: list[Job]) -> None:
+    def _tokenize_parts(self, parts: list[_Slice]) -> None:
         started = time.monotonic()
-        done = [job for job in jobs if self._tokenize(job, started)]
+        done = [(part, self._tokenize(part, started)) for part in parts]
         finished = time.monotonic()
         with self._lock:
-            for job in done:
-                if job not in self._open:
+            for part, items in done:
+                job = part.job
+                if not items or job not in self._open:
                     continue  # failed along with everything while it was tokenised
-                job.tokenized_at = finished
-                job.tokenize_s = finished - job.admitted_at
-                exact = sum(item.length for item in job.items)
-                self._queued_tokens += exact - job.tokens
-                job.tokens = exact
-                for item in job.items:
+                if not job.items:
+                    job.tokenized_at = finished
+                    job.tokenize_s = finished - job.admitted_at
+                more = sum(item.length for item in items) - part.tokens
+                self._queued_tokens += more
+                job.tokens += more
+                self._callers[job.caller].tokens += more
+                job.items += items
+                for item in items:
                     self._order += 1
                     item.order = self._order
                     self._waiting.add(item)
             self._to_score.notify_all()
 
-    def _take_arrived(self) -> list[Job]:
-        """About one batch of jobs: more would keep the model waiting for texts that it can't use yet."""
-        jobs = [self._arrived.popleft()]
-        tokens = jobs[0].tokens
+    def _take_arrived(self) -> list[_Slice]:
+        """About one batch: more would keep the model waiting for texts that it can't use yet."""
+        parts = [heapq.heappop(self._arrived)]
+        tokens = parts[0].tokens
         while self._arrived and tokens + self._arrived[0].tokens <= self.batch_tokens:
-            jobs.append(self._arrived.popleft())
-            tokens += jobs[-1].tokens
-        return jobs
+            parts.append(heapq.heappop(self._arrived))
+            tokens += parts[-1].tokens
+        return parts
 
-    def _tokenize(self, job: Job, now: float) -> bool:
+    def _tokenize(self, part: _Slice, now: float) -> list[_Item]:
+        """The slice's items; none where its job has come to an end."""
+        job = part.job
         if job.over or (job.deadline is not None and now >= job.deadline):
-            self.metrics.dropped_items.inc(len(job.texts))
+            self.metrics.dropped_items.inc(part.stop - part.start)
             self._settle(
                 [(job, ProblemError("deadline-exceeded", "the deadline passed before the text was tokenised"))]
             )
-            return False
+            return []
         try:
-            encodings = job.scorer.encode(job.texts)
+            encodings = job.scorer.encode(job.texts[part.start : part.stop])
         except Exception as error:
             self._settle([(job, _scoring_failed(error, None))])
-            return False
-        for index, encoded in enumerate(encodings):
+            return []
+        for index, encoded in enumerate(encodings, part.start):
             if not encoded.ids:
                 problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
                 self._settle([(job, problem)])
-                return False
-        job.items = [_Item(job, index, encoded, 0) for index, encoded in enumerate(encodings)]
-        return True
+                return []
+        if part.stop == job.count:
+            job.texts = ()  # a full queue need not hold them as well
+        return [_Item(job, index, encoded, 0, part.finish) for index, encoded in enumerate(encodings, part.start)]
 
     def _score_loop(self, replica: int) -> None:
         while True:
@@ -449,6 +547,7 @@ class Engine:
     def _run(self, batch: list[_Item], dropped: list[_Item], replica: int) -> None:
         started = time.monotonic()
         with self._lock:
+            self._virtual += sum(item.length for item in batch) / max(1, len(self._callers))
             for item in batch:
                 if item.job.first_batch_at is None:
                     item.job.first_batch_at = started
@@ -515,7 +614,12 @@ class Engine:
                     continue
                 self._open.remove(job)
                 self._queued_tokens -= job.tokens
-                self._queued_items -= len(job.texts)
+                self._queued_items -= job.count
+                caller = self._callers[job.caller]
+                caller.jobs -= 1
+                caller.tokens -= job.tokens
+                if not caller.jobs:
+                    del self._callers[job.caller]
                 job.over = True
             answer = problem or self._answer(job, now)
             # An item knows its job. If the job went on knowing its items, only a full collection would free either.
@@ -545,7 +649,7 @@ class Engine:
     def _fail_everything(self, problem: ProblemError) -> None:
         with self._lock:
             jobs = list(self._open)
-            self._arrived.clear()
+            self._arrived = []
             self._waiting = Waiting()
         self._settle([(job, problem) for job in jobs])
 
@@ -561,8 +665,14 @@ def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
 
 
 def _estimated_tokens(text: Text, max_tokens: int) -> int:
-    chars = len(text[0]) + len(text[1] or "")
-    return min(max_tokens, 2 + chars // CHARS_PER_TOKEN_ESTIMATE)
+    first, second = text
+    if first.isascii() and (second is None or second.isascii()):
+        return min(max_tokens, 2 + _chars(text) // CHARS_PER_TOKEN_ESTIMATE)
+    return min(max_tokens, 2 + _chars(text))
+
+
+def _chars(text: Text) -> int:
+    return len(text[0]) + len(text[1] or "")
 
 
 def _scoring_failed(error: Exception, index: int | None) -> ProblemError:

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from plaudit import demo_models
 
 VOCABULARY_FILES = ("*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken", "*.vocab", "*.dict")
 """Vocabularies that are neither JSON nor plain text: SentencePiece's and older ones."""
@@ -32,9 +31,12 @@ class ModelSource:
         return (self.directory,) if self.base is None else (self.directory, self.base)
 
 
-def model_source(model: str) -> ModelSource:
-    """The files of `model`, and those of its base model if it is a directory of adapters."""
-    directory = model_directory(model)
+def model_source(model: str, directory_of: Callable[[str, str | None], Path]) -> ModelSource:
+    """The files of `model`, and those of its base model if it is a directory of adapters.
+
+    `directory_of` gives the directory of a model, at the revision that adapters may name.
+    """
+    directory = directory_of(model, None)
     described = directory / ADAPTER_CONFIG
     if not described.is_file():
         return ModelSource(directory)
@@ -48,7 +50,7 @@ def model_source(model: str) -> ModelSource:
         raise ModelError(f"{model} holds {ADAPTER_CONFIG} and no adapter_model.safetensors; give a complete directory")
     base, revision = _named_base(model, described)
     try:
-        found = model_directory(base, revision)
+        found = directory_of(base, revision)
     except ModelError as error:
         raise ModelError(f"{model} holds adapters for another model, which {ADAPTER_CONFIG} names: {error}") from error
     if (found / ADAPTER_CONFIG).is_file():
@@ -83,32 +85,28 @@ def _named_base(model: str, described: Path) -> tuple[str, str | None]:
     return base, revision if isinstance(revision, str) else None
 
 
-def model_directory(model: str, revision: str | None = None) -> Path:
-    """The directory `model`, else the embedded model of that name, else the local snapshot of the hub id.
+def looks_like_a_path(model: str) -> bool:
+    """Whether `model` can't be a hub id: those are `name` or `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
 
-    The only pickles are weights.
-    """
-    path = Path(demo_models.resolve(model)).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelError(f"{model} is a file; give the directory that holds the model")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"there is no directory {model}; give a sequence-classification directory or a hub id")
+
+def snapshot(model: str, revision: str | None = None) -> Path:
+    """The local copy of the hub's `model`, at `revision` where it is pinned. The only pickles are weights."""
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=list(MODEL_FILES)))
-        if not list(snapshot.glob("*.safetensors")):
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=list(MODEL_FILES)))
+        if not list(found.glob("*.safetensors")):
             patterns = [*MODEL_FILES, *LEGACY_WEIGHTS]
-            snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+            found = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # its own, the network's, and what its HTTP library makes of a proxy variable
         reason = (str(error).strip().splitlines() or ["no message"])[0]
+        at = f" at revision {revision}" if revision is not None else ""
         raise ModelError(
-            f"{model} is neither a directory here nor a model the hub gives ({type(error).__name__}: {reason}); "
+            f"{model}{at} is neither a directory here nor a model the hub gives ({type(error).__name__}: {reason}); "
             "give a sequence-classification directory or a hub id that can be reached"
         ) from error
-    return snapshot
+    return found
 
 
 def content_revision(*directories: Path) -> str:
@@ -119,7 +117,7 @@ def content_revision(*directories: Path) -> str:
     digest = hashlib.sha256()
     for place, directory in enumerate(directories):
         digest.update(b"\0base\n" * place)
-        for path in _files(directory):
+        for path in model_files(directory):
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
             digest.update(f"{path.name}\0{content}\n".encode())
@@ -128,10 +126,11 @@ def content_revision(*directories: Path) -> str:
 
 def file_stamps(*directories: Path) -> list[tuple[str, int, int, int]]:
     """Name, inode, size and time of each file that makes the revision: equal twice, nothing changed between."""
-    stamps = ((path.name, path.stat()) for directory in directories for path in _files(directory))
+    stamps = ((path.name, path.stat()) for directory in directories for path in model_files(directory))
     return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stamps]
 
 
-def _files(directory: Path) -> list[Path]:
+def model_files(directory: Path) -> list[Path]:
+    """The files that make the revision, by name."""
     files = {path for pattern in (*MODEL_FILES, *LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
     return sorted(files, key=lambda file: file.name)

@@ -15,38 +15,42 @@ import torch
 import transformers
 from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
-from plaudit.reward_service.engine.batching import Encoded, Logits, OutOfMemoryNow, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import (
+    CHARS_PER_TOKEN_LIMIT,
+    Encoded,
+    Logits,
+    OutOfMemoryNow,
+    ScorerLostError,
+    Text,
+)
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
-from plaudit.reward_service.engine.model_files import ModelError, content_revision, file_stamps, model_source
+from plaudit.reward_service.engine.model_files import ModelError, content_revision
+from plaudit.reward_service.engine.model_source import ModelOrigins, held
 from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
 from plaudit.reward_service.engine.self_check import WORDS, Batching, prove
 from plaudit.reward_service.settings import Settings
 
-CHARS_PER_TOKEN_LIMIT = 64
-"""A text is cut to this many characters for each token the model can see, before it is tokenised: a megabyte would
-otherwise hold the tokenizer for a second. English has about 4 characters a token."""
-
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
 """What torch's plain RuntimeError names when an allocation on the CPU fails."""
 
 
-def load_scorer(settings: Settings) -> "TransformersScorer":
-    """The scorer that `settings` ask for, warmed up and proven on its own model. Raises `ModelError`."""
+def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "TransformersScorer":
+    """The scorer that `settings` ask for, warmed up and proven on its own model. Raises `ModelError`.
+
+    `origins` is what was decided at the start, so that a reload reads the same place.
+    """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
     devices = _devices(settings)
-    source = model_source(settings.model)
+    source = (origins or ModelOrigins(settings.model, settings.revision)).files()
     try:
-        before = file_stamps(*source.directories)
-        revision = content_revision(*source.directories)
-        loaded = read_model(source, settings)
-        changed = file_stamps(*source.directories) != before
+        with held(source) as files:
+            revision = content_revision(*files.directories)
+            loaded = read_model(files, settings)
     except (OSError, KeyError) as error:
         raise ModelError(f"{settings.model} can't be read: {one_line(error)}") from error
-    if changed:
-        raise ModelError(f"{settings.model} changed while it was being read; try again when it is complete")
     if settings.label is not None and settings.label not in loaded.labels:
         raise ModelError(f"{settings.model} has no label {settings.label!r}; its labels are {', '.join(loaded.labels)}")
     scorer = TransformersScorer(loaded, revision, devices, settings)

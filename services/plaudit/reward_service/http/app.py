@@ -6,7 +6,7 @@ Handlers only parse, submit and wait; nothing here runs long enough to hold up t
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 from fastapi import FastAPI, Request, Response
@@ -21,8 +21,9 @@ from plaudit.reward_service.engine.cache import ScoreCache
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.reward_service.http import openapi, tracing
 from plaudit.reward_service.http.fast_route import HotRoute
-from plaudit.reward_service.http.middleware import INTERNAL_ERROR, PUBLIC_PATHS, Gate, problem_response
+from plaudit.reward_service.http.middleware import INTERNAL_ERROR, PUBLIC_PATHS, RELOAD_PATH, Gate, problem_response
 from plaudit.reward_service.http.openapi import JSON_TYPE
+from plaudit.reward_service.http.reading import is_small, read_json, read_msgpack
 from plaudit.reward_service.http.service import (
     ClientGoneError,
     Service,
@@ -31,14 +32,17 @@ from plaudit.reward_service.http.service import (
     too_long,
     too_many,
 )
+from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.problems import ProblemError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 MAX_REPORTED_ERRORS = 10
+MAX_PATH_CHARS = 200
+REQUEST_FIELDS = frozenset(wire.RewardRequest.model_fields)
+ITEM_FIELDS = frozenset(wire.RewardItem.model_fields)
 MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
-RELOAD_PATH = "/v1/model:reload"
 METRICS_PATH = "/metrics"
 DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
 
@@ -55,7 +59,7 @@ def create_app(
     limits: ServiceLimits | None = None,
     default_label: str | None = None,
     join: wire.Join = "concat",
-    api_keys: Sequence[str] = (),
+    api_keys: Sequence[str] | Keys = (),
     cache: ScoreCache | None = None,
     reload: Callable[[], Scorer] | None = None,
     traces: "TracerProvider | None" = None,
@@ -77,7 +81,8 @@ def create_app(
     app.state.traces = traces
     refusals = {ProblemError: _problem_response, ClientGoneError: _client_gone_response}
     app.add_middleware(HotRoute, path=wire.REWARDS_PATH, handler=partial(answer_rewards, service), refusals=refusals)
-    app.add_middleware(Gate, keys=api_keys, engine=engine)
+    app.state.keys = api_keys if isinstance(api_keys, Keys) else Keys(api_keys)
+    app.add_middleware(Gate, keys=app.state.keys, engine=engine)
     if traces is not None:
         app.add_middleware(tracing.Traced, provider=traces, quiet=PUBLIC_PATHS | {METRICS_PATH})
     for kind, refuse in refusals.items():
@@ -112,13 +117,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
     )
-    async def model() -> wire.ModelInfo:
-        return service.info()
+    async def model(request: Request) -> Response:
+        return _message(service.info(_request_id(request)))
 
     @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
-    async def reload() -> wire.ModelInfo:
+    async def reload(request: Request) -> Response:
         await service.load_again()
-        return service.info()
+        return _message(service.info(_request_id(request)))
 
     @app.get(wire.LIVEZ_PATH, summary="The process answers")
     async def livez() -> dict[str, str]:
@@ -144,7 +149,8 @@ async def answer_rewards(service: Service, request: Request) -> Response:
     """What `POST /v1/rewards` does, by whichever way it came in."""
     content_type = _content_type(request)
     body = await service.read_body(request)
-    wanted = parse_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
+    wanted = await read_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
+    del body
     index = service.label_index(service.engine.scorer, wanted.label)
     scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
     answer = wire.RewardResponse(
@@ -153,26 +159,50 @@ async def answer_rewards(service: Service, request: Request) -> Response:
         revision=scored.scorer.revision,
         label=scored.scorer.labels[index],
         truncated=scored.truncated,
+        request_id=_request_id(request),
     )
     headers = {"server-timing": server_timing(scored)}
     if _wants_msgpack(request, content_type):
         # Logits are float32 to begin with, so half the bytes lose nothing.
-        packed = msgpack.packb(answer.model_dump(), use_single_float=True)
+        packed = msgpack.packb(answer.model_dump(exclude=_unasked_fields(answer)), use_single_float=True)
         return Response(packed, media_type=MSGPACK_TYPES[0], headers=headers)
-    return Response(answer.__pydantic_serializer__.to_json(answer), media_type=JSON_TYPE, headers=headers)
+    return _message(answer, headers)
 
 
-def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:
+def _message(answer: wire.RewardResponse | wire.ModelInfo, headers: dict[str, str] | None = None) -> Response:
+    body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
+    return Response(body, media_type=JSON_TYPE, headers=headers)
+
+
+def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str] | None:
+    """Fields that older clients don't know, and refuse: they didn't ask for them."""
+    return {"request_id"} if answer.request_id is None else None
+
+
+def _request_id(request: Request) -> str | None:
+    sent = request.headers.get(wire.REQUEST_ID_HEADER)
+    if sent is None:
+        return None
+    if not (0 < len(sent) <= wire.MAX_REQUEST_ID_CHARS and sent.isascii() and sent.isprintable()):
+        raise ProblemError(
+            "invalid-request",
+            f"{wire.REQUEST_ID_HEADER} has {len(sent)} characters; send 1 to {wire.MAX_REQUEST_ID_CHARS} printable "
+            "ASCII characters",
+        )
+    return sent
+
+
+async def read_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = False) -> wire.RewardRequest:
     """The request in `body`, JSON or msgpack (`packed`), or a `ProblemError` that names the first item at fault."""
     try:
-        if packed:
-            request = wire.RewardRequest.model_validate(msgpack.unpackb(body))
-        else:
+        if not packed and is_small(body):
             request = wire.RewardRequest.model_validate_json(body)
+        else:
+            value = await (read_msgpack if packed else read_json)(body)
+            _refuse_what_cannot_be(value, limits)
+            request = wire.RewardRequest.model_validate(value)
     except ValidationError as error:
         raise _invalid(error, body, limits) from None
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProblemError("malformed-body", f"the body is not msgpack: {error}") from None
     if len(request.items) > limits.max_items:
         raise too_many(len(request.items), limits)
     if limits.max_text_chars < wire.MAX_TEXT_CHARS:
@@ -180,6 +210,31 @@ def parse_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bool = 
             if max(len(item.prompt), len(item.response)) > limits.max_text_chars:
                 raise too_long(index, limits)
     return request
+
+
+def _refuse_what_cannot_be(value: object, limits: ServiceLimits) -> None:
+    """Refuse too many items and unknown keys before each of them is validated, and makes an error of its own."""
+    if not isinstance(value, dict):
+        return
+    _refuse_unknown(value, REQUEST_FIELDS, (), None)
+    items = value.get("items")
+    if isinstance(items, list):
+        if len(items) > limits.max_items:
+            raise too_many(len(items), limits)
+        for index, item in enumerate(items):
+            if isinstance(item, dict):
+                _refuse_unknown(item, ITEM_FIELDS, ("items", index), index)
+
+
+def _refuse_unknown(
+    value: dict[Any, Any], known: frozenset[str], where: tuple[int | str, ...], item: int | None
+) -> None:
+    if len(value) <= len(known):
+        return
+    unknown = [_path((*where, str(key))) for key in value if key not in known][:MAX_REPORTED_ERRORS]
+    message = "Extra inputs are not permitted"
+    errors = [{"path": path, "message": message} for path in unknown]
+    raise ProblemError("invalid-request", f"{unknown[0]}: {message}", item=item, errors=errors)
 
 
 def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> ProblemError:
@@ -212,7 +267,7 @@ def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> Prob
 
 def _path(location: tuple[int | str, ...]) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return path.removeprefix(".") or "body"
+    return path.removeprefix(".")[:MAX_PATH_CHARS] or "body"
 
 
 def _content_type(request: Request) -> str:

@@ -1,9 +1,7 @@
 """What every request passes before a route: the bound on its head, its key, its id, its count."""
 
-import hashlib
-import hmac
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,11 +10,15 @@ from plaudit import wire
 from plaudit.reward_service import protocols as compat
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http import tracing
-from plaudit.reward_service.http.request_head import MAX_HEAD_BYTES, head_bytes, head_too_large
+from plaudit.reward_service.http.request_head import CROWDED, MAX_HEAD_BYTES, head_bytes, head_too_large
+from plaudit.reward_service.http.service import CALLER, HOLD
+from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.problems import ProblemError
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
 """What answers without a key: health, and nothing else."""
+RELOAD_PATH = "/v1/model:reload"
+"""For administrators."""
 INTERNAL_ERROR = ProblemError("internal-error", "the service failed; its log says where")
 CONTROLS = bytes([*range(32), 127])
 """Bytes that a header may not hold."""
@@ -25,9 +27,9 @@ CONTROLS = bytes([*range(32), 127])
 class Gate:
     """Keys, request ids and counts, before any route. Plain ASGI: BaseHTTPMiddleware would halve the throughput."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], engine: Engine) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, engine: Engine) -> None:
         self._app = app
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = keys
         # Not from the system for each request: that call lets another thread in between.
         self._ids = random.Random()
         self._engine = engine
@@ -50,7 +52,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"].append((b"x-request-id", request_id))
-                if self._engine.draining:
+                if self._engine.draining or CROWDED in scope:
                     # A kept connection would be cut at the end; told so, its client sends the next request elsewhere.
                     message["headers"].append((b"connection", b"close"))
                 route = scope.get("route")
@@ -73,24 +75,33 @@ class Gate:
             if not begun:
                 await problem_response(INTERNAL_ERROR)(scope, receive, send_with_id)
             raise
+        finally:
+            hold = scope.get(HOLD)
+            if hold is not None:
+                hold.release()
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ProblemError | None:
         if head_bytes(scope) > MAX_HEAD_BYTES:
             return head_too_large()
-        if (
-            self._keys
-            and scope["path"] not in PUBLIC_PATHS
-            and not self._authorised(headers.get(b"authorization", b""))
-        ):
+        if scope["path"] in PUBLIC_PATHS:
+            return None
+        if CROWDED in scope:
+            return scope[CROWDED]()  # type: ignore[no-any-return]
+        if not self._keys.required:
+            scope[CALLER] = str(scope.get("client"))
+            return None
+        caller = None
+        if sum([name == b"authorization" for name, _ in scope["headers"]]) == 1:  # of two, none counts
+            caller = self._keys.who(headers[b"authorization"])
+        if caller is None:
             return ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
+        if scope["path"] == RELOAD_PATH and not caller.may_administer:
+            return ProblemError(
+                "forbidden",
+                "a reload wants an administrator's key: start the service with --admin-key-file, or send it SIGHUP",
+            )
+        scope[CALLER] = caller.name
         return None
-
-    def _authorised(self, header: bytes) -> bool:
-        scheme, _, key = header.partition(b" ")
-        presented = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, so that the time taken says nothing about which one came close.
-        matches = [hmac.compare_digest(presented, known) for known in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
 
 
 def problem_response(problem: ProblemError) -> Response:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from typing import cast
 import uvicorn
 from fastapi import FastAPI
 
-from plaudit.reward_service.http.request_head import BoundedHead
+from plaudit.reward_service.http.request_head import Connection
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
 
@@ -38,6 +39,10 @@ TURNS_TO_COME_IN = 5
 """Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
 SO_ATTACH_FILTER = 26
 BPF_RETURN = 6
+OTHER_FILES = 64
+"""Open files that are kept for the model, health beyond the bound, the log and the system."""
+LINES_A_MINUTE = 20
+"""Of uvicorn's warnings and of tracebacks."""
 
 Log = Callable[..., None]
 
@@ -59,9 +64,13 @@ class Server(uvicorn.Server):
     the port and all connections are closed. A second signal ends the grace time at once.
     """
 
-    def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks) -> None:
+    def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks, *, max_connections: int = 1024) -> None:
         self._service: Service = app.state.service
-        protocol = functools.partial(BoundedHead, refused=self._count)
+        bound = connections_allowed(max_connections)
+        if bound < max_connections:
+            hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: ulimit -n allows no more files")
+        protocol = functools.partial(Connection, refused=self._count, bound=bound)
+        logging.getLogger("uvicorn.error").addFilter(FewWords())
         super().__init__(
             uvicorn.Config(
                 app,
@@ -151,6 +160,34 @@ class Server(uvicorn.Server):
         # `_stop_at`.
         while not condition() and time.monotonic() < min(deadline, self._stop_at):  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
+
+
+def connections_allowed(wanted: int) -> int:
+    """As many of the connections as the system gives this process open files for, with some left for other use."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return wanted
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    return max(1, min(wanted, soft - OTHER_FILES))
+
+
+class FewWords(logging.Filter):
+    """Lets a few messages a minute into the log: whoever sends nonsense, or finds a defect, can not fill the disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._minute = 0.0
+        self._said = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now > self._minute + 60:
+            self._minute, self._said = now, 0
+        self._said += 1
+        return self._said <= LINES_A_MINUTE
 
 
 def _let_nobody_else_knock(listener: socket.socket) -> None:

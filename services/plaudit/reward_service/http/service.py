@@ -22,8 +22,13 @@ from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.http import garbage_collection as collector
 from plaudit.reward_service.http import tracing
+from plaudit.reward_service.http.held import HeldBytes, Hold
 from plaudit.reward_service.problems import ProblemError, draining
 
+HOLD = "plaudit.hold"
+"""In a request's scope: what it holds. Released by the gate, when the answer is written."""
+CALLER = "plaudit.caller"
+"""In a request's scope: who asks, as the engine's fairness knows them."""
 TIMEOUT_HEADER = "x-request-timeout"
 WATCH_AFTER_S = 0.02
 """When to begin to look whether the client has gone. Most answers are there sooner, and looking costs a task."""
@@ -38,6 +43,8 @@ class ServiceLimits:
     max_items: int = wire.MAX_ITEMS_PER_REQUEST
     max_text_chars: int = wire.MAX_TEXT_CHARS
     max_body_bytes: int = 16 * 1024 * 1024
+    max_held_bytes: int = 128 * 1024 * 1024
+    """Of all requests together."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class Service:
     waiting: "set[asyncio.Task[Any]]" = field(default_factory=set)
     """Handlers of requests that nobody has accepted yet: a drain turns them away."""
     turned_away: asyncio.Event = field(default_factory=asyncio.Event)
+    held: HeldBytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "held", HeldBytes(self.limits.max_held_bytes))
 
     def text(self, prompt: str, response: str) -> Text:
         """Prompt and response as the model wants them."""
@@ -67,16 +78,19 @@ class Service:
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:
             raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
+        hold = request.scope[HOLD] = Hold(self.held)
         with self.unaccepted():
-            body, complete = await self._next_chunk(request, limit)
-            if complete:
-                return body
             try:
                 async with asyncio.timeout(BODY_TIMEOUT_S):
+                    body, complete = await self._next_chunk(request, limit)
+                    hold.more(len(body))
+                    if complete:
+                        return body
                     chunks = [body]
                     size = len(body)
                     while not complete:
                         body, complete = await self._next_chunk(request, limit - size)
+                        hold.more(len(body))
                         chunks.append(body)
                         size += len(body)
             except TimeoutError:
@@ -124,9 +138,9 @@ class Service:
         return _merged(known, scored)
 
     async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
-        timeout_s = _timeout(request)
+        timeout_s = timeout_of(request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        job = self.engine.submit(texts, deadline=deadline)
+        job = self.engine.submit(texts, deadline=deadline, caller=request.scope.get(CALLER, ""))
         self.accepted.add(job)
         # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
         # cancels it.
@@ -164,8 +178,11 @@ class Service:
         for index, (first, second) in enumerate(texts):
             if max(len(first), len(second or "")) > self.limits.max_text_chars:
                 raise too_long(index, self.limits)
+            if first.isascii() and (second is None or second.isascii()):
+                continue
             try:
-                f"{first}{second or ''}".encode()
+                first.encode()
+                (second or "").encode()
             except UnicodeEncodeError:
                 raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
 
@@ -185,7 +202,7 @@ class Service:
                     raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
                 return scorer
 
-    def info(self) -> wire.ModelInfo:
+    def info(self, request_id: str | None = None) -> wire.ModelInfo:
         scorer = self.engine.scorer
         return wire.ModelInfo(
             id=scorer.id,
@@ -200,6 +217,7 @@ class Service:
                 max_body_bytes=self.limits.max_body_bytes,
                 max_tokens=scorer.max_tokens,
             ),
+            request_id=request_id,
         )
 
     def label_index(self, scorer: Scorer, label: str | None) -> int:
@@ -314,7 +332,18 @@ def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
     )
 
 
-def _timeout(request: Request) -> float | None:
+async def stay_away(request: Request, seconds: float) -> None:
+    """Wait so long. Raises `ClientGoneError` as soon as the client has gone."""
+    receiving = asyncio.ensure_future(request.receive())
+    try:
+        done, _ = await asyncio.wait({receiving}, timeout=seconds)
+    finally:
+        receiving.cancel()
+    if done:
+        raise ClientGoneError
+
+
+def timeout_of(request: Request) -> float | None:
     """Seconds until the client stops waiting, from its `X-Request-Timeout` header."""
     value = request.headers.get(TIMEOUT_HEADER)
     if value is None:

@@ -177,7 +177,7 @@ class Traced:
             span.set_status(StatusCode.ERROR, problem.detail if problem is not None else None)
         context = set_span_in_context(span)
         for job, done_at in notes.jobs:
-            span.set_attribute("plaudit.items", len(job.texts))
+            span.set_attribute("plaudit.items", job.count)
             span.set_attribute("plaudit.tokens", job.tokens)
             span.set_attribute("plaudit.revision", job.scorer.revision)
             for name, begin, end in phases(job, done_at):

@@ -1,15 +1,15 @@
 """What the adapters share: reading a JSON body, the usual activations, and time stamps."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plaudit.reward_service.engine.batching import Logits
-from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.http import reading
+from plaudit.reward_service.http.service import Service, ServiceLimits, too_many
 from plaudit.reward_service.problems import ProblemError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -23,14 +23,18 @@ class Foreign(BaseModel):
 
 async def read_json(service: Service, request: Request) -> dict[str, Any]:
     """The JSON object in the body, or `ProblemError`."""
-    body = await service.read_body(request)
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ProblemError("malformed-body", f"the body is not JSON: {error}") from None
+    value = await reading.read_json(await service.read_body(request))
     if not isinstance(value, dict):
         raise ProblemError("invalid-request", "the body is not a JSON object")
+    refuse_long_lists(value.values(), service.limits)
     return value
+
+
+def refuse_long_lists(values: Iterable[object], limits: ServiceLimits) -> None:
+    """Before each of their members is validated, and makes an error of its own."""
+    for value in values:
+        if isinstance(value, list) and len(value) > limits.max_items:
+            raise too_many(len(value), limits)
 
 
 def parsed(model: type[ModelT], value: dict[str, Any]) -> ModelT:

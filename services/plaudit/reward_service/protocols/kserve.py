@@ -6,7 +6,7 @@ The first input holds texts, an optional second one their pairs. The model answe
 
 import json
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -14,12 +14,15 @@ from pydantic import Field
 
 from plaudit.reward_service.engine.batching import Text
 from plaudit.reward_service.http import openapi
-from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.http.reading import read_json
+from plaudit.reward_service.http.service import Service, ServiceLimits
 from plaudit.reward_service.problems import ProblemError
-from plaudit.reward_service.protocols.common import Foreign, parsed
+from plaudit.reward_service.protocols.common import Foreign, parsed, refuse_long_lists
 
 HEADER_LENGTH = "inference-header-content-length"
 MODEL_ALIAS = "reward"
+MAX_DIMENSIONS = 8
+"""Of a tensor. Texts have one or two."""
 
 
 class TensorParameters(Foreign):
@@ -29,7 +32,7 @@ class TensorParameters(Foreign):
 
 class InputTensor(Foreign):
     name: str
-    shape: list[int]
+    shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=MAX_DIMENSIONS)]
     datatype: str
     data: list[Any] | None = None
     parameters: TensorParameters = TensorParameters()
@@ -125,12 +128,13 @@ def router(service: Service) -> APIRouter:
 
 async def _infer(service: Service, model: str, request: Request) -> Response:
     body = await service.read_body(request)
-    header, tail = _split(body, request.headers.get(HEADER_LENGTH))
+    header, tail = await _split(body, request.headers.get(HEADER_LENGTH), service.limits)
     wanted = parsed(InferRequest, header)
     columns = []
     for tensor in wanted.inputs:
-        column, tail = _strings(tensor, tail)
+        column, tail = _strings(tensor, tail, service.limits)
         columns.append(column)
+    del body, header, tail
     if len({len(column) for column in columns}) != 1:
         raise ProblemError("invalid-request", "the two inputs differ in length")
     texts: list[Text] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
@@ -150,18 +154,26 @@ async def _infer(service: Service, model: str, request: Request) -> Response:
     return Response(head + raw, media_type="application/octet-stream", headers={HEADER_LENGTH: str(len(head))})
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], bytes]:
-    try:
-        length = len(body) if header_length is None else int(header_length)
-        header = json.loads(body[:length])
-    except (ValueError, RecursionError) as error:
-        raise ProblemError("malformed-body", f"the header is not JSON: {error}") from None
-    if not isinstance(header, dict) or length < 0:
+async def _split(body: bytes, header_length: str | None, limits: ServiceLimits) -> tuple[dict[str, Any], memoryview]:
+    length = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit() and int(header_length[:20]) <= len(body)):
+            raise ProblemError(
+                "malformed-body", f"{HEADER_LENGTH}: {header_length:.40} is no number of bytes that the body has"
+            )
+        length = int(header_length)
+    header = await read_json(body if length == len(body) else body[:length])
+    if not isinstance(header, dict):
         raise ProblemError("malformed-body", "the header is not a JSON object")
-    return header, body[length:]
+    refuse_long_lists(header.values(), limits)
+    tensors = header.get("inputs")
+    for tensor in tensors if isinstance(tensors, list) else []:
+        if isinstance(tensor, dict):
+            refuse_long_lists(tensor.values(), limits)
+    return header, memoryview(body)[length:]
 
 
-def _strings(tensor: InputTensor, tail: bytes) -> tuple[list[str], bytes]:
+def _strings(tensor: InputTensor, tail: memoryview, limits: ServiceLimits) -> tuple[list[str], memoryview]:
     """The tensor's strings, from its JSON data or from the front of the binary tail, and the tail that is left."""
     if tensor.datatype != "BYTES":
         raise ProblemError("invalid-request", f"input {tensor.name} is {tensor.datatype}; texts are BYTES")
@@ -172,7 +184,7 @@ def _strings(tensor: InputTensor, tail: bytes) -> tuple[list[str], bytes]:
             raise ProblemError("invalid-request", f"input {tensor.name} holds something that is no string")
         strings = list(data)
     else:
-        strings = _unpacked(tensor.name, tail[:size], size)
+        strings = _unpacked(tensor.name, tail[: max(size, 0)], size, limits)
         tail = tail[size:]
     count = 1
     for extent in tensor.shape:
@@ -184,18 +196,22 @@ def _strings(tensor: InputTensor, tail: bytes) -> tuple[list[str], bytes]:
     return strings, tail
 
 
-def _unpacked(name: str, raw: bytes, size: int) -> list[str]:
-    strings = []
+def _unpacked(name: str, raw: memoryview, size: int, limits: ServiceLimits) -> list[str]:
+    strings: list[str] = []
     position = 0
     try:
         if size < 0 or len(raw) != size:
             raise ValueError(f"{len(raw)} bytes for a binary_data_size of {size}")
         while position < size:
+            if len(strings) == limits.max_items:
+                raise ProblemError(
+                    "too-many-items", f"input {name} holds more than the {limits.max_items} texts that are taken"
+                )
             (length,) = struct.unpack_from("<I", raw, position)
             position += 4 + length
             if position > size:
                 raise ValueError("a string ends after the tensor")
-            strings.append(raw[position - length : position].decode())
+            strings.append(str(raw[position - length : position], "utf-8"))
     except (ValueError, struct.error) as error:
         raise ProblemError("malformed-body", f"input {name}: {error}") from None
     return strings

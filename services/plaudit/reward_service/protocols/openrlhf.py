@@ -4,7 +4,6 @@ That client ignores `Retry-After` and gives up after five quick tries, so a full
 instead of being refused.
 """
 
-import asyncio
 import time
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from plaudit.reward_service.engine.batching import Scored, Text
 from plaudit.reward_service.http import openapi
-from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.http.service import Service, stay_away, timeout_of
 from plaudit.reward_service.problems import ProblemError
 from plaudit.reward_service.protocols.common import Foreign, parsed, read_json
 
@@ -62,7 +61,8 @@ async def _rewards(service: Service, queries: list[str], request: Request) -> li
 
 
 async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
-    give_up_at = time.monotonic() + DOOR_WAIT_S
+    timeout_s = timeout_of(request)
+    give_up_at = time.monotonic() + (DOOR_WAIT_S if timeout_s is None else min(timeout_s, DOOR_WAIT_S))
     while True:
         try:
             return await service.score(texts, request)
@@ -71,4 +71,4 @@ async def _score_patiently(service: Service, texts: list[Text], request: Request
             if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
                 raise
         with service.unaccepted():
-            await asyncio.sleep(wait_s)
+            await stay_away(request, wait_s)

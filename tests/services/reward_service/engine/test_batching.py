@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from plaudit.reward_service.engine.batching import Encoded, Engine, Job, Logits, OutOfMemoryNow, Waiting, _Item
+from plaudit.reward_service.engine.batching import (
+    SLICE_CHARS,
+    Encoded,
+    Engine,
+    Job,
+    Logits,
+    OutOfMemoryNow,
+    Text,
+    Waiting,
+    _Item,
+)
 from plaudit.reward_service.problems import ProblemError
 from tests.support.scorers import FakeScorer
 
@@ -262,5 +272,99 @@ def test_an_idle_service_lets_go_of_the_model_that_a_reload_replaced(make_engine
         gone = weakref.ref(old)
         del old
         await until(lambda: gc.collect() >= 0 and gone() is None)
+
+    asyncio.run(run())
+
+
+def test_a_caller_with_one_text_passes_a_caller_with_a_thousand(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True, held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, batch_tokens=100, max_queue_tokens=1000)
+        greedy = engine.submit(texts(*["a" * 50] * 1000), caller="greedy")
+        await asyncio.to_thread(scorer.entered.acquire)
+        await until(lambda: len(engine._waiting._arrival) >= 20)
+        small = engine.submit(texts("b" * 7), caller="small")
+        await until(lambda: any(item.job is small for _, _, item in list(engine._waiting._arrival)))
+        scorer.open()
+        await asyncio.gather(small.future, greedy.future)
+
+    asyncio.run(run())
+    assert [7 in batch for batch in scorer.batches].index(True) <= 2, "its turn comes within two passes"
+
+
+def test_a_full_queue_takes_a_callers_share_and_no_more(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, max_queue_tokens=1000)
+        jobs = [engine.submit(texts(*["a" * 400] * 10), caller="greedy")]
+        await until(lambda: engine.queued_tokens == 4000)
+        jobs += [engine.submit(texts("b" * 10), caller="small") for _ in range(3)]
+        with pytest.raises(ProblemError, match="tokens are waiting"):
+            engine.submit(texts("a"), caller="greedy")
+        with pytest.raises(ProblemError, match="tokens are waiting"):
+            engine.submit(texts(*["b" * 400] * 10), caller="small")
+        # Many together can't go round the bound: beside the largest caller, the queue holds no more than ever.
+        for number in range(1000):
+            try:
+                jobs.append(engine.submit(texts("c" * 100), caller=f"one of many {number}"))
+            except ProblemError:
+                break
+        await until(lambda: not engine._arrived)
+        assert engine.queued_tokens <= 4000 + 4 * 1000, "an estimate of a quarter"
+        scorer.open()
+        await asyncio.gather(*(job.future for job in jobs))
+        assert engine.queued_tokens == 0
+        assert engine._callers == {}
+
+    asyncio.run(run())
+
+
+def test_two_large_requests_are_served_in_turns(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True, held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, batch_tokens=100, max_queue_tokens=100_000)
+        plug = engine.submit(texts("plug"), caller="plug")
+        await asyncio.to_thread(scorer.entered.acquire)
+        jobs = [engine.submit(texts(*[letter * 100] * 40), caller=letter) for letter in ("a", "b")]
+        await until(lambda: len(engine._waiting._arrival) == 80)
+        letters = "".join(item.job.caller for _, _, item in sorted(engine._waiting._arrival))
+        assert letters != "a" * 40 + "b" * 40
+        assert max(map(len, letters.replace("ab", "a b").replace("ba", "b a").split())) < 20
+        scorer.open()
+        await asyncio.gather(plug.future, *(job.future for job in jobs))
+
+    asyncio.run(run())
+
+
+def test_a_request_is_tokenised_in_slices(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=True)
+    taken: list[int] = []
+    encode = scorer.encode
+
+    def watched(wanted: Sequence[Text]) -> list[Encoded]:
+        taken.append(sum(len(first) for first, _ in wanted))
+        return encode(wanted)
+
+    scorer.encode = watched  # type: ignore[method-assign]
+    words = [letter * 10_000 for letter in "abcdefghijklmnopqrst"]
+    assert asyncio.run(score(make_engine(scorer, batch_tokens=10**6, max_queue_tokens=10**7), *words)) == [10_000] * 20
+    assert sum(taken) == 200_000
+    assert max(taken) <= SLICE_CHARS
+
+
+def test_what_is_not_ascii_counts_as_a_token_a_character(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer)
+        plug = engine.submit(texts("plug"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        waiting = engine.submit(texts("e\N{COMBINING ACUTE ACCENT}" * 100))
+        assert waiting.tokens >= 200
+        scorer.open()
+        await asyncio.gather(plug.future, waiting.future)
 
     asyncio.run(run())

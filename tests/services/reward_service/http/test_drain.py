@@ -95,7 +95,8 @@ def test_whatever_clients_do_the_accepted_are_answered_and_the_process_ends(serv
         until_metric(service.url, r"plaudit_reward_admitted_items_total 1024\.0")
         slow_body = clients.enter_context(sending(service, BODY % (b"/v1/rewards", 100, b"{")))
         slow_foreign_body = clients.enter_context(sending(service, BODY % (b"/predict", 100, b"{")))
-        query = b'{"query": ["waits for room"]}'
+        # More than this caller's share of a full queue.
+        query = json.dumps({"query": ["waits for room"] * 1024}).encode()
         at_the_door = clients.enter_context(sending(service, BODY % (b"/get_reward", len(query), query)))
         clients.enter_context(sending(service, b""))
         clients.enter_context(sending(service, b"POST /v1/rewards HTTP/1.1\r\nHost:"))

@@ -23,7 +23,8 @@ def service(classifier_dir: Path) -> Iterator[RewardService]:
 
 def head(size: int, *, path: str = "/v1/rewards", start: str = "X-Much: ") -> bytes:
     """The request line and headers of a request for rewards, filled up to `size` bytes."""
-    line = f"POST {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n{start}"
+    line = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    line += f"Content-Length: {len(BODY)}\r\n{start}"
     return line.encode() + b"x" * (size - len(line) - 4) + b"\r\n\r\n"
 
 
@@ -84,7 +85,7 @@ def test_heads_that_are_small_each_never_add_up(service: RewardService) -> None:
 
 
 def test_trailers_without_an_end_close_the_connection(service: RewardService) -> None:
-    chunked = b"POST /v1/rewards HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[    \r\n0\r\nx-much: "
+    chunked = b"POST /v1/rewards HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n[    \r\n0\r\nx-much: "
 
     def send(connection: socket.socket) -> None:
         while True:

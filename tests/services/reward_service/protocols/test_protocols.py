@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import Request
 from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -142,19 +143,19 @@ def test_openrlhf_waits_at_the_door_of_a_full_queue(
     make_engine: Callable[..., Engine], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scorer = FakeScorer(held=True)
-    sleep, waits = asyncio.sleep, []
+    waits = []
 
-    async def open_the_gate(wait_s: float) -> None:
+    async def open_the_gate(request: Request, wait_s: float) -> None:
         waits.append(wait_s)
         scorer.open()
-        await sleep(0)
+        await asyncio.sleep(0)
 
     async def run() -> None:
         engine = make_engine(scorer, max_queue_tokens=8)
         async with client_of(engine, default_label="LENGTH") as http:
             first = asyncio.create_task(http.post("/get_reward", json={"query": ["a" * 8]}))
             await asyncio.to_thread(scorer.entered.acquire)
-            monkeypatch.setattr(openrlhf.asyncio, "sleep", open_the_gate)
+            monkeypatch.setattr(openrlhf, "stay_away", open_the_gate)
             second = asyncio.create_task(http.post("/get_reward", json={"query": ["b" * 7]}))
             assert (await first).json()["rewards"] == [8]
             assert (await second).json()["rewards"] == [7]

@@ -1,0 +1,219 @@
+"""Requests that two servers would read differently, connections that send nothing, and more of them than files."""
+
+import asyncio
+import contextlib
+import json
+import re
+import resource
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from plaudit.reward_service.engine.batching import Engine
+from plaudit.reward_service.http import request_head, service
+from plaudit.reward_service.http.app import create_app
+from plaudit.reward_service.http.server import OTHER_FILES, FewWords, Hooks, Server, connections_allowed
+from plaudit.reward_service.http.service import ServiceLimits
+from tests.support.scorers import FakeScorer
+
+BODY = b'{"items": [{"prompt": "ab", "response": "cde"}], "label": "LENGTH"}'
+KEY = b"Authorization: Bearer key\r\n"
+CHUNKED = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+
+
+@contextmanager
+def serving(scorer: FakeScorer | None = None, max_connections: int = 1000, **options: object) -> Iterator[int]:
+    """The real server over a fake model, on an event loop in a thread; gives its port."""
+    engine = Engine(scorer or FakeScorer(), batch_tokens=512, max_queue_tokens=100_000).start()
+    app = create_app(engine, **options)  # type: ignore[arg-type]
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    async def reload() -> None: ...
+
+    server = Server(app, 600.0, Hooks(ready.set, reload, lambda event, **_: None), max_connections=max_connections)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign, assignment]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listener])))
+        thread.start()
+        assert ready.wait(30)
+        yield listener.getsockname()[1]
+        server._stop_at = 0.0
+        server.should_exit = True
+        thread.join(30)
+    loop.close()
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with serving(api_keys=["key"]) as number:
+        yield number
+
+
+def answers_to(port: int, sent: bytes) -> list[bytes]:
+    """The answers until the server closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(sent)
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(65536):
+                received += piece
+    return re.split(rb"HTTP/1\.1 (?=\d{3} )", received)[1:]
+
+
+def statuses(port: int, sent: bytes) -> list[int]:
+    return [int(answer[:3]) for answer in answers_to(port, sent)]
+
+
+def request(*headers: bytes, body: bytes = b"", method: bytes = b"POST", version: bytes = b"1.1") -> bytes:
+    if not any(header.startswith(b"Connection") for header in headers):
+        headers = (*headers, b"Connection: close")
+    return b"%s /v1/rewards HTTP/%s\r\n%s\r\n%s" % (method, version, b"".join(h + b"\r\n" for h in headers), body)
+
+
+INNER = b"GET /v1/model HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
+LENGTH = b"Content-Length: %d" % len(BODY)
+JSON = b"Content-Type: application/json"
+AUTH = KEY.strip()
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (request(b"Host: x", JSON, AUTH, LENGTH, body=BODY), 200),
+        (request(b"Host: x", JSON, AUTH, b"Connection: Upgrade", b"Upgrade: h2c", LENGTH, body=BODY), 400),
+        (
+            request(b"Host: x", AUTH, b"Connection: Upgrade", b"Upgrade: h2c", b"Content-Length: 99", body=INNER),
+            400,
+        ),
+        (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: chunked", body=CHUNKED + b"\r\n"), 200),
+        (request(b"Host: x", JSON, b"Transfer-Encoding: chunked", body=CHUNKED + KEY + b"\r\n"), 401),
+        (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: gzip, chunked", body=CHUNKED + b"\r\n"), 501),
+        (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: chunked", version=b"1.0", body=CHUNKED + b"\r\n"), 400),
+        (request(b"Host: x", JSON, AUTH, LENGTH, b"Transfer-Encoding: chunked", body=CHUNKED + b"\r\n"), 400),
+        (request(b"Host: x", JSON, AUTH, LENGTH, LENGTH, body=BODY), 400),
+        (request(JSON, AUTH, LENGTH, body=BODY), 400),
+        (request(b"Host: x", b"Host: y", JSON, AUTH, LENGTH, body=BODY), 400),
+        (request(b"Host: x y", JSON, AUTH, LENGTH, body=BODY), 400),
+        (request(b"Host: [::1]:8000", JSON, AUTH, LENGTH, body=BODY), 200),
+        (request(JSON, AUTH, LENGTH, body=BODY, version=b"1.0"), 200),
+        (request(b"Host: x", JSON, AUTH, AUTH, LENGTH, body=BODY), 401),
+        (request(b"Host: x", JSON, AUTH, b"Authorization: Bearer no", LENGTH, body=BODY), 401),
+        (b"nonsense\r\n\r\n", 400),
+    ],
+)
+def test_one_request_has_one_answer_and_what_is_ambiguous_is_refused(port: int, sent: bytes, expected: int) -> None:
+    assert statuses(port, sent) == [expected]
+    if expected in (400, 501):
+        assert [int(answer[:3]) for answer in answers_to(port, sent + INNER)] == [expected], "and closed"
+
+
+def test_an_upgrade_without_a_body_is_not_taken_and_nothing_behind_it_is_a_request(port: int) -> None:
+    upgrade = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    assert [int(answer[:3]) for answer in answers_to(port, upgrade + INNER)] == [200]
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"", []),
+        (b"\r\n", []),
+        (b"GET /livez HTTP/1.1\r\nHo", [408]),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nG", [200, 408]),
+        (b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n1", [200]),
+        (request(b"Host: x", JSON, AUTH, LENGTH), [408]),
+        (request(b"Host: x", JSON, AUTH, LENGTH, body=b"{"), [408]),
+        (request(b"Host: x", JSON, AUTH, LENGTH, body=b"{").replace(b"/v1/rewards", b"/predict"), [408]),
+    ],
+)
+def test_whoever_sends_nothing_more_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes, expected: list[int]
+) -> None:
+    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(request_head, "REST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(service, "BODY_TIMEOUT_S", 0.2)
+    with serving(api_keys=["key"]) as port:
+        assert [int(answer[:3]) for answer in answers_to(port, sent)] == expected
+
+
+def test_a_request_that_takes_long_is_not_cut_off_for_what_the_next_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 0.1)
+    scorer = FakeScorer(held=True)
+    with serving(scorer) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request(b"Host: x", b"Connection: keep-alive", JSON, LENGTH, body=BODY) + b"GET /li")
+        assert scorer.entered.acquire(timeout=30)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(30)
+        scorer.open()
+        received = b""
+        while b'"rewards":[5.0]' not in received:
+            received += connection.recv(65536)
+
+
+def test_beyond_the_bound_on_connections_health_answers_and_everything_else_is_told() -> None:
+    with serving(max_connections=3) as port, ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        assert statuses(port, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n") == [200]
+        [refused] = answers_to(port, request(b"Host: x", JSON, LENGTH, body=BODY))
+        assert refused.startswith(b"503")
+        assert b"connection: close" in refused
+        assert b"3 connections are open, and that is the bound" in refused
+
+
+def test_the_bound_on_connections_leaves_files_for_other_uses() -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert connections_allowed(10) == 10
+    assert connections_allowed(10**9) == soft - OTHER_FILES
+
+
+def test_parked_bodies_have_one_bound_together_and_small_requests_still_find_room() -> None:
+    limits = ServiceLimits(max_body_bytes=1_000_000, max_held_bytes=4_000_000)
+    head = request(b"Host: x", b"Connection: keep-alive", JSON, b"Content-Length: 1000000")
+    with serving(limits=limits) as port, ExitStack() as stack:
+        parked = []
+        for _ in range(12):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            connection.sendall(head + b"x" * 999_000)
+            parked.append(connection)
+        refused = b""
+        while not refused.endswith(b"}"):
+            refused += parked[-1].recv(65536)
+        assert refused.startswith(b"HTTP/1.1 503")
+        assert b"bytes of requests are held" in refused
+        assert b"retry-after: 1" in refused
+        assert statuses(port, request(b"Host: x", JSON, LENGTH, body=BODY)) == [200]
+
+
+def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None:
+    app = create_app(make_engine())
+    sent: list[dict[str, object]] = []
+
+    async def run(messages: list[dict[str, object]]) -> None:
+        async def receive() -> dict[str, object]:
+            return messages.pop(0)
+
+        async def send(message: object) -> None:
+            sent.append(message)  # type: ignore[arg-type]
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/rewards", "headers": [], "query_string": b""}
+        await app(scope, receive, send)  # type: ignore[arg-type]
+
+    asyncio.run(run([{"type": "http.request", "body": BODY, "more_body": False}]))
+    asyncio.run(run([{"type": "http.request", "body": b"{" * 100, "more_body": True}, {"type": "http.disconnect"}]))
+    assert app.state.service.held.bytes == 0
+    assert json.loads(sent[1]["body"])["rewards"] == [5.0]  # type: ignore[arg-type]
+
+
+def test_nonsense_does_not_fill_the_log() -> None:
+    few = FewWords()
+    assert sum(few.filter(None) for _ in range(1000)) == 20  # type: ignore[arg-type]
