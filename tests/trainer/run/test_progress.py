@@ -4,7 +4,7 @@ import pytest
 
 from plaudit.run import progress
 from plaudit.run.metrics import KL, REWARD_MEAN
-from plaudit.run.progress import StepProgress, WaitingLine
+from plaudit.run.progress import Counting, StepProgress, WaitingLine
 
 
 @pytest.fixture
@@ -74,3 +74,28 @@ def test_what_is_waited_for_stands_whole_below_the_bar_and_is_gone_afterwards(
         assert below == what
         shown.waiting("")
         assert what not in capsys.readouterr().err
+
+
+def test_things_are_counted_in_a_line_now_and_then(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Counting("rankings", total=40, done=5) as counting:
+        for second in range(25):
+            clock[0] = 1000.0 + second
+            counting.add()
+        clock[0] = 1030.0
+        counting.waiting("waiting for people")
+    assert capsys.readouterr().err.splitlines() == ["16/40 rankings", "26/40 rankings", "waiting for people"]
+
+
+def test_without_a_total_the_count_alone_is_told(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Counting("rankings") as counting:
+        clock[0] = 1010.0
+        counting.add(3)
+    assert capsys.readouterr().err == "3 rankings\n"
+
+
+def test_on_a_terminal_the_count_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_terminal(monkeypatch)
+    with Counting("rankings", total=4) as counting:
+        counting.waiting("waiting for people")
+        counting.add(4)
+    assert "rankings" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.people import PeopleSettings
 from plaudit.settings.policy import GenerationSettings
 from plaudit.stages import annotate, by_people, evaluate
-from plaudit.stages.by_people import BothAnswers, PeopleResult
+from plaudit.stages.by_people import PeopleResult
 from plaudit.wire import rankings as wire
 from tests.support.judges import vowels
 from tests.support.ranking_service import KEY, RankingService
@@ -222,4 +222,3 @@ def test_an_evaluation_in_which_nobody_ranked_has_no_figures() -> None:
 def test_people_and_rewards_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="leave one out"):
         EvaluateConfig(by_people="http://127.0.0.1:8100", reward=RewardSettings.of(url=("http://127.0.0.1:8000",)))
-    assert BothAnswers("p", "s", "a", "b").before == "a"

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 from plaudit import cli, errors
@@ -205,6 +206,12 @@ def test_a_service_that_is_away_ends_with_75_and_the_command_that_goes_on(
     code = cli.run(["sample", "--policy", config.policy, "--to", "http://127.0.0.1:9", "--people.patience-s", "0.1"])
     assert code == errors.EXIT_UNAVAILABLE
     assert "plaudit sample --policy" in capsys.readouterr().err.splitlines()[-2]
+
+
+def test_two_runs_dont_write_one_file(config: SampleConfig) -> None:
+    lock = filelock.FileLock(config.file.with_name(".answers.jsonl.lock"))
+    with lock, pytest.raises(ConfigError, match="is being written by another run"):
+        sample.run(config)
 
 
 def test_the_settings_stand_beside_the_answers(config: SampleConfig) -> None:

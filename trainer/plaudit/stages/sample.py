@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import torch
 from pydantic import ValidationError
 from rich.console import Console
@@ -88,6 +89,13 @@ def upload_of(config: SampleConfig, rows: Sequence[wire.AnswersRow]) -> wire.Bat
 
 def sample(config: SampleConfig, sink: Sink) -> SampleResult:
     """The rows of `config`, each handed to `sink` once it is in the file."""
+    with writing(config.file):
+        config.file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_with(config.file):
+        return _sample(config, sink)
+
+
+def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
     writer = load_writer(config.policy, device=device_named(config.device))
     prompts, groups, merged = training_prompts(config, writer)
     writer.check(prompts.token_ids, prompts.texts, config.generation)
@@ -231,8 +239,6 @@ def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
     assert isinstance(generation, dict)
     # No answer depends on these.
     fixed["generation"] = {name: v for name, v in generation.items() if name not in ("batch_size", "static_cache")}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file() and config.file.is_file() and config.file.stat().st_size:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         for name, value in fixed.items():
@@ -242,6 +248,21 @@ def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
                     "go on with the settings of then, or name another file"
                 )
     return path, json.dumps(fixed, indent=2) + "\n"
+
+
+@contextmanager
+def _alone_with(file: Path) -> Iterator[None]:
+    """Hold the file for one run; the operating system lets go when the process dies. Raises `ConfigError`."""
+    lock = filelock.FileLock(file.with_name(f".{file.name}.lock"))
+    with writing(file):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(f"{file} is being written by another run; wait for it or name another file") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
