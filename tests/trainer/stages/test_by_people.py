@@ -219,6 +219,11 @@ def test_an_evaluation_in_which_nobody_ranked_has_no_figures() -> None:
         by_people.judge(rows(), [word(rows()[1], status="skipped")], no_agreement())
 
 
+def test_two_policies_that_answer_alike_have_no_figures() -> None:
+    with pytest.raises(RankingsRejected, match="the same answer to each of the 1 prompts"):
+        by_people.judge(rows()[:1], [], no_agreement())
+
+
 def test_people_and_rewards_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="leave one out"):
         EvaluateConfig(by_people="http://127.0.0.1:8100", reward=RewardSettings.of(url=("http://127.0.0.1:8000",)))

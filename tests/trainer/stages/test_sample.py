@@ -225,12 +225,18 @@ def test_the_settings_stand_beside_the_answers(config: SampleConfig) -> None:
     [
         ({"k": 1}, "k=1 must lie between 2 and 9"),
         ({"n": 0}, "n=0 must be 1 or more"),
+        ({"round": -1}, "round=-1 must lie between 0 and"),
         ({"to": "ftp://rank"}, "to='ftp://rank' must start with http"),
     ],
 )
 def test_settings_that_cant_work_are_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SampleConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_instructions_that_the_service_would_refuse_are_refused_here() -> None:
+    with pytest.raises(ConfigError, match="instructions has 20001 characters"):
+        PeopleSettings(instructions="x" * 20_001)
 
 
 @pytest.mark.parametrize("batch", ["", "a b", "-a", "x" * 65, "é"])

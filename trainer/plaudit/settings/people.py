@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plaudit.settings.checks import fraction, positive, require
+from plaudit.wire.rankings import MAX_INSTRUCTIONS_CHARS
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class PeopleSettings:
         positive(self, "patience_s")
         fraction(self, "overlap_share")
         require(1 <= self.overlap <= 100, f"overlap={self.overlap} must lie between 1 and 100")
+        require(
+            len(self.instructions) <= MAX_INSTRUCTIONS_CHARS,
+            f"instructions has {len(self.instructions)} characters; at most {MAX_INSTRUCTIONS_CHARS} are taken",
+        )
         check_batch(self.batch)
 
 

@@ -7,9 +7,7 @@ from plaudit.settings.checks import require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.people import PeopleSettings, check_url
 from plaudit.settings.policy import GenerationSettings
-
-MOST_ANSWERS = 9
-"""Answers that one task of the ranking service may hold."""
+from plaudit.wire.rankings import MAX_ANSWERS, MAX_NUMBER
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(
-            2 <= self.k <= MOST_ANSWERS, f"k={self.k} must lie between 2 and {MOST_ANSWERS}: the keys 1 to 9 rank them"
+            2 <= self.k <= MAX_ANSWERS, f"k={self.k} must lie between 2 and {MAX_ANSWERS}: the keys 1 to 9 rank them"
         )
         require(self.n >= 1, f"n={self.n} must be 1 or more")
-        require(self.round >= 0, f"round={self.round} must be 0 or more")
+        require(0 <= self.round <= MAX_NUMBER, f"round={self.round} must lie between 0 and {MAX_NUMBER}")
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
         if "://" in self.to:
             check_url("to", self.to)

@@ -109,6 +109,11 @@ def judge(
     known = {row.id for row in rows}
     # A surplus ranking is a person's word like any other: the intervals are over prompts.
     said = [row for row in rankings if row.status in ("counted", "surplus") and row.task in known]
+    if all(row.answers[0].text == row.answers[1].text for row in rows):
+        raise RankingsRejected(
+            f"before and after gave the same answer to each of the {len(rows)} prompts: there is nothing to compare; "
+            "are both the same policy?"
+        )
     if not said:
         raise RankingsRejected(
             f"batch {rows[0].batch!r} is over and nobody has ranked anything in it: there is no figure"

@@ -28,9 +28,11 @@ from plaudit.run.rankings import RankingAdmin, answers_in_pieces
 from plaudit.run.storage import write_text, writing
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
-from plaudit.settings.sample import MOST_ANSWERS, SampleConfig
+from plaudit.settings.sample import SampleConfig
 from plaudit.wire import rankings as wire
 
+MAX_NAME_CHARS = 256
+"""What an answer may hold of its policy's name."""
 Sink = Callable[[Sequence[wire.AnswersRow]], None]
 """Takes rows as they are complete; the same rows may come again."""
 
@@ -119,7 +121,7 @@ def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
                     prompts.texts[p],
                     [
                         wire.new_answer(
-                            text, policy=config.policy, revision=writer.revision, seed=number_of(config.seed, p, j)
+                            text, policy=_name_of(config), revision=writer.revision, seed=number_of(config.seed, p, j)
                         )
                         for j, text in enumerate(listed)
                     ],
@@ -166,7 +168,7 @@ def answers_to(
 ) -> list[list[str]]:
     """`k` answers to each prompt, all at once. `first` is the place of the first prompt among all."""
     places = [(first + p, j) for p in range(len(prompts)) for j in range(k)]
-    drawn = [Draws.of(settings, 1, seed=seed, step=p * MOST_ANSWERS + j) for p, j in places]
+    drawn = [Draws.of(settings, 1, seed=seed, step=p * wire.MAX_ANSWERS + j) for p, j in places]
     draws = Draws(torch.cat([draw.lengths for draw in drawn]), torch.cat([draw.uniforms for draw in drawn]))
     queries = [prompts.token_ids[p - first] for p, _ in places]
     texts = writer.answer(queries, draws, settings)
@@ -175,7 +177,12 @@ def answers_to(
 
 def number_of(seed: int, prompt: int, answer: int) -> int:
     """What an answer records as its seed: the run's seed, and which random numbers of it were the answer's."""
-    return (seed << 32) + prompt * MOST_ANSWERS + answer
+    return (seed << 32) + prompt * wire.MAX_ANSWERS + answer
+
+
+def _name_of(config: SampleConfig) -> str:
+    """The policy as answers record it: of a long path, the end."""
+    return config.policy[-MAX_NAME_CHARS:]
 
 
 def _same_answers(row: wire.AnswersRow) -> int:
@@ -217,7 +224,7 @@ def _require_same(
         ("number of answers", len(row.answers), config.k),
         ("prompt", row.prompt, prompt),
         ("group", row.group, group),
-        ("policy", row.answers[0].policy, config.policy),
+        ("policy", row.answers[0].policy, _name_of(config)),
         ("revision of the policy", row.answers[0].revision, writer.revision),
         ("seed", [answer.seed for answer in row.answers], seeds),
     ):
