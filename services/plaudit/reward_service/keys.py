@@ -49,7 +49,8 @@ def require_usable(key: str, where: str) -> None:
     """Raise `KeyFileError` for a key that no request can present."""
     if not (key.isascii() and key.isprintable()):
         raise KeyFileError(
-            f"{where} holds a key with a control character or a letter outside ASCII, which no header carries; make another"
+            f"{where} holds a key with a control character or a letter outside ASCII, and no header carries those; "
+            "make another"
         )
 
 
