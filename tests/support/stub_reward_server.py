@@ -68,19 +68,24 @@ async def serve_rewards(state: State, reader: asyncio.StreamReader, writer: asyn
             method, path, headers, body = request
             state.headers = headers
             if (method, path) == ("POST", "/v1/rewards"):
-                await reward(state, json.loads(body), writer)
+                await reward(state, json.loads(body) | asked_by(headers), writer)
             elif path == "/livez" or (path == "/readyz" and state.ready):
                 await respond(writer, 200, b"{}")
             elif path == "/readyz":
                 await respond(writer, 503, b'{"detail": "loading"}')
             elif path == "/v1/model":
-                await respond(writer, 200, json.dumps(model_info(state)).encode())
+                await respond(writer, 200, json.dumps(model_info(state) | asked_by(headers)).encode())
             else:
                 await respond(writer, 404, b'{"detail": "no such path"}')
     except (ConnectionError, asyncio.IncompleteReadError):
         pass
     finally:
         writer.close()
+
+
+def asked_by(headers: dict[str, str]) -> dict[str, str]:
+    """The request's id, which is told to whoever sends one."""
+    return {"request_id": headers["plaudit-request-id"]} if "plaudit-request-id" in headers else {}
 
 
 async def reward(state: State, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -112,6 +117,8 @@ async def act_out(state: State, act: dict[str, Any], request: dict[str, Any], wr
         "revision": state.revision,
         "label": request.get("label") or "POSITIVE",
     }
+    if "request_id" in request:
+        answer["request_id"] = request["request_id"]
     do = act["do"]
     await asyncio.sleep(act.get("delay_s", 0) if do != "drip" else 0)
     if do == "status":

@@ -47,9 +47,10 @@ def keys_in(path: Path, flag: str) -> list[str]:
 
 def require_usable(key: str, where: str) -> None:
     """Raise `KeyFileError` for a key that no request can present."""
-    if not (key.isascii() and key.isprintable() and " " not in key):
+    if not (key.isascii() and key.isprintable()):
         raise KeyFileError(
-            f"{where} holds a key with a space, a control character or a letter outside ASCII; no header can carry it"
+            f"{where} holds a key with a control character or a letter outside ASCII, and no header carries those; "
+            "make another"
         )
 
 

@@ -50,10 +50,10 @@ def test_a_line_end_in_the_variable_is_no_part_of_the_key(monkeypatch: pytest.Mo
     assert api_keys(parse_settings(["--model", "m"])) == ["secret"]
 
 
-@pytest.mark.parametrize("key", ["two words", "schlüssel", "tab\there"])
+@pytest.mark.parametrize("key", ["schlüssel", "tab\there"])
 def test_a_key_that_no_header_can_carry_is_refused_at_the_start(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_API_KEY", key)
-    with pytest.raises(StartError, match="REWARD_API_KEY holds a key with a space"):
+    with pytest.raises(StartError, match="REWARD_API_KEY holds a key with a control character"):
         api_keys(parse_settings(["--model", "m"]))
 
 
