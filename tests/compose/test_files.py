@@ -193,14 +193,14 @@ def test_every_container_is_confined_and_bounded() -> None:
         assert service["mem_limit"], name
 
 
-@pytest.mark.parametrize("image", ["reward", "trainer"])
+@pytest.mark.parametrize("image", ["rank", "reward", "trainer"])
 def test_the_images_dependencies_are_locked_with_their_hashes(image: str) -> None:
     text = (ROOT / "deploy" / f"{image}.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE))
     assert len(locked) == len(re.findall(r"^\S", text, re.MULTILINE)), "each has a version and a hash"
     assert not {"torch", "triton"} & locked.keys()
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    extras = {"reward": ("reward", "otel"), "trainer": ("trainer",)}[image]
+    extras = {"reward": ("reward", "otel"), "trainer": ("trainer",), "rank": ("rank", "rank-postgres")}[image]
     needs = subprocess.run(
         [sys.executable, "deploy/requirements.py", *extras], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -210,5 +210,5 @@ def test_the_images_dependencies_are_locked_with_their_hashes(image: str) -> Non
 
 
 def test_a_base_image_is_an_argument() -> None:
-    for name in ("Dockerfile.reward", "Dockerfile.trainer", "deploy/balancer/Dockerfile"):
+    for name in ("Dockerfile.rank", "Dockerfile.reward", "Dockerfile.trainer", "deploy/balancer/Dockerfile"):
         assert "ARG BASE_IMAGE=python:3.11-slim\nFROM ${BASE_IMAGE}\n" in (ROOT / name).read_text()
