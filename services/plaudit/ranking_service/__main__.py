@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import select
 
+from plaudit.listening import StartError, bound_socket, log_event, url_of, write_ready_file
 from plaudit.ranking_service import exchange
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.settings import Backup, Export, Import, InviteCommand, Secrets, Serve
@@ -31,10 +31,6 @@ EXIT_USAGE = 2
 EXIT_DATA = 65
 EXIT_UNAVAILABLE = 75
 S = TypeVar("S", bound=BaseSettings)
-
-
-class StartError(Exception):
-    """The command can't do what was asked. The message is one line and says what to do."""
 
 
 class DataError(Exception):
@@ -97,7 +93,7 @@ def serve(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     settings = parse(Serve, "serve", arguments)
     keys = api_keys(settings)
-    with _bound_socket(settings.host, settings.port) as listener, _opened(settings.database) as database:
+    with bound_socket(settings.host, settings.port) as listener, _opened(settings.database) as database:
         from plaudit.ranking_service.web.app import Options, create_app
         from plaudit.ranking_service.web.server import Server
 
@@ -110,16 +106,16 @@ def serve(arguments: list[str]) -> int:
             requests_per_minute_address=settings.requests_per_minute_address,
             max_body_bytes=settings.max_body_bytes,
         )
-        url = _url(settings.host, listener.getsockname()[1])
+        url = url_of(settings.host, listener.getsockname()[1])
 
         def ready() -> None:
             if settings.ready_file is not None:
-                _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
-            _log("ready", url=url, pid=os.getpid(), database=str(database))
+                write_ready_file(settings.ready_file, url)
+            log_event("ready", url=url, pid=os.getpid(), database=str(database))
 
         app = create_app(database, options)
         Server(app, settings.grace_s, settings.trusted_proxies, ready).run(sockets=[listener])
-        _log("stopped")
+        log_event("stopped")
     return 0
 
 
@@ -299,40 +295,6 @@ def _opened(url: str) -> Generator[Database, None, None]:
         yield database
     finally:
         database.close()
-
-
-def _log(event: str, **details: object) -> None:
-    # Whoever read the log may be gone; that is no reason to end otherwise.
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps({"event": event, **details}), flush=True)
-
-
-@contextlib.contextmanager
-def _bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """Bound before the database is opened, so that a port in use shows at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise StartError(f"can't listen on {host}:{port}: {error.strerror}; choose another --port") from None
-        yield listener
-
-
-def _url(host: str, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{reachable}:{port}"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 if __name__ == "__main__":

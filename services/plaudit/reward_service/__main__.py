@@ -1,26 +1,20 @@
 """`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
 
-import contextlib
-import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NoReturn
 
 from pydantic import SecretStr, ValidationError
 
+from plaudit.listening import StartError, bound_socket, log_event, url_of, write_ready_file
 from plaudit.reward_service.keys import KeyFileError, Keys, keys_in, require_usable
 from plaudit.reward_service.settings import Secrets, Settings
 
 EXIT_USAGE = 2
 PROGRAM = "plaudit-reward"
-
-
-class StartError(Exception):
-    """The service can't start as asked. The message is one line and says what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
         keys = all_keys(settings)
-        with _bound_socket(settings.host, settings.port) as listener:
+        with bound_socket(settings.host, settings.port) as listener:
             serve(settings, keys, listener)
     except StartError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
@@ -80,7 +74,7 @@ def all_keys(settings: Settings) -> Keys:
             file=settings.api_key_file,
             admin_keys=_key_in_environment("REWARD_ADMIN_KEY", secrets.admin_key),
             admin_file=settings.admin_key_file,
-            log=_log,
+            log=log_event,
         )
     except KeyFileError as error:
         raise StartError(str(error)) from None
@@ -120,13 +114,13 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
     except (ModelError, TracingError) as error:
         raise StartError(str(error)) from None
     engine = app.state.service.engine
-    url = _url(settings.host, listener.getsockname()[1])
+    url = url_of(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
         collector.settle()
         if settings.ready_file is not None:
             try:
-                _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+                write_ready_file(settings.ready_file, url)
             except OSError as error:
                 print(
                     f"{PROGRAM}: --ready-file {settings.ready_file} can't be written ({error.strerror}): make room, or "
@@ -136,18 +130,18 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
                 )
                 os._exit(EXIT_USAGE)
         assert isinstance(engine.scorer, TransformersScorer)
-        _log("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
+        log_event("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
 
     async def reload() -> None:
         keys.look_again()
         try:
             reloaded = await app.state.service.load_again()
             assert isinstance(reloaded, TransformersScorer)
-            _log("reloaded", revision=reloaded.revision, checked=reloaded.checked)
+            log_event("reloaded", revision=reloaded.revision, checked=reloaded.checked)
         except ProblemError as problem:
-            _log("reload-failed", detail=problem.detail)
+            log_event("reload-failed", detail=problem.detail)
 
-    Server(app, settings.grace_s, Hooks(announce, reload, _log), max_connections=settings.max_connections).run(
+    Server(app, settings.grace_s, Hooks(announce, reload, log_event), max_connections=settings.max_connections).run(
         sockets=[listener]
     )
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -156,42 +150,6 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
         finish(app.state.traces)
     # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
     os._exit(0)
-
-
-def _log(event: str, **details: object) -> None:
-    # Whoever read the log may be gone; that is no reason to end otherwise.
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps({"event": event, **details}), flush=True)
-
-
-@contextlib.contextmanager
-def _bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """Bound before the model is loaded, so that a port in use shows at once; it listens only when all is ready."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise StartError(f"can't listen on {host}:{port}: {error.strerror}; choose another --port") from None
-        yield listener
-
-
-def _url(host: str, port: int) -> str:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{reachable}:{port}"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)  # the name may be a link to somebody's file
-    with part.open("x", encoding="utf-8") as file:
-        file.write(text)
-    part.replace(path)
 
 
 if __name__ == "__main__":
