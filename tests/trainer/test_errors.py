@@ -19,6 +19,8 @@ CODES = {
     "ProcessLost": 1,
     "NotWritten": 74,
     "StopRequested": 1,  # each has that of its signal
+    "RankingsRejected": 65,
+    "RankingsUnavailable": 75,
     "RewardError": 1,
     "RewardRejected": 65,
     "RewardUnavailable": 75,
