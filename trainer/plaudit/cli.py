@@ -235,7 +235,7 @@ def _quiet_libraries() -> None:
     threading.excepthook = _except_of_tensorboard
     # A quantised GPT-2 has no Conv1D, but the weights that its adapters are merged into have: peft sees to it.
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
-    # peft asks transformers by the name that it had before.
+    # peft still uses the attribute's old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # True of a value model's last states; nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
