@@ -50,7 +50,7 @@ class RewardClient:
 
     def __init__(self, settings: RewardSettings, *, on_wait: Callable[[str], None] | None = None) -> None:
         self._components = settings.components
-        if not any(component.says_whom_to_ask for component in self._components):
+        if not settings.says_whom_to_ask:
             raise ConfigError(
                 "reward.url is empty: give the reward service's address, for example --reward.url http://127.0.0.1:8000"
             )

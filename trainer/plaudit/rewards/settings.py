@@ -120,6 +120,11 @@ class RewardSettings:
         for component in self.components[1:]:
             require(component.says_whom_to_ask, f"reward {component.name!r} needs either url or function")
 
+    @property
+    def says_whom_to_ask(self) -> bool:
+        """Whether any reward does."""
+        return any(component.says_whom_to_ask for component in self.components)
+
     @classmethod
     def of(cls, **values: Any) -> Self:
         """Settings for one reward, from its own fields and the shared ones: `of(url=("http://…",), patience_s=60)`."""

@@ -56,7 +56,7 @@ class AnnotateConfig:
             for value in values:
                 bound = "between 0 and 1" if upper == 1 else "at 0 or above, and be finite"
                 require(0 <= value <= upper and value != float("inf"), f"{name}={value} must lie {bound}")
-        asks = any(component.says_whom_to_ask for component in self.reward.components)
+        asks = self.reward.says_whom_to_ask
         require(
             not (self.judge is not None and asks),
             f"judge={self.judge!r} and reward.url are both given; the annotators have one judge: leave one out",

@@ -42,7 +42,7 @@ class EvaluateConfig:
         require(self.people_patience_s >= 0, f"people_patience_s={self.people_patience_s} must be 0 or more")
         if self.by_people is not None:
             check_url("by_people", self.by_people)
-            asks = any(component.says_whom_to_ask for component in self.reward.components)
+            asks = self.reward.says_whom_to_ask
             require(
                 not asks,
                 f"by_people={self.by_people!r} and reward.url are both given; people judge or a reward model: "

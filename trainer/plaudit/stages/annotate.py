@@ -87,7 +87,7 @@ def judging(config: AnnotateConfig) -> Iterator[Judge]:
     if config.judge is not None:
         yield _Classifier(config.judge, config.label, config.device)
         return
-    if not any(component.says_whom_to_ask for component in config.reward.components):
+    if not config.reward.says_whom_to_ask:
         raise ConfigError(
             "the annotators have no judge: name a classifier with --judge, or a reward endpoint with --reward.url"
         )

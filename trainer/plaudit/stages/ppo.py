@@ -62,7 +62,7 @@ class PPOResult:
 
 def run(config: PPOConfig) -> PPOResult:
     """Train from the start or from a checkpoint, and write everything to `config.output_dir`."""
-    if not any(component.says_whom_to_ask for component in config.reward.components):
+    if not config.reward.says_whom_to_ask:
         raise ConfigError(
             "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
         )
