@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.chaos_table
 
-For every fault of tests/support/chaos.py, `plaudit ppo` runs as a process against servers that are processes; what
+For every fault of harness/chaos.py, `plaudit ppo` runs as a process against servers that are processes; what
 stops it is put right, and the run resumed. Prints a Markdown table: rewards that the undisturbed run's updates are made
 of (asked), the same ones that entered an update here (got), and any others that did (invented). Exits 1 unless nothing
 was lost or invented, the exit codes are the documented ones, and every run ended with the undisturbed weights.
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from tests.support import chaos
-from tests.support.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Replicas, Trial
-from tests.support.network import why_not
+from harness import chaos
+from harness.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Replicas, Trial
+from harness.network import why_not
 
 Play = Callable[[], Account]
 

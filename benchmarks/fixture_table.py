@@ -9,7 +9,7 @@ Attention's key bias, whose gradient is zero in mathematics, stands apart from t
 
 import torch
 
-from tests.support.classic_ppo import CASES, COLUMNS, reproduce
+from harness.classic_ppo import CASES, COLUMNS, reproduce
 
 
 def main() -> None:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import torch
 
+from harness.runs import TrainerProcess, largest_difference
+from harness.stub_reward_server import StubRewardServer
+from harness.tiny_models import tiny_gpt2_dir
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.checkpoint import list_checkpoints
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages.ppo import CHECKPOINTS
-from tests.support.runs import TrainerProcess, largest_difference
-from tests.support.stub_reward_server import StubRewardServer
-from tests.support.tiny_models import tiny_gpt2_dir
 
 
 def main() -> int:

@@ -19,10 +19,10 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from harness.tiny_judges import FAMILIES, tiny_judge
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
-from tests.support.tiny_judges import FAMILIES, tiny_judge
 
 SHORT = [
     "good",

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from harness.stub_reward_server import StubRewardServer
 from plaudit.data.sources import Prompts, load_prompts
 from plaudit.learner.rollout import Rewarder, collect
 from plaudit.learner.stepper import PPOStepper, Sampling
@@ -39,7 +40,6 @@ from plaudit.run.reward_process import reward_service
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOHyperparameters
-from tests.support.stub_reward_server import StubRewardServer
 
 LATENCIES_MS = (0, 20, 100, 500)
 READY_TIMEOUT_S = 300.0

@@ -15,10 +15,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tests.support.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
-from tests.support.reward_service import RewardService, free_port
-from tests.support.running import running, until
-from tests.support.tiny_models import tiny_classifier_dir
+from harness.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
+from harness.reward_service import RewardService, free_port
+from harness.running import running, until
+from harness.tiny_models import tiny_classifier_dir
 
 PAUSE_S = 1.0
 """How long the callers go on undisturbed before the next kill."""

@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.stub_reward_server import StubRewardServer
+from harness.stub_reward_server import StubRewardServer
 
 # Tests run side by side (pytest -n): a thread each, for themselves and for the processes that they start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import plaudit
-from tests.support.parts import PARTS, all_modules, imported_distributions, modules_of, plaudit_modules_imported
+from harness.parts import PARTS, all_modules, imported_distributions, modules_of, plaudit_modules_imported
 
 SHARED = ("plaudit.wire", "plaudit.demo_models", "plaudit.console")
 """What the programs have in common: the messages, the embedded models' names, the console scripts."""

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from harness.reward_service import RewardService
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import EndpointKind, RewardSettings
-from tests.support.reward_service import RewardService
-from tests.support.tiny_models import tiny_classifier_dir
 
 PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(100)]
 RESPONSES = [f"{word} and the plot number {i}" for i, word in enumerate(["good", "bad", "great", "awful"] * 25)]

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.runs import single_threaded
 from plaudit.rewards.settings import RewardComponent
 from plaudit.run.metrics import read_metrics
 from plaudit.settings import files
 from plaudit.settings.ppo import PPOConfig
 from plaudit.stages import ppo
-from tests.support.runs import single_threaded
 
 FIXTURE = Path(__file__).parent / "fixtures" / "before_plaudit_namespace"
 

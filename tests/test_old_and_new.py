@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.reward_service import RewardService, python_path
+from harness.tiny_models import tiny_classifier_dir
 from plaudit import wire
-from tests.support.reward_service import RewardService, python_path
-from tests.support.tiny_models import tiny_classifier_dir
 
 ROOT = Path(__file__).parents[1]
 CLIENT = """

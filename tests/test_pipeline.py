@@ -68,7 +68,7 @@ def test_from_texts_to_a_report_over_real_http(presets_dir: Path, tmp_path: Path
 def test_the_service_is_gone_when_the_block_ends(tmp_path: Path) -> None:
     import httpx
 
-    from tests.support.tiny_models import tiny_classifier_dir
+    from harness.tiny_models import tiny_classifier_dir
 
     model = tiny_classifier_dir(tmp_path / "classifier")
     with reward_service(str(model), tmp_path, ready_timeout_s=200) as url:
@@ -89,7 +89,7 @@ def test_a_model_that_is_no_classifier_ends_the_demo_with_the_services_own_words
 
 @pytest.fixture
 def policy_dir_without_head(tmp_path: Path) -> Path:
-    from tests.support.tiny_models import tiny_gpt2_dir
+    from harness.tiny_models import tiny_gpt2_dir
 
     return tiny_gpt2_dir(tmp_path / "policy")
 

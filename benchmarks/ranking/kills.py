@@ -12,9 +12,9 @@ import platform
 import tempfile
 from pathlib import Path
 
-from tests.support.postgres import PostgresServer
-from tests.support.ranking_load import Account, fsync_rate, storm
-from tests.support.ranking_service import RankingService
+from harness.postgres import PostgresServer
+from harness.ranking_load import Account, fsync_rate, storm
+from harness.ranking_service import RankingService
 
 COLUMNS = (
     *("database", "rankings", "doubled", "lost", "duplicated", "over", "twice", "wrong"),

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu import render, run
-from tests.support.running import until
+from harness.running import until
 
 ROOT = Path(__file__).parents[2]
 MARK = "PLAUDIT_GPU_BENCHMARK"

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from harness.network import Machine, why_not
+from harness.stub_reward_server import stub_reward
 from plaudit.rewards import RewardClient, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings
-from tests.support.network import Machine, why_not
-from tests.support.stub_reward_server import stub_reward
 
 PROMPTS = [f"prompt {i}" for i in range(400)]
 EXPECTED = [stub_reward(p, p) for p in PROMPTS]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from harness.reward_service import RewardService
+from harness.stub_reward_server import StubRewardServer, stub_reward
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.rewards import RewardClient, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings
-from tests.support.reward_service import RewardService
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
-from tests.support.tiny_models import tiny_classifier_dir
 
 PASSING: list[dict[str, Any]] = [
     *({"do": "status", "status": status} for status in (408, 425, 429, 500, 502, 503, 504)),

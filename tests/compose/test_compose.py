@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import running
-from tests.support.balancer import STATISTICS, asking_without_pause, replicas_up_in
-from tests.support.prometheus import Prometheus, dashboard_queries
-from tests.support.reward_service import free_port, status_of_a_request
+from harness import running
+from harness.balancer import STATISTICS, asking_without_pause, replicas_up_in
+from harness.prometheus import Prometheus, dashboard_queries
+from harness.reward_service import free_port, status_of_a_request
 
 ROOT = Path(__file__).parents[2]
 RUN_NAME = "compose-test"

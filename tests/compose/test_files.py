@@ -14,9 +14,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from harness.prometheus import dashboard_queries
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.run.metrics import MetricsLog
-from tests.support.prometheus import dashboard_queries
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.balancer import asking_without_pause, balancer_file, replicas_up
-from tests.support.reward_service import RewardService, free_port
-from tests.support.running import running, until
-from tests.support.tiny_models import tiny_classifier_dir
+from harness.balancer import asking_without_pause, balancer_file, replicas_up
+from harness.reward_service import RewardService, free_port
+from harness.running import running, until
+from harness.tiny_models import tiny_classifier_dir
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("haproxy") is None, reason="not installed: haproxy"),

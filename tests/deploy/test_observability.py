@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.balancer import balancer_file
+from harness.prometheus import Prometheus
+from harness.reward_service import RewardService, free_port, status_of_a_request
+from harness.running import running, until
+from harness.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
-from tests.support.balancer import balancer_file
-from tests.support.prometheus import Prometheus
-from tests.support.reward_service import RewardService, free_port, status_of_a_request
-from tests.support.running import running, until
-from tests.support.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 
 MISSING = [program for program in ("prometheus", "haproxy") if shutil.which(program) is None]
 pytestmark = [

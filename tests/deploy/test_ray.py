@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
+from harness.reward_service import free_port
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings
-from tests.support.reward_service import free_port
-from tests.support.tiny_models import tiny_classifier_dir
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # they are about Ray's own code

@@ -23,6 +23,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from harness import foreign_servers as foreign
+from harness.reward_service import free_port
+from harness.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
 from plaudit.learner.rollout import Collected
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import RewardSettings
@@ -30,9 +33,6 @@ from plaudit.run.metrics import REWARD_MEAN, read_metrics
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
-from tests.support import foreign_servers as foreign
-from tests.support.reward_service import free_port
-from tests.support.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [f"the movie {'was ' * (i % 7)}" for i in range(40)]

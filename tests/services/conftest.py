@@ -6,10 +6,10 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.scorers import FakeScorer
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http.app import create_app
-from tests.support.scorers import FakeScorer
-from tests.support.tiny_models import tiny_classifier_dir
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.tiny_models import tiny_gpt2_dir, tiny_tokenizer
 from plaudit.policy import packing
-from tests.support.tiny_models import tiny_gpt2_dir, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

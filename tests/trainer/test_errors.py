@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 
+from harness.parts import modules_of
 from plaudit import errors
 from plaudit.cli import exit_code
 from plaudit.errors import PlauditError
-from tests.support.parts import modules_of
 
 CODES = {
     "ConfigError": 2,

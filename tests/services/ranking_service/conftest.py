@@ -5,12 +5,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from harness.postgres import PostgresServer, programs
+from harness.ranking_service import KEY, RankingService, rows, upload
 from plaudit.ranking_service.store import batches, people
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.web.app import Options, create_app
 from plaudit.wire import rankings as wire
-from tests.support.postgres import PostgresServer, programs
-from tests.support.ranking_service import KEY, RankingService, rows, upload
 
 DATABASES = ("sqlite", "postgresql")
 

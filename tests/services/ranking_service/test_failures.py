@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.disks import fill, small_disk
-from tests.support.postgres import PostgresServer
-from tests.support.ranking_service import RankingService, in_shown_order, rows
+from harness.disks import fill, small_disk
+from harness.postgres import PostgresServer
+from harness.ranking_service import RankingService, in_shown_order, rows
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from harness.ranking_service import RankingService, in_shown_order, rows
 from plaudit.ranking_service.__main__ import main
-from tests.support.ranking_service import RankingService, in_shown_order, rows
 
 
 def run(*arguments: str | Path, database: str = "r.db") -> int:

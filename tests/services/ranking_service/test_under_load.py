@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.ranking_load import storm
-from tests.support.ranking_service import RankingService
+from harness.ranking_load import storm
+from harness.ranking_service import RankingService
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.fuzz_service import PARTS
 from benchmarks.service_under_load import Process
-from tests.support.tiny_models import tiny_classifier_dir
+from harness.tiny_models import tiny_classifier_dir
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.scorers import FakeScorer
 from plaudit.listening import StartError
 from plaudit.reward_service import keys as keys_module
 from plaudit.reward_service.__main__ import api_keys, parse_settings
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.keys import KeyFileError, Keys
-from tests.support.scorers import FakeScorer
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typing import IO, Any
 import httpx
 import pytest
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.__main__ import api_keys, main, parse_settings
-from tests.support.tiny_models import tiny_classifier_dir
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.support.classic_ppo import CASES, KEY_BIAS, Recording
+from harness.classic_ppo import CASES, KEY_BIAS, Recording
 
 # Adam divides a gradient by its size, so an entry whose gradient is nearly zero moves by the sign of its rounding
 # error: with other instructions, the classic trainer's own weights end up 6e-4 elsewhere. What a step computes is

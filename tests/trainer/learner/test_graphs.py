@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from harness.tiny_models import ARCHITECTURES
 from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
 from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.objective import STATISTICS, measure
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.samples import Samples
 from plaudit.settings.ppo import PPOHyperparameters
-from tests.support.tiny_models import ARCHITECTURES
 from tests.trainer.learner.test_stepper import (
     CONFIG,
     QUERIES,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
 from plaudit.data.sources import Prompts
 from plaudit.learner.rollout import collect
 from plaudit.learner.stepper import PPOStepper, Sampling
@@ -15,7 +16,6 @@ from plaudit.policy.texts import prompt_texts
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOHyperparameters
-from tests.support.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
 
 QUERIES = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33]]
 SETTINGS = GenerationSettings(min_new_tokens=4, max_new_tokens=16, batch_size=2)

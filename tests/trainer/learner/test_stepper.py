@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from harness.tiny_models import ARCHITECTURES, tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.adam import learning_rate_factor
 from plaudit.learner.minibatches import NonFiniteUpdate
@@ -20,7 +21,6 @@ from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.ppo import PPOHyperparameters
-from tests.support.tiny_models import ARCHITECTURES, tiny_gpt2
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
 RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27], [28, 29, 30]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.parallel.processes import device_named
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
@@ -14,7 +15,6 @@ from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import ModelNotFound, Policy, add_lora, load_causal_lm, load_policy, load_tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.settings.policy import GenerationSettings, LoraSettings
-from tests.support.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 SETTINGS = GenerationSettings(min_new_tokens=3, max_new_tokens=9)
 QUERIES = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

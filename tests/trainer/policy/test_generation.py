@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM
 
+from harness.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 from plaudit.errors import ConfigError
 from plaudit.learner.rollout import sampler
 from plaudit.policy.generation import Draws, decode_responses, generate, sample_tokens
@@ -14,7 +15,6 @@ from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Samples
 from plaudit.policy.static_generation import Decoder, StaticGenerator, supports
 from plaudit.settings.policy import GenerationSettings, LoraSettings
-from tests.support.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 
 QUERIES = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33]]
 SETTINGS = GenerationSettings(min_new_tokens=4, max_new_tokens=16, batch_size=2)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import (
@@ -24,7 +25,6 @@ from plaudit.policy.model import (
 )
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
-from tests.support.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27]]

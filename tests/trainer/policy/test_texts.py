@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer, tiny_wordpiece_tokenizer
 from plaudit.data.sources import load_prompts
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import (
@@ -16,7 +17,6 @@ from plaudit.policy.texts import (
     tokens_in_front,
 )
 from plaudit.settings.data import DataSettings, PromptSettings
-from tests.support.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer, tiny_wordpiece_tokenizer
 
 TEXT = "This movie was great. I would watch it again \U0001f3ac 映画 déjà vu"
 TOKENIZERS = {"gpt2": tiny_tokenizer, "llama2": tiny_llama2_tokenizer}

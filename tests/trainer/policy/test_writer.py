@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2_dir
 from plaudit.errors import ConfigError
 from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.writer import load_writer, revision_of
 from plaudit.settings.policy import GenerationSettings
-from tests.support.tiny_models import ARCHITECTURES, save, tiny_gpt2_dir
 
 SETTINGS = GenerationSettings(max_new_tokens=8)
 

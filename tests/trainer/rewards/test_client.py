@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.stub_reward_server import LABELS, REVISION, StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings
-from tests.support.stub_reward_server import LABELS, REVISION, StubRewardServer, stub_reward
 
 PROMPTS = [f"prompt {i}" for i in range(50)]
 RESPONSES = [f" response {i}" for i in range(50)]

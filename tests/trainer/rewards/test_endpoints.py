@@ -14,10 +14,10 @@ from typing import Any
 import anyio
 import pytest
 
+from harness.stub_reward_server import StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable, source
 from plaudit.rewards.settings import RewardComponent, RewardSettings
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
 RESPONSES = [f" response {i}" for i in range(40)]

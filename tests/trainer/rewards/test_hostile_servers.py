@@ -9,11 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.stub_reward_server import StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
 from plaudit.rewards import RewardClient, RewardRejected, client, endpoint, source
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.plain import to_dict
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
 RESPONSES = [f" response {i}" for i in range(40)]

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from harness import foreign_servers as foreign
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import RewardSettings
-from tests.support import foreign_servers as foreign
 
 PROMPTS = [f"prompt {i}" for i in range(20)]
 RESPONSES = [f" response {i}" for i in range(20)]

@@ -6,11 +6,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from harness.stub_reward_server import StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
 from plaudit.rewards import RewardClient, RewardUnavailable
 from plaudit.rewards.proxies import Proxy, proxy_for
 from plaudit.rewards.settings import RewardSettings
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
 
 NOWHERE = "http://127.0.0.1:9"
 VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

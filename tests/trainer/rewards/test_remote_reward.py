@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.stub_reward_server import StubRewardServer, stub_reward
 from plaudit.rewards import RemoteReward, RewardRejected
 from plaudit.rewards.remote_reward import contents
 from plaudit.rewards.settings import RewardSettings
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
 
 
 def settings(server: StubRewardServer) -> RewardSettings:
@@ -62,7 +62,7 @@ def test_trls_rloo_trainer_takes_two_steps_on_remote_rewards(
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    from tests.support.tiny_models import tiny_gpt2_dir
+    from harness.tiny_models import tiny_gpt2_dir
 
     model_dir = tiny_gpt2_dir(tmp_path / "model")
     reward = RemoteReward(settings(stub_reward_server))

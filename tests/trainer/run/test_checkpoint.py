@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.disks import fill, small_disk
+from harness.runs import assert_same
+from harness.tiny_models import tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy, add_lora
@@ -19,9 +22,6 @@ from plaudit.run.storage import NotWritten
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
-from tests.support.disks import fill, small_disk
-from tests.support.runs import assert_same
-from tests.support.tiny_models import tiny_gpt2
 
 
 def stepper(seed: int = 0) -> PPOStepper:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
+from harness.disks import fill, small_disk
 from plaudit.errors import ConfigError
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
 from plaudit.run.storage import NotWritten
-from tests.support.disks import fill, small_disk
 
 
 def test_each_step_can_be_read_while_the_run_goes_on(tmp_path):

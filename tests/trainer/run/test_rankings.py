@@ -6,11 +6,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from harness.ranking_service import KEY, RankingService, rows, upload
 from plaudit.errors import ConfigError
 from plaudit.run import rankings
 from plaudit.run.rankings import RankingAdmin, RankingPerson, RankingsRejected, RankingsUnavailable, read_key
 from plaudit.wire import rankings as wire
-from tests.support.ranking_service import KEY, RankingService, rows, upload
 
 UPLOADED = wire.BatchUploaded(id="b1", added=1, known=0, merged_answers=0, identical=0, tasks=1)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.stub_reward_server import StubRewardServer
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
-from tests.support.stub_reward_server import StubRewardServer
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from harness.ranking_service import KEY, RankingService
+from harness.tiny_models import tiny_classifier_dir
 from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.rewards.settings import RewardSettings
@@ -18,8 +20,6 @@ from plaudit.run.rankings import RankingsUnavailable
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.stages import annotate
 from plaudit.wire import rankings as wire
-from tests.support.ranking_service import KEY, RankingService
-from tests.support.tiny_models import tiny_classifier_dir
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranking
 
 @pytest.fixture
 def config(service: RankingService) -> AnnotateConfig:
-    reward = RewardSettings.of(function="tests.support.judges:named_value", label=None)
+    reward = RewardSettings.of(function="harness.judges:named_value", label=None)
     return AnnotateConfig(url=service.url, reward=reward, annotators=4, temperature=(0.5,), patience_s=20, seed=3)
 
 

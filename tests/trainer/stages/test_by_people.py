@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from harness.judges import vowels
+from harness.ranking_service import KEY, RankingService
+from harness.tiny_models import tiny_gpt2_dir
 from plaudit import cli, errors
 from plaudit.data.sources import load_texts
 from plaudit.errors import ConfigError
@@ -21,9 +24,6 @@ from plaudit.settings.policy import GenerationSettings
 from plaudit.stages import annotate, by_people, evaluate
 from plaudit.stages.by_people import PeopleResult
 from plaudit.wire import rankings as wire
-from tests.support.judges import vowels
-from tests.support.ranking_service import KEY, RankingService
-from tests.support.tiny_models import tiny_gpt2_dir
 
 N = 24
 NO_AGREEMENT: dict[str, Any] = {"value": None, "low": None, "high": None}
@@ -56,7 +56,7 @@ def config(policy_dir: Path, reviews: Path, service: RankingService, tmp_path: P
 
 def ten_annotators(config: EvaluateConfig, **settings: Any) -> annotate.AnnotateResult:
     assert config.by_people is not None
-    reward = RewardSettings.of(function="tests.support.judges:vowels", label=None)
+    reward = RewardSettings.of(function="harness.judges:vowels", label=None)
     values: dict[str, Any] = {"temperature": (0.0,), "annotators": 10, "patience_s": 20.0} | settings
     return annotate.run(AnnotateConfig(url=config.by_people, reward=reward, **values))
 

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 
+from harness.stub_reward_server import StubRewardServer, stub_reward
+from harness.tiny_models import save, tiny_gpt2, tiny_llama2_tokenizer
 from plaudit import cli, errors
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.policy.generation import Draws, generate
@@ -23,8 +25,6 @@ from plaudit.settings.data import DataSettings
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.stages import evaluate
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
-from tests.support.tiny_models import save, tiny_gpt2, tiny_llama2_tokenizer
 
 N = 20
 

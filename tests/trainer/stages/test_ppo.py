@@ -14,6 +14,9 @@ import torch
 import transformers
 import yaml
 
+from harness.runs import TrainerProcess, assert_same_run, single_threaded
+from harness.stub_reward_server import StubRewardServer
+from harness.tiny_models import tiny_gpt2
 from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.learner.minibatches import NonFiniteUpdate
@@ -26,9 +29,6 @@ from plaudit.run.runtime import exclusive
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
 from plaudit.stages import ppo
-from tests.support.runs import TrainerProcess, assert_same_run, single_threaded
-from tests.support.stub_reward_server import StubRewardServer
-from tests.support.tiny_models import tiny_gpt2
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.disks import fill, small_disk
+from harness.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
 from plaudit.run.checkpoint import list_checkpoints
 from plaudit.settings.ppo import PPOConfig
 from plaudit.stages import ppo
-from tests.support.disks import fill, small_disk
-from tests.support.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
 
 EXPORTED = {"adapter_model.safetensors", "adapter_config.json", "value_head.safetensors", "tokenizer.json"}
 

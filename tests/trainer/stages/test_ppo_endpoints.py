@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from harness import foreign_servers as foreign
 from plaudit.learner.rollout import Collected
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import REWARD_MEAN, read_metrics
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
-from tests.support import foreign_servers as foreign
 
 
 @pytest.mark.parametrize("kind", foreign.SPOKEN)

@@ -12,6 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.runs import (
+    end_of_the_first_when_the_second,
+    largest_difference,
+    numbers,
+    preset_of,
+    single_threaded,
+    start_ranks,
+)
+from harness.stub_reward_server import StubRewardServer
 from plaudit.data.sources import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
@@ -21,15 +30,6 @@ from plaudit.run.runtime import StopRequested
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
-from tests.support.runs import (
-    end_of_the_first_when_the_second,
-    largest_difference,
-    numbers,
-    preset_of,
-    single_threaded,
-    start_ranks,
-)
-from tests.support.stub_reward_server import StubRewardServer
 
 ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),

@@ -15,13 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from plaudit.errors import ConfigError
-from plaudit.learner.memory import Fitting
-from plaudit.parallel.sharding import Sharding, sharding_for
-from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
-from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
-from plaudit.stages import ppo
-from tests.support.runs import (
+from harness.runs import (
     assert_same,
     end_of_the_first_when_the_second,
     largest_difference,
@@ -30,7 +24,13 @@ from tests.support.runs import (
     start_ranks,
     weights,
 )
-from tests.support.stub_reward_server import StubRewardServer
+from harness.stub_reward_server import StubRewardServer
+from plaudit.errors import ConfigError
+from plaudit.learner.memory import Fitting
+from plaudit.parallel.sharding import Sharding, sharding_for
+from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
+from plaudit.stages import ppo
 
 RECIPE = Path(__file__).parents[3] / "deploy/accelerate/fsdp.yaml"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.data.sources import Label, LabelledTexts
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.settings.data import DataSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 from plaudit.stages import reward_model
-from tests.support.tiny_models import tiny_classifier_dir
 
 SIZES = ModelSizes("distilbert", vocab_size=300, hidden_size=32, layers=1, heads=2, max_positions=64)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import filelock
 import pytest
 
+from harness.ranking_service import KEY, RankingService
+from harness.tiny_models import tiny_gpt2
 from plaudit import cli, errors
 from plaudit.data.sources import load_texts
 from plaudit.errors import ConfigError
@@ -18,8 +20,6 @@ from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.sample import SampleConfig
 from plaudit.stages import sample
 from plaudit.wire import rankings as wire
-from tests.support.ranking_service import KEY, RankingService
-from tests.support.tiny_models import tiny_gpt2
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from harness.tiny_models import tiny_gpt2, tiny_tokenizer
 from plaudit.policy.from_scratch import train_tokenizer
 from plaudit.policy.model import add_lora
 from plaudit.settings.data import DataSettings
@@ -15,7 +16,6 @@ from plaudit.settings.policy import LoraSettings
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 from plaudit.stages import sft
-from tests.support.tiny_models import tiny_gpt2, tiny_tokenizer
 
 SIZES = ModelSizes("gpt2", vocab_size=300, hidden_size=16, layers=1, heads=2, max_positions=32)
 OPTIMIZER = OptimizerSettings(learning_rate=5e-3, batch_size=8, max_steps=60, warmup_fraction=0.0)

@@ -17,6 +17,9 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
+from harness.disks import fill, small_disk
+from harness.runs import TrainerProcess
+from harness.tiny_models import save, tiny_classifier_dir, tiny_gpt2, tiny_wordpiece_tokenizer
 from plaudit import cli
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.run.checkpoint import list_checkpoints
@@ -27,9 +30,6 @@ from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 from plaudit.stages import reward_model, sft, supervised
-from tests.support.disks import fill, small_disk
-from tests.support.runs import TrainerProcess
-from tests.support.tiny_models import save, tiny_classifier_dir, tiny_gpt2, tiny_wordpiece_tokenizer
 
 Stage = tuple[Callable[[Any], Any], Any]
 STEPS = 50

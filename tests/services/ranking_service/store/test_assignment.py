@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select, text
 
+from harness.postgres import PostgresServer
+from harness.ranking_service import rows, upload
 from plaudit.ranking_service.store import assignment as leases
 from plaudit.ranking_service.store import batches, people, submissions
 from plaudit.ranking_service.store.assignment import LEASE_MS
@@ -14,8 +16,6 @@ from plaudit.ranking_service.store.schema import assignments, tasks
 from plaudit.ranking_service.store.submissions import Word
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
-from tests.support.postgres import PostgresServer
-from tests.support.ranking_service import rows, upload
 
 
 def take(database: Database, person: int, now: int | None = None) -> str | None:

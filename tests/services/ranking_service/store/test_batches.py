@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select
 
+from harness.ranking_service import rows, upload
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.store import batches
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.schema import tasks
 from plaudit.wire import rankings as wire
-from tests.support.ranking_service import rows, upload
 
 
 def send(database: Database, listed: list[wire.AnswersRow], **settings: Any) -> wire.BatchUploaded:

@@ -13,12 +13,12 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import insert, inspect, select, text
 
+from harness.disks import fill, small_disk
+from harness.postgres import PostgresServer
 from plaudit.ranking_service.store import files
 from plaudit.ranking_service.store.backup import backup
 from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError
 from plaudit.ranking_service.store.schema import audit, metadata
-from tests.support.disks import fill, small_disk
-from tests.support.postgres import PostgresServer
 
 ROW = {"at": 1, "actor": None, "action": "test", "object": "x", "detail": "{}"}
 

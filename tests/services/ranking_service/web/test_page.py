@@ -8,10 +8,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from harness.browser import browser as running_browser
+from harness.ranking_service import RankingService, rows
 from plaudit.wire import rankings as wire
 from plaudit.wire.rankings import Turn
-from tests.support.browser import browser as running_browser
-from tests.support.ranking_service import RankingService, rows
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}

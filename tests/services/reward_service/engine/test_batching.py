@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import (
     SLICE_CHARS,
     Encoded,
@@ -20,7 +21,6 @@ from plaudit.reward_service.engine.batching import (
     _Item,
 )
 from plaudit.reward_service.problems import ProblemError
-from tests.support.scorers import FakeScorer
 
 
 def texts(*words: str) -> list[tuple[str, None]]:

@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from harness.tiny_judges import tiny_judge
+from harness.tiny_models import save, tiny_classifier_dir
 from plaudit.reward_service.engine import loading, model_files
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
-from tests.support.tiny_judges import tiny_judge
-from tests.support.tiny_models import save, tiny_classifier_dir
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses attributes by their old names
 TEXTS = ["this movie was great", "the worst plot of a film , not good", "x"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit import demo_models
 from plaudit.reward_service.engine import model_source as model_source_module
 from plaudit.reward_service.engine import scorer as scorer_module
@@ -13,7 +14,6 @@ from plaudit.reward_service.engine.model_files import ModelError, ModelSource, c
 from plaudit.reward_service.engine.model_source import ModelOrigins, held
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings
-from tests.support.tiny_models import tiny_classifier_dir
 
 
 @pytest.fixture

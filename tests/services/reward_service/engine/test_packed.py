@@ -13,9 +13,9 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine import packed
 from plaudit.reward_service.engine.packed import ROWS_AT_ONCE, PackedEncoder, can_pack
-from tests.support.tiny_models import tiny_classifier_dir
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 10}
 IDS = [[2, 9, 3], [2, 7, 8, 9, 3], [2, 9, 3], [2, 3], [2, *range(5, 55), 3], [2, 9, 11, 3]] * 12

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.batching import Encoded
 from plaudit.reward_service.engine.padded import GPU_WIDTH_STEP, PaddedModel
-from tests.support.tiny_models import tiny_classifier_dir
 
 
 class Recorded:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, DistilBertForMaskedLM
 
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine import scorer as scorer_module
 from plaudit.reward_service.engine.scorer import ModelError, TransformersScorer, content_revision, load_scorer
 from plaudit.reward_service.settings import Settings
-from tests.support.tiny_models import tiny_classifier_dir
 
 TEXTS = [
     "this movie was great",

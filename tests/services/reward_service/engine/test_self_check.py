@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DistilBertForSequenceClassification
 
+from harness.tiny_judges import MAX_TOKENS, tiny_judge
+from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine import packed, scorer, self_check
 from plaudit.reward_service.engine.batching import Encoded, Logits
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
-from tests.support.tiny_judges import MAX_TOKENS, tiny_judge
-from tests.support.tiny_models import tiny_classifier_dir
 
 TEXTS = ["good", "a longer text about a film that is good , and not bad", "", "the plot", "word " * 200]
 WAYS = {

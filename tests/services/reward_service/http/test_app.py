@@ -15,6 +15,7 @@ from fastapi import Request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from harness.scorers import FakeScorer
 from plaudit import wire
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.engine.cache import ScoreCache
@@ -23,7 +24,6 @@ from plaudit.reward_service.http import garbage_collection as collector
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.http.service import ClientGoneError, ServiceLimits
 from plaudit.reward_service.problems import ProblemError
-from tests.support.scorers import FakeScorer
 
 ITEM = {"prompt": "ab", "response": "cde"}
 

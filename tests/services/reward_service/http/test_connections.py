@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import resource
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http import request_head, service
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.http.server import OTHER_FILES, FewWords, Hooks, Server, connections_allowed
 from plaudit.reward_service.http.service import ServiceLimits
-from tests.support.scorers import FakeScorer
 
 BODY = b'{"items": [{"prompt": "ab", "response": "cde"}], "label": "LENGTH"}'
 KEY = b"Authorization: Bearer key\r\n"
@@ -185,9 +186,11 @@ def test_parked_bodies_have_one_bound_together_and_small_requests_still_find_roo
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
             connection.sendall(head + b"x" * 999_000)
             parked.append(connection)
+        # Which of them find no room depends on whose bytes the service reads first.
+        answered, _, _ = select.select(parked, [], [], 30)
         refused = b""
         while not refused.endswith(b"}"):
-            refused += parked[-1].recv(65536)
+            refused += answered[0].recv(65536)
         assert refused.startswith(b"HTTP/1.1 503")
         assert b"bytes of requests are held" in refused
         assert b"retry-after: 1" in refused

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from harness.reward_service import RewardService
 from plaudit.reward_service.http.server import _let_nobody_else_knock
-from tests.support.reward_service import RewardService
 
 ENDLESS_RELOAD = """
 import socket, threading
@@ -26,7 +26,7 @@ from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.problems import ProblemError
 from plaudit.reward_service.http.server import Hooks, Server
-from tests.support.scorers import FakeScorer
+from harness.scorers import FakeScorer
 
 def load():
     print("loading", flush=True)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
+from harness.scorers import FakeScorer
 from plaudit import wire
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http.app import create_app
-from tests.support.scorers import FakeScorer
 
 
 async def status_of(app: FastAPI, text: str, timeout_s: bytes) -> int:

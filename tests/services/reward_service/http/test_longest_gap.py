@@ -11,12 +11,12 @@ import httpx
 import msgpack
 import pytest
 
+from harness.large_bodies import bodies
 from plaudit.reward_service.engine.batching import Encoded, Engine
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.http import garbage_collection
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.settings import Settings
-from tests.support.large_bodies import bodies
 
 MOST_S = 0.05
 LARGEST = 16 * 2**20

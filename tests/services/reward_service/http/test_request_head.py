@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from harness.reward_service import RewardService
 from plaudit.reward_service.http.request_head import MAX_HEAD_BYTES
-from tests.support.reward_service import RewardService
 
 BODY = b'{"items": [{"prompt": "this movie", "response": " was great"}]}'
 

@@ -15,12 +15,12 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
+from harness.collector import Collector, attributes, collector
+from harness.reward_service import RewardService
+from harness.scorers import FakeScorer
 from plaudit import wire
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http.tracing import TracingError, phases, provider_from_environment
-from tests.support.collector import Collector, attributes, collector
-from tests.support.reward_service import RewardService
-from tests.support.scorers import FakeScorer
 
 ITEM = {"prompt": "ab", "response": "cde"}
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

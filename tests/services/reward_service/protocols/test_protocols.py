@@ -17,10 +17,10 @@ from fastapi import Request
 from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.protocols import openrlhf
-from tests.support.scorers import FakeScorer
 
 SOFTMAX_OF_2 = 1 / (1 + math.exp(-4))
 """The fake scorer's logits for two characters are 2 and -2."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 
-from tests.support.stub_reward_server import StubRewardServer
+from harness.stub_reward_server import StubRewardServer
 
 RATE = ["tbf", "burst", "2kb", "latency", "2s", "rate"]
 STATISTIC = ["iptables", "-A", "INPUT", "-m", "statistic", "--mode", "random"]

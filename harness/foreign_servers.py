@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from tests.support.stub_reward_server import stub_reward
+from harness.stub_reward_server import stub_reward
 
 LABELS = ["NEGATIVE", "POSITIVE"]
 Server = Callable[[str, str, Any], tuple[int, Any]]

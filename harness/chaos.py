@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
+from harness.network import Machine
+from harness.reward_service import RewardService
+from harness.runs import FORKS, TrainerProcess, weights
+from harness.stub_reward_server import StubRewardServer, stub_reward
+from harness.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
-from tests.support.network import Machine
-from tests.support.reward_service import RewardService
-from tests.support.runs import FORKS, TrainerProcess, weights
-from tests.support.stub_reward_server import StubRewardServer, stub_reward
-from tests.support.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 
 STEPS = 3
 REQUESTS_A_STEP = 2

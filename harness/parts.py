@@ -74,7 +74,7 @@ def imported_distributions(path: Path, *, at_the_head: bool = False) -> set[str]
 def _provider(distributions: list[str]) -> str:
     """Which distribution an import means: of several that share a namespace, the one that pyproject.toml names."""
     names = [name.lower().replace("_", "-") for name in distributions]
-    named = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    named = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     return next((name for name in names if f'"{name}' in named), names[0])
 
 

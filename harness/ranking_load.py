@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.ranking_service import RankingService, in_shown_order, rows
 from plaudit.ranking_service.store.batches import overlaps
-from tests.support.ranking_service import RankingService, in_shown_order, rows
 
 GIVE_UP_S = 300.0
 """How long one person goes on asking a service that does not answer."""

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.support.tiny_models import WORDS, tiny_tokenizer
+from harness.tiny_models import WORDS, tiny_tokenizer
 
 MAX_TOKENS = 64
 WEIGHT_SCALE = 4.0

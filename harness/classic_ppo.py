@@ -17,7 +17,7 @@ from plaudit.learner.stepper import PPOStepper, StepResult
 from plaudit.policy.model import Policy
 from plaudit.settings.ppo import PPOHyperparameters
 
-DIRECTORY = Path(__file__).parents[1] / "fixtures" / "classic_ppo"
+DIRECTORY = Path(__file__).parents[1] / "tests" / "fixtures" / "classic_ppo"
 CASES = sorted(path.stem for path in DIRECTORY.glob("*.safetensors"))
 KEY_BIAS = " (keys)"
 """Ends the name of a bias of attention's keys. It adds the same number to all scores of a query: softmax drops it, and

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
+from harness.postgres import free_port
 from plaudit.wire import rankings as wire
-from tests.support.postgres import free_port
 
 KEY = "the-administrations-key"
 ADMIN = {"authorization": f"Bearer {KEY}"}
