@@ -1,11 +1,11 @@
-"""A small, fixed share of what benchmarks/fuzz_service.py sends."""
+"""A small, fixed share of what benchmarks/service/fuzz.py sends."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fuzz_service import PARTS
-from benchmarks.service_under_load import Process
+from harness.load.fuzz import PARTS
+from harness.load.rewards import Process
 from harness.tiny_models import tiny_classifier_dir
 
 

@@ -1,6 +1,6 @@
 """How many requests are lost when reward services are killed behind the balancer.
 
-    python -m benchmarks.replica_kills --kills 10
+    python -m benchmarks.chaos.replica_kills --kills 10
 
 Starts HAProxy (Debian's package `haproxy`) with deploy/balancer/haproxy.cfg in front of real reward services on this
 machine, and callers that ask without pause for one text and for 32 in turn and repeat nothing. Kills one service after
