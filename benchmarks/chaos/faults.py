@@ -20,7 +20,7 @@ import torch
 
 from harness import chaos
 from harness.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Replicas, Trial
-from harness.network import why_not
+from harness.machine.network import why_not
 
 Play = Callable[[], Account]
 

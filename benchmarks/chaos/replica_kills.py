@@ -15,9 +15,9 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
-from harness.reward_service import RewardService, free_port
-from harness.running import running, until
+from harness.machine.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
+from harness.processes import free_port, running, until
+from harness.reward_service import RewardService
 from harness.tiny_models import tiny_classifier_dir
 
 PAUSE_S = 1.0

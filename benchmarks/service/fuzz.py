@@ -15,7 +15,7 @@ from pathlib import Path
 from hypothesis.errors import HypothesisWarning
 
 from harness.load.fuzz import PARTS, counted_by_the_service
-from harness.load.rewards import Process
+from harness.reward_service import RewardService
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     warnings.simplefilter("ignore", HypothesisWarning)
     tallies = []
     # Short texts for the model, so that the time goes into requests; longer ones are cut and say so.
-    with Process(arguments.model, "--max-tokens", "64") as service:
+    with RewardService(arguments.model, "--label", "POSITIVE", "--max-tokens", "64") as service:
         for name in arguments.parts:
             part, share = PARTS[name]
             tallies.append(part(service.url, math.ceil(arguments.requests * share), arguments.seed))

@@ -16,9 +16,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-import psutil
-
-from harness.load.siege import Outcome, besiege, known_texts, service
+from harness.load.siege import Outcome, besiege, besieged_service, known_texts
+from harness.reward_service import RewardService
 
 
 def main() -> None:
@@ -26,22 +25,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--train-steps", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, service(Path(name), "--deterministic") as (port, process):
-        outcome = soak(port, process, arguments.seconds, arguments.train_steps, Path(name))
+    with tempfile.TemporaryDirectory() as name, besieged_service("--deterministic") as service:
+        outcome = soak(service, arguments.seconds, arguments.train_steps, Path(name))
     print(outcome.said())
     sys.exit(bool(outcome.wrong) or outcome.same_weights is False)
 
 
-def soak(port: int, process: psutil.Process, seconds: float, train_steps: int, directory: Path) -> Outcome:
+def soak(service: RewardService, seconds: float, train_steps: int, directory: Path) -> Outcome:
     """The siege; with `train_steps`, also a training run under it beside the same run left in peace."""
+    port = service.port
     expected = known_texts(port)
     if not train_steps:
-        return besiege(port, process, seconds, expected)
+        return besiege(service, seconds, expected)
     undisturbed = train(port, train_steps, directory / "undisturbed")
     besieged: list[bytes] = []
     trainer = threading.Thread(target=lambda: besieged.append(train(port, train_steps, directory / "besieged")))
     trainer.start()
-    outcome = besiege(port, process, seconds, expected)
+    outcome = besiege(service, seconds, expected)
     trainer.join()
     outcome.same_weights = besieged == [undisturbed]
     return outcome

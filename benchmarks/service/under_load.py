@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
-from harness.load.rewards import Load, Process, Rewards, Tally, drain, poison, reload, some_texts
+from harness.load.rewards import LABEL, Load, Rewards, Tally, drain, poison, reload, some_texts
+from harness.reward_service import RewardService
 
 KEPT_S = 30.0
 """How long an idle connection is good for another request."""
@@ -95,7 +97,8 @@ async def overload(
     """Requests that come at `share` times the rate that can be served: the accepted are answered, the rest gets 429."""
     rewards = Rewards(some_texts())
     rewards.learn(model)
-    with Process(model, *flags, cores=core) as service:
+    wrapper = ("taskset", "-c", core) if core else ()
+    with RewardService(model, "--label", LABEL, *flags, wrapper=wrapper) as service:
         async with Load(service.url, rewards).running(32) as load:
             await load.answered(300)
             began, before = time.perf_counter(), load.tally.answered
@@ -113,9 +116,9 @@ async def overload(
         return Overload(load.tally, capacity, memory, behind)
 
 
-async def _sample(service: Process, memory: list[float]) -> None:
+async def _sample(service: RewardService, memory: list[float]) -> None:
     while True:
-        memory.append(service.resident_mib())
+        memory.append(psutil.Process(service.pid).memory_info().rss / 2**20)
         await asyncio.sleep(SAMPLE_S)
 
 

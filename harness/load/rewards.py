@@ -8,14 +8,10 @@ came, and `wrong` when an answer isn't what it must be. Lost and wrong must be 0
 
 import asyncio
 import contextlib
-import json
-import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
+from harness.reward_service import RewardService
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings
 
@@ -96,59 +93,6 @@ class Rewards:
             return f"{len(answer['rewards'])} rewards for {len(wanted)} texts"
         apart = max(abs(got - want) for got, want in zip(answer["rewards"], wanted, strict=True))
         return f"{apart:g} away from its revision's reward" if apart > TOLERANCE else None
-
-
-class Process:
-    """`plaudit-reward` on a free port, its events read line by line."""
-
-    def __init__(
-        self, model: Path, *flags: str, cores: str | None = None, program: str = "plaudit.reward_service"
-    ) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            program,
-            "--model",
-            str(model),
-            "--label",
-            LABEL,
-            "--port",
-            "0",
-        ]
-        pinned = ["taskset", "-c", cores] if cores else []
-        self._process = subprocess.Popen(
-            [*pinned, *command, "--threads", "1", *flags],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
-        self.url: str = self.event()["url"]
-        self.pid = self._process.pid
-
-    def event(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        event: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return event
-
-    def send_signal(self, number: int) -> None:
-        self._process.send_signal(number)
-
-    def resident_mib(self) -> float:
-        [line] = [x for x in Path(f"/proc/{self.pid}/status").read_text().splitlines() if x.startswith("VmRSS")]
-        return int(line.split()[1]) / 1024
-
-    def wait(self) -> int:
-        code = self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        return code
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self.wait()
 
 
 class Http(Protocol):
@@ -240,14 +184,13 @@ async def drain(model: Path, *, callers: int, answers: int) -> Tally:
     """SIGTERM under load, with clients that dawdle: all that was accepted is answered, and the process ends with 0."""
     rewards = Rewards(some_texts())
     rewards.learn(model)
-    with Process(model, "--grace-s", "20") as service, contextlib.ExitStack() as dawdlers:
-        port = int(service.url.rsplit(":", 1)[1])
+    with RewardService(model, "--label", LABEL, "--grace-s", "20") as service, contextlib.ExitStack() as dawdlers:
         for data in (b"", b"POST /v1/rewards HTTP/1.1\r\n", b"POST /v1/rewards HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
-            dawdlers.enter_context(socket.create_connection(("127.0.0.1", port))).sendall(data)
+            dawdlers.enter_context(socket.create_connection(("127.0.0.1", service.port))).sendall(data)
         async with Load(service.url, rewards).running(callers) as load:
             await load.answered(answers)
             service.send_signal(signal.SIGTERM)
-            drained = await asyncio.to_thread(service.event)
+            drained = await asyncio.to_thread(service.next_event)
             code = await asyncio.to_thread(service.wait)
         if code != 0 or drained["answered"] != drained["accepted"]:
             load.tally.wrong.append(f"exit code {code}, {drained}")
@@ -267,7 +210,7 @@ async def reload(
         shutil.copytree(one, served)
         rewards = Rewards(some_texts())
         revisions = [rewards.learn(one), rewards.learn(two)]
-        with Process(served) as service:
+        with RewardService(served, "--label", LABEL) as service:
             async with (
                 Load(service.url, rewards).running(callers) as load,
                 httpx.AsyncClient(base_url=service.url, timeout=300) as http,
@@ -287,7 +230,7 @@ async def reload(
                         right = status == (409 if broken else 200)
                     else:
                         service.send_signal(signal.SIGHUP)
-                        event = await asyncio.to_thread(service.event)
+                        event = await asyncio.to_thread(service.next_event)
                         happened[f"signal {'broken' if broken else 'reloads'}"] += 1
                         right = event["event"] == ("reload-failed" if broken else "reloaded")
                     serving = (await http.get("/v1/model")).json()["revision"]
@@ -312,7 +255,7 @@ async def poison(model: Path, *, callers: int, enough: Callable[[Tally], bool]) 
         poisoned = poisonous(model, Path(folder) / "poisonous")
         rewards = Rewards(some_texts())
         rewards.learn(poisoned)
-        with Process(poisoned, program="harness.load.failing_service") as service:
+        with RewardService(poisoned, "--label", LABEL, program="harness.load.failing_service") as service:
             load = Load(service.url, rewards, poison=(f" {FAILS}", f" {NOT_FINITE}"))
             async with load.running(callers):
                 while not enough(load.tally):

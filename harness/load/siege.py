@@ -8,26 +8,22 @@ import contextlib
 import http.client
 import json
 import math
-import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
+
+from harness.reward_service import RewardService
 
 CLIENTS = 16
 TOLERANCE = 1e-5
 WORDS = "the a movie film plot was is good bad great story not and but it this worst best acting of to in".split()  # noqa: SIM905
 JSON = {"content-type": "application/json"}
-START_S = 120.0
 PARK_S = 2.0
 """How long an attacker leaves half a request lying."""
 
@@ -64,31 +60,9 @@ class Outcome:
         return "\n".join(lines)
 
 
-@contextmanager
-def service(directory: Path, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
-    """The reward service in a process of its own; gives port and process."""
-    ready = directory / "ready.json"
-    ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "plaudit.reward_service", "--model", "imdb-distilbert-mini", "--port", "0"]
-    log = (directory / "service.log").open("ab")
-    process = subprocess.Popen(
-        [*command, "--threads", "1", "--label", "POSITIVE", "--ready-file", str(ready), *flags],
-        stdout=log,
-        stderr=log,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        began = time.monotonic()
-        while not ready.exists():
-            assert process.poll() is None, (directory / "service.log").read_text()
-            assert time.monotonic() < began + START_S, "the service is not ready"
-            time.sleep(0.05)
-        port = int(json.loads(ready.read_text())["url"].rpartition(":")[2])
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
+def besieged_service(*flags: str) -> RewardService:
+    """The reward service with the embedded model."""
+    return RewardService("imdb-distilbert-mini", "--label", "POSITIVE", *flags)
 
 
 def post(port: int, path: str, body: bytes) -> None:
@@ -167,8 +141,9 @@ def _rewards(connection: http.client.HTTPConnection, texts: list[str]) -> tuple[
     return answer.status, json.loads(content)["rewards"] if answer.status == 200 else []
 
 
-def besiege(port: int, process: psutil.Process, seconds: float, expected: dict[str, float]) -> Outcome:
+def besiege(service: RewardService, seconds: float, expected: dict[str, float]) -> Outcome:
     """Clients and attackers for so long."""
+    port, process = service.port, psutil.Process(service.pid)
     outcome = Outcome(start_mb=process.memory_info().rss / 2**20)
     over, lock = threading.Event(), threading.Lock()
     texts = list(expected)
