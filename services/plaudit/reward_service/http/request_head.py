@@ -15,17 +15,17 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from plaudit import wire
 from plaudit.reward_service.problems import ProblemError
+from plaudit.serving.server import MAX_HEAD_BYTES
 
-MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT_S = 15.0
 """How long a connection may stay silent before its first request, or a head incomplete."""
 REST_TIMEOUT_S = 65.0
 """How long the rest of a body may take. While a handler waits for it, that has a shorter time of its own."""
-CROWDED_HEAD_TIMEOUT_S = 2.0
+OVER_LIMIT_HEAD_TIMEOUT_S = 2.0
 LINGER_S = 1.0
 """How long a refused client may go on sending: closed at once, its own unread bytes would cost it the answer."""
 SEPARATORS = len(b": \r\n")
-CROWDED = "plaudit.crowded"
+OVER_CONNECTION_LIMIT = "plaudit.over_connection_limit"
 """In the scope of a request on a connection beyond the bound: a function that makes its refusal. Health answers."""
 HOST = re.compile(rb"[\x21\x23-\x2b\x2d\x2e\x30-\x3b\x3d\x41-\x5b\x5d\x5f-\x7e]*")
 """Characters of a host and port (RFC 9110, 7.2)."""
@@ -70,7 +70,7 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0
         """Bytes since a head, a piece of a body or a request was last complete."""
         self._over = False
-        self._crowded = False
+        self._over_limit = False
         self._in_head = False
         self._in_body = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -78,8 +78,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._crowded = len(self.connections) > self._bound
-        self._wait(CROWDED_HEAD_TIMEOUT_S if self._crowded else HEAD_TIMEOUT_S, for_body=False)
+        self._over_limit = len(self.connections) > self._bound
+        self._wait(OVER_LIMIT_HEAD_TIMEOUT_S if self._over_limit else HEAD_TIMEOUT_S, for_body=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
@@ -144,8 +144,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(problem)
         if self._over:
             return
-        if self._crowded:
-            self.scope[CROWDED] = lambda: too_many_connections(self._bound)  # type: ignore[literal-required]
+        if self._over_limit:
+            self.scope[OVER_CONNECTION_LIMIT] = lambda: too_many_connections(self._bound)  # type: ignore[literal-required]
         super().on_headers_complete()
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows isn't read as a request
@@ -208,7 +208,7 @@ class Connection(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.transport.close()  # it would be read as the answer to the request before
             return
-        body = problem.document().model_dump_json(exclude_none=True).encode()
+        body = problem.body()
         fields = (
             f"content-type: {wire.PROBLEM_CONTENT_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )

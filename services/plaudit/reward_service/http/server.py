@@ -8,14 +8,12 @@ import contextlib
 import ctypes
 import functools
 import logging
-import os
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,17 +23,14 @@ from fastapi import FastAPI
 from plaudit.reward_service.http.request_head import Connection
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
+from plaudit.serving.server import KEEP_ALIVE_S, GracefulServer, drain_seconds
 
-STRAGGLER_S = 0.25
+LATE_REQUESTS_S = 0.25
 """How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
-LAST_WORD_S = 1.5
+CLOSE_TIMEOUT_S = 1.5
 """How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
-EXIT_S = 0.5
-"""Part of the grace time that is kept for closing connections and leaving; at most a quarter of it."""
-KEEP_ALIVE_S = 75
-"""Longer than clients keep an idle connection, so that none is closed just as its next request leaves."""
 POLL_S = 0.01
-TURNS_TO_COME_IN = 5
+ACCEPT_TURNS = 5
 """Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
 SO_ATTACH_FILTER = 26
 BPF_RETURN = 6
@@ -56,7 +51,7 @@ class Hooks:
     log: Log
 
 
-class Server(uvicorn.Server):
+class Server(GracefulServer):
     """Announces itself, reloads on SIGHUP, drains on SIGTERM or Ctrl-C, and a clean end is exit code 0.
 
     A drain goes so: `/readyz` is red and nothing more is accepted, but the port stays open and answers 503. When the
@@ -70,21 +65,19 @@ class Server(uvicorn.Server):
         if bound < max_connections:
             hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: ulimit -n allows no more files")
         protocol = functools.partial(Connection, refused=self._count, bound=bound)
-        logging.getLogger("uvicorn.error").addFilter(FewWords())
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=cast(type[asyncio.Protocol], protocol),
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_keep_alive=KEEP_ALIVE_S,
-                server_header=False,
-                proxy_headers=False,
-            )
+        logging.getLogger("uvicorn.error").addFilter(LogRateLimit())
+        config = uvicorn.Config(
+            app,
+            http=cast(type[asyncio.Protocol], protocol),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            server_header=False,
+            proxy_headers=False,
         )
-        self._grace_s = grace_s
+        super().__init__(config, grace_s)
         self._hooks = hooks
         self._stop_at = float("inf")
         self._reloads: set[asyncio.Task[None]] = set()
@@ -105,47 +98,34 @@ class Server(uvicorn.Server):
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        before = {number: signal.signal(number, self._told) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _told(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.should_exit:
-            self._stop_at = now
-            return
-        self._stop_at = now + self._grace_s - min(EXIT_S, self._grace_s / 4)
+    def begin_drain(self) -> None:
+        """Stop admitting requests; those in flight have until `_stop_at`."""
+        self._stop_at = time.monotonic() + drain_seconds(self._grace_s)
         self._service.engine.draining = True
-        self.should_exit = True
-        # Whatever hangs, be it the event loop itself or a forward pass: the process ends in time.
-        watchdog = threading.Timer(self._grace_s, os._exit, (0,))
-        watchdog.daemon = True
-        watchdog.start()
+
+    def end_drain(self) -> None:
+        """Wait for nothing more."""
+        self._stop_at = time.monotonic()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         began = time.monotonic()
         service, state = self._service, self.server_state
-        accepted = len(service.accepted)
-        await self._until(lambda: not service.accepted, self._stop_at)
-        lost = len(service.accepted)
+        accepted = len(service.in_flight)
+        await self._until(lambda: not service.in_flight, self._stop_at)
+        lost = len(service.in_flight)
         service.engine.fail_open_jobs()
-        await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
+        await self._until(lambda: not state.connections, time.monotonic() + LATE_REQUESTS_S)
         # Whoever waits at the port is let in first: closing it would cut them off without a word.
         for listener in sockets or []:
-            _let_nobody_else_knock(listener)
-        for _ in range(TURNS_TO_COME_IN):
+            _drop_new_connections(listener)
+        for _ in range(ACCEPT_TURNS):
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
-        service.turn_away()
-        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + LAST_WORD_S)
+        service.refuse_unadmitted()
+        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + CLOSE_TIMEOUT_S)
         for connection in list(state.connections):
             connection.shutdown()
         # What is left now are answers that their clients don't read.
@@ -174,7 +154,7 @@ def connections_allowed(wanted: int) -> int:
     return max(1, min(wanted, soft - OTHER_FILES))
 
 
-class FewWords(logging.Filter):
+class LogRateLimit(logging.Filter):
     """Lets a few messages a minute into the log: whoever sends nonsense, or finds a defect, can not fill the disk."""
 
     def __init__(self) -> None:
@@ -190,7 +170,7 @@ class FewWords(logging.Filter):
         return self._said <= LINES_A_MINUTE
 
 
-def _let_nobody_else_knock(listener: socket.socket) -> None:
+def _drop_new_connections(listener: socket.socket) -> None:
     """Have the kernel drop whoever comes to the port from now on. They come again a second later and find it closed.
 
     Otherwise somebody could come between the last look at the port and its end, and be cut off with a request sent.

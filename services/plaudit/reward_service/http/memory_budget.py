@@ -12,13 +12,13 @@ from plaudit.reward_service.problems import ProblemError
 
 SMALL_BYTES = 64 * 1024
 """Of requests up to this size, those that come last still find room."""
-KEPT_FOR_SMALL = 1 / 8
+SMALL_SHARE = 1 / 8
 LARGE_BYTES = 1024 * 1024
 TRIM_AFTER_S = 2.0
 """After a large request: when to give its memory back to the system."""
 
 
-class HeldBytes:
+class MemoryBudget:
     """How much is held, of at most `limit`. Used by the event loop alone."""
 
     def __init__(self, limit: int) -> None:
@@ -34,23 +34,23 @@ class HeldBytes:
 
     def _trim(self) -> None:
         self._trimming = False
-        threading.Thread(target=give_back_memory, daemon=True, name="trim").start()
+        threading.Thread(target=trim_heap, daemon=True, name="trim").start()
 
 
-class Hold:
+class Reservation:
     """What one request holds."""
 
     __slots__ = ("_held", "bytes")
 
-    def __init__(self, held: HeldBytes) -> None:
+    def __init__(self, held: MemoryBudget) -> None:
         self._held = held
         self.bytes = 0
 
-    def more(self, count: int) -> None:
+    def grow(self, count: int) -> None:
         """Raises `ProblemError` when there is no room."""
         held = self._held
         size = self.bytes + count
-        room = held.limit if size <= SMALL_BYTES else held.limit - int(held.limit * KEPT_FOR_SMALL)
+        room = held.limit if size <= SMALL_BYTES else held.limit - int(held.limit * SMALL_SHARE)
         if held.bytes + count > room and held.bytes > self.bytes:
             raise ProblemError(
                 "overloaded",
@@ -67,7 +67,7 @@ class Hold:
             self.bytes = 0
 
 
-def give_back_memory() -> None:
+def trim_heap() -> None:
     """Have the C library return what is free to the system. It keeps freed memory for itself otherwise (glibc)."""
     if sys.platform == "linux":
         try:
