@@ -5,9 +5,9 @@ Each body has a bound of its own, but sixty of them together would fill the memo
 
 import asyncio
 import ctypes
-import sys
 import threading
 
+from plaudit.reward_service.private_apis import PrivateApi
 from plaudit.reward_service.problems import ProblemError
 
 SMALL_BYTES = 64 * 1024
@@ -25,10 +25,11 @@ class MemoryBudget:
         self.limit = limit
         self.bytes = 0
         self._trimming = False
+        self._can_trim = MALLOC_TRIM.usable
 
     def released(self, count: int) -> None:
         self.bytes -= count
-        if count >= LARGE_BYTES and not self._trimming:
+        if count >= LARGE_BYTES and self._can_trim and not self._trimming:
             self._trimming = True
             asyncio.get_running_loop().call_later(TRIM_AFTER_S, self._trim)
 
@@ -68,9 +69,17 @@ class Reservation:
 
 
 def trim_heap() -> None:
-    """Have the C library return what is free to the system. It keeps freed memory for itself otherwise (glibc)."""
-    if sys.platform == "linux":
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-        except (AttributeError, OSError):
-            return  # another C library, which has no such function
+    """Return free heap memory to the operating system: glibc keeps it otherwise."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _check_trim() -> None:
+    if ctypes.CDLL(None).malloc_trim(0) not in (0, 1):
+        raise RuntimeError("malloc_trim gave neither 0 nor 1")
+
+
+MALLOC_TRIM = PrivateApi(
+    "malloc_trim of the C library",
+    fallback="the allocator keeps the memory of large requests and uses it again",
+    check=_check_trim,
+)

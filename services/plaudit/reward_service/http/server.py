@@ -4,32 +4,35 @@ Wrong here would be an accepted request without an answer, or a client that keep
 """
 
 import asyncio
-import contextlib
 import ctypes
+import errno
 import functools
 import logging
+import select
 import signal
 import socket
 import struct
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from plaudit.reward_service.http.request_head import Connection
 from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.private_apis import PrivateApi, fallbacks
 from plaudit.reward_service.problems import ProblemError
-from plaudit.serving.server import KEEP_ALIVE_S, GracefulServer, drain_seconds
+from plaudit.serving.server import KEEP_ALIVE_S, MAX_HEAD_BYTES, GracefulServer, drain_seconds
 
 LATE_REQUESTS_S = 0.25
 """How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
 CLOSE_TIMEOUT_S = 1.5
 """How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
 POLL_S = 0.01
+FILTER_CHECK_S = 0.02
 ACCEPT_TURNS = 5
 """Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
 SO_ATTACH_FILTER = 26
@@ -61,14 +64,14 @@ class Server(GracefulServer):
 
     def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks, *, max_connections: int = 1024) -> None:
         self._service: Service = app.state.service
+        self._can_drop_connections = SOCKET_FILTER.usable
         bound = connections_allowed(max_connections)
         if bound < max_connections:
             hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: ulimit -n allows no more files")
-        protocol = functools.partial(Connection, refused=self._count, bound=bound)
         logging.getLogger("uvicorn.error").addFilter(LogRateLimit())
         config = uvicorn.Config(
             app,
-            http=cast(type[asyncio.Protocol], protocol),
+            **self._protocol(bound),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -82,6 +85,14 @@ class Server(GracefulServer):
         self._stop_at = float("inf")
         self._reloads: set[asyncio.Task[None]] = set()
 
+    def _protocol(self, bound: int) -> dict[str, Any]:
+        """uvicorn's settings that say who parses requests, for at most `bound` connections."""
+        if not HTTPTOOLS.usable:
+            return {"http": "h11", "h11_max_incomplete_event_size": MAX_HEAD_BYTES, "limit_concurrency": bound}
+        from plaudit.reward_service.http.connection import Connection
+
+        return {"http": functools.partial(Connection, refused=self._count, bound=bound)}
+
     def _count(self, problem: ProblemError) -> None:
         """What was refused before it was a request."""
         metrics = self._service.engine.metrics
@@ -91,6 +102,8 @@ class Server(GracefulServer):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        for api in fallbacks():
+            self._hooks.log("fallback", missing=api.name, reason=api.problem, instead=api.fallback)
         self._hooks.ready()
 
     def _reload(self) -> None:
@@ -116,8 +129,9 @@ class Server(GracefulServer):
         service.engine.fail_open_jobs()
         await self._until(lambda: not state.connections, time.monotonic() + LATE_REQUESTS_S)
         # Whoever waits at the port is let in first: closing it would cut them off without a word.
-        for listener in sockets or []:
-            _drop_new_connections(listener)
+        if self._can_drop_connections:
+            for listener in sockets or []:
+                _drop_new_connections(listener)
         for _ in range(ACCEPT_TURNS):
             await asyncio.sleep(0)
         for server in self.servers:
@@ -171,11 +185,42 @@ class LogRateLimit(logging.Filter):
 
 
 def _drop_new_connections(listener: socket.socket) -> None:
-    """Have the kernel drop whoever comes to the port from now on. They come again a second later and find it closed.
+    """Make the kernel drop every new connection to the port. Their clients try again a second later and find it closed.
 
-    Otherwise somebody could come between the last look at the port and its end, and be cut off with a request sent.
+    Otherwise a client could connect between the last look at the port and its end, and be cut off with a request sent.
     """
-    if sys.platform == "linux":
-        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
-        with contextlib.suppress(OSError):  # sandboxes may lack such filters
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))
+
+
+def _check_filter() -> None:
+    if sys.platform != "linux":
+        raise OSError("packet filters for sockets are Linux's")
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as before, socket.socket() as after:
+        before.settimeout(1.0)
+        before.connect(listener.getsockname())
+        _drop_new_connections(listener)
+        after.setblocking(False)
+        refused = after.connect_ex(listener.getsockname()) != errno.EINPROGRESS
+        if refused or select.select([], [after], [], FILTER_CHECK_S)[1]:
+            raise OSError("a connection was accepted, or refused, behind a filter that drops all packets")
+
+
+def _check_httptools() -> None:
+    from plaudit.reward_service.http.connection import check_connection
+
+    # In a thread: an event loop may be running in this one.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, check_connection()).result()
+
+
+HTTPTOOLS = PrivateApi(
+    "uvicorn's httptools protocol",
+    fallback="uvicorn's h11 protocol: slower, and without bounds on the time of a request's head",
+    check=_check_httptools,
+)
+SOCKET_FILTER = PrivateApi(
+    "a packet filter on the listening socket (SO_ATTACH_FILTER)",
+    fallback="a client that connects in the last moment of a drain is cut off, and has to try again",
+    check=_check_filter,
+)

@@ -115,7 +115,7 @@ def test_a_module_of_an_unknown_type_is_called_and_not_looked_into(
 def test_packed_scores_that_are_not_the_models_own_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "gelu", torch.relu)
     monkeypatch.setattr(packed, "_is_gelu", lambda activation: True)
-    monkeypatch.setattr(packed, "_prepacks", lambda dtype: False)
+    monkeypatch.setattr(packed.PREPACKED_PRODUCT[torch.float32], "problem", "gone")
     found = scorer_of(tiny_classifier_dir(tmp_path)).checked
     assert found["batches"] == "padded"
     assert str(found["not"]).startswith("packed: scores ")
