@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import select, text
 
 from harness.machine.postgres import PostgresServer
-from harness.ranking_service import rows, upload
+from harness.ranking_service import Fill, Invite, rows, upload
 from plaudit.ranking_service.store import assignment as leases
 from plaudit.ranking_service.store import batches, people, submissions
 from plaudit.ranking_service.store.assignment import LEASE_MS
@@ -15,7 +15,6 @@ from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.schema import assignments, tasks
 from plaudit.ranking_service.store.submissions import Word
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.conftest import Fill, Invite
 
 
 def take(database: Database, person: int, now: int | None = None) -> str | None:
