@@ -25,7 +25,7 @@ from plaudit.rewards.settings import RewardSettings
 from plaudit.run.checkpoint import list_checkpoints
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
-from plaudit.stages.ppo import CHECKPOINTS
+from plaudit.stages.ppo_setup import CHECKPOINTS
 
 
 def main() -> int:

@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor
 from benchmarks.ppo.step import models_of
 from plaudit.data.sources import load_prompts
 from plaudit.learner.memory import Peak, measuring_peak
-from plaudit.learner.rollout import Collected, collect
+from plaudit.learner.rollout import CollectedRollout, collect_rollout
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
-from plaudit.parallel.sharding import Sharding, shard
+from plaudit.parallel.sharding import Sharding
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import Policy, load_causal_lm, load_policy, load_tokenizer
 from plaudit.rewards import Scores
@@ -105,7 +105,7 @@ def main() -> None:
 def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int, meeting: str) -> Measured:
     """One step with one mini-batch; the peak of each phase."""
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
-    processes = Processes(rank, layout.processes)
+    processes = Processes(rank, layout.processes, Sharding() if layout.sharded else None)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if layout.processes > 1:
@@ -119,7 +119,7 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     with measuring_peak(where) as before:
         pass
     policy = load(layout, path, where)
-    gathered = shard(policy, Sharding()).gathered if layout.sharded else contextlib.nullcontext
+    processes.shard(policy)
     weights = weights_mib(policy)
     hyperparameters = PPOHyperparameters(batch_size=batch_size, mini_batch_size=batch_size, ppo_epochs=1)
     stepper = PPOStepper(policy, None, hyperparameters, processes=processes)
@@ -127,9 +127,9 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     draws = Draws.of(generation, batch_size, seed=0, step=0)
     rows = processes.share(batch_size)
     own_prompts, own_draws = prompts.rows(rows.start, rows.stop), draws.rows(rows.start, rows.stop)
-    with measuring_peak(where) as rollout, gathered():
-        own = collect(stepper, tokenizer, own_prompts, own_draws, generation, Lengths())
-    collected = Collected.concatenate(processes.together(lambda: own.to("cpu"))).to(where)
+    with measuring_peak(where) as rollout, processes.gathered_weights(policy):
+        own = collect_rollout(stepper, tokenizer, own_prompts, own_draws, generation, Lengths())
+    collected = CollectedRollout.concatenate(processes.on_all(own.to, "cpu")).to(where)
     _give_freed_memory_back()
     with measuring_peak(where) as update:
         stepper.update(collected.rollout)

@@ -30,8 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.stub_reward_server import StubRewardServer
 from plaudit.data.sources import Prompts, load_prompts
-from plaudit.learner.rollout import Rewarder, collect
-from plaudit.learner.stepper import PPOStepper, Sampling
+from plaudit.learner.rollout import Rewarder, collect_rollout
+from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import load_policy, load_tokenizer
 from plaudit.rewards import RewardClient, Scores
@@ -108,14 +108,14 @@ class Trainer:
         )
         torch.manual_seed(0)
         policy = load_policy(arguments.policy)
-        stepper = PPOStepper(policy, None, hyperparameters, sampling=Sampling(1.0, 0, 1.0), total_steps=100, seed=0)
+        stepper = PPOStepper(policy, None, hyperparameters, generation=self._generation, total_steps=100, seed=0)
         prompts = Prompts(self._prompts.token_ids, self._prompts.texts)
         steps, scores = [], []
         for step in range(1 + arguments.steps):
             before_s = getattr(rewarder, "waited_s", 0.0)
             began = time.perf_counter()
             draws = Draws.of(self._generation, len(prompts), seed=0, step=step)
-            collected = collect(stepper, self._tokenizer, prompts, draws, self._generation, rewarder)
+            collected = collect_rollout(stepper, self._tokenizer, prompts, draws, self._generation, rewarder)
             stepper.update(collected.rollout)
             step_s = time.perf_counter() - began
             waited_s = collected.waited_s + getattr(rewarder, "waited_s", 0.0) - before_s

@@ -37,7 +37,7 @@ from transformers import (
 
 from plaudit.data.sources import Prompts, load_prompts
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
-from plaudit.learner.rollout import collect, sampler
+from plaudit.learner.rollout import collect_rollout, sampler
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import load_policy, load_tokenizer
@@ -122,7 +122,7 @@ class Ours:
         self.stepper.evaluate = evaluate  # type: ignore[method-assign]
         began = now(device)
         with measuring_peak(device) as rollout_peak:
-            collected = collect(
+            collected = collect_rollout(
                 self.stepper,
                 self._tokenizer,
                 prompts,

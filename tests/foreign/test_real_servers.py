@@ -26,7 +26,8 @@ from transformers import (
 from harness.foreign import stand_ins as foreign
 from harness.processes import free_port
 from harness.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
-from plaudit.learner.rollout import Collected
+from plaudit.learner import rollout
+from plaudit.learner.rollout import CollectedRollout
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import REWARD_MEAN, read_metrics
@@ -88,14 +89,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Trains two steps against an endpoint; gives the texts of both steps and their rewards."""
 
     def run(reward: RewardSettings) -> tuple[list[str], list[float]]:
-        steps: list[Collected] = []
-        collect = ppo.collect
+        steps: list[CollectedRollout] = []
+        collect = rollout.collect_rollout
 
-        def kept(*arguments: Any, **named: Any) -> Collected:
+        def kept(*arguments: Any, **named: Any) -> CollectedRollout:
             steps.append(collect(*arguments, **named))
             return steps[-1]
 
-        monkeypatch.setattr(ppo, "collect", kept)
+        monkeypatch.setattr(rollout, "collect_rollout", kept)
         reviews = tmp_path / "reviews.csv"
         reviews.write_text(
             "text\n" + "\n".join(f"Film {i} is good. " + "The acting is moving. " * 12 for i in range(50))
