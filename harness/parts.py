@@ -15,6 +15,7 @@ PARTS = {
     "rank": ("plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
     "reward": ("plaudit.console", "plaudit.serving", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
     "trainer": (
+        "plaudit.classic",
         "plaudit.cli",
         "plaudit.console",
         "plaudit.data",

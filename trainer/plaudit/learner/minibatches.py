@@ -107,11 +107,9 @@ class MinibatchEngine:
         policy: Policy,
         config: PPOHyperparameters,
         *,
-        temperature: float,
         processes: Processes,
-        record: bool,
     ) -> None:
-        """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
+        """Call `draw_from` before the first run."""
         self.policy, self.config, self.processes = policy, config, processes
         self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, one process that tried again would be out of step with the others.
@@ -120,6 +118,14 @@ class MinibatchEngine:
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
         self._step = 0
+        self._temperature = 1.0
+        self._updates: UpdateGraphs | None = None
+
+    def draw_from(self, temperature: float, *, record: bool) -> None:
+        """Responses are sampled at this temperature from now on.
+
+        `record` updates as CUDA graphs, where a whole mini-batch goes through the model at once.
+        """
         self._temperature = temperature
         self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
 
