@@ -125,7 +125,11 @@ class PreTrainedModelWrapper(nn.Module):
             )
         if peft_config is not None and not isinstance(model, peft.PeftModel):
             if _is_quantised(model):
-                model = peft.prepare_model_for_kbit_training(model, **kbit_options)
+                with warnings.catch_warnings():
+                    # peft still calls checkpointing by its old name.
+                    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning)
+                    kbit_options.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+                    model = peft.prepare_model_for_kbit_training(model, **kbit_options)
             model = peft.get_peft_model(model, peft_config)
         if _is_quantised(model):
             compute_quantised_layers_in_one_way(model)
