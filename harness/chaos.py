@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from harness.network import Machine
+from harness.machine.network import Machine
 from harness.reward_service import RewardService
 from harness.runs import FORKS, TrainerProcess, weights
 from harness.stub_reward_server import StubRewardServer, stub_reward

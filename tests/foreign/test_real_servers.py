@@ -23,8 +23,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from harness import foreign_servers as foreign
-from harness.reward_service import free_port
+from harness.foreign import stand_ins as foreign
+from harness.processes import free_port
 from harness.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
 from plaudit.learner import rollout
 from plaudit.learner.rollout import CollectedRollout
@@ -138,7 +138,7 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
 
 
 def test_kserves_model_server_gives_every_text_its_logit(tmp_path: Path, train: Any) -> None:
-    script = str(ROOT / "tests" / "support" / "kserve_judge.py")
+    script = str(ROOT / "harness" / "foreign" / "kserve_judge.py")
     with running("PLAUDIT_KSERVE_PYTHON", script, "--port", "PORT", log=tmp_path / "log") as url:
         settings = RewardSettings.of(url=(url,), patience_s=90.0, model="judge", label_index=1)
         with RewardClient(settings) as client:
@@ -154,7 +154,7 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
     config = LlamaConfig(**shape, vocab_size=VOCAB_SIZE, num_labels=1, pad_token_id=0, initializer_range=0.5)
     model = save(LlamaForSequenceClassification(config), tmp_path / "judge")
     flags = ["--reward.model_name_or_path", str(model), "--ds.attn_implementation", "eager", "--data.max_len", "64"]
-    script = str(ROOT / "tests" / "support" / "openrlhf_on_cpu.py")
+    script = str(ROOT / "harness" / "foreign" / "openrlhf_on_cpu.py")
     address = ["--host", "127.0.0.1", "--port", "PORT"]
     with running("PLAUDIT_OPENRLHF_PYTHON", script, *flags, *address, log=tmp_path / "log") as url:
         settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf", label=None)

@@ -1,6 +1,6 @@
 """Start-up, and whether a long run stays as fast and as small as it began.
 
-    python -m benchmarks.long_run --steps 200
+    python -m benchmarks.ppo.long_run --steps 200
 
 Starts the reward service with the embedded classifier, then `plaudit ppo` with the demo's preset as a process of its
 own, and prints how long it takes to the end of the first step, and the time of a step and the memory of both processes

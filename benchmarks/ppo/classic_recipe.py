@@ -1,4 +1,4 @@
-"""The published recipe as it was run with trl 0.11.4, timed: what `benchmarks.ppo_step` compares with.
+"""The published recipe as it was run with trl 0.11.4, timed: what `benchmarks.ppo.step` compares with.
 
 Runs in an environment of its own, since that version needs older libraries:
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-CONFIG = Path(__file__).parents[1] / "deploy" / "balancer" / "haproxy.cfg"
+CONFIG = Path(__file__).parents[2] / "deploy" / "balancer" / "haproxy.cfg"
 REPLICAS = "server-template replica 16 reward:8000 resolvers docker init-addr none"
 STATISTICS = "/;csv"
 ITEMS_OF_A_REQUEST = (1, 32)

@@ -1,6 +1,6 @@
 """What memory policy and reference take: one copy of the weights with adapters, against two copies.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.memory
+    OMP_NUM_THREADS=1 python -m benchmarks.ppo.memory
 
 A GPT-2 of 124M parameters with random weights takes one PPO step in a process of its own for each layout, and in two
 processes where they share the work: figures are then those of one of them. Weights are those of policy and reference
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from benchmarks.ppo_step import models_of
+from benchmarks.ppo.step import models_of
 from plaudit.data.sources import load_prompts
 from plaudit.learner.memory import Peak, measuring_peak
 from plaudit.learner.rollout import CollectedRollout, collect_rollout

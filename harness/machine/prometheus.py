@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-DASHBOARD = Path(__file__).parents[1] / "deploy" / "observability" / "grafana" / "dashboards" / "plaudit.json"
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "observability" / "grafana" / "dashboards" / "plaudit.json"
 
 
 def dashboard_queries() -> list[str]:

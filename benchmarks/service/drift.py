@@ -1,6 +1,6 @@
 """How far the service's scores are from plain transformers in fp32, by number format, and what company changes.
 
-    python -m benchmarks.drift
+    python -m benchmarks.service.drift
 
 For two models, the embedded one and a random one of DistilBERT-base's size: every text's logits from
 `AutoModelForSequenceClassification` in fp32, one text at a time without padding, and the same from the service's own
@@ -25,7 +25,7 @@ from transformers import (
     DistilBertForSequenceClassification,
 )
 
-from benchmarks.service_under_load import WORDS
+from harness.load.rewards import WORDS
 from plaudit.reward_service.engine.batching import Encoded
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings

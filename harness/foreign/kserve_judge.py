@@ -5,7 +5,7 @@ from typing import Any
 
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer  # type: ignore[import-not-found]
 
-from harness.foreign_servers import LABELS, logits
+from harness.foreign.stand_ins import LABELS, logits
 
 
 class Judge(Model):  # type: ignore[misc]

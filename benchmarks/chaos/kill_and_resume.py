@@ -1,6 +1,6 @@
 """Kill `plaudit ppo` without warning at random moments, resume it each time, and compare with a run left in peace.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.kill_and_resume --kills 20
+    OMP_NUM_THREADS=1 python -m benchmarks.chaos.kill_and_resume --kills 20
 
 SIGKILL takes a real process: while it loads, rolls out, updates, or writes a checkpoint. It is forked from one that has
 imported everything, so that the moments fall into the run and not into imports. Weights and metrics must be equal to

@@ -1,6 +1,6 @@
 """Families of policies beside plain transformers: the worst difference of our log-probabilities, as Markdown.
 
-    python -m benchmarks.policy_families [family ...]
+    python -m benchmarks.ppo.policy_families [family ...]
 
 Tiny random models of each family, 64 positions. Texts are short (up to 22 tokens) or as long as the positions allow,
 padded to a batch or packed one behind the other, and compared with plain transformers, one text at a time without

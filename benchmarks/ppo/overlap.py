@@ -1,6 +1,6 @@
 """How much of a PPO step is spent waiting for rewards.
 
-    python -m benchmarks.overlap --policy models/imdb-gpt2-mini --reward-model models/imdb-distilbert-mini
+    python -m benchmarks.ppo.overlap --policy models/imdb-gpt2-mini --reward-model models/imdb-distilbert-mini
 
 Rewards come from an endpoint that answers after 0, 20, 100 and 500 ms, from the real service on this machine, and from
 the same reward model inside the trainer's process; each with overlap (chunks are asked for while the next is generated)
@@ -9,7 +9,7 @@ rollouts, which is checked.
 
 On a machine with few cores, trainer and service compete for them. To tell the wire from that, give each its own:
 
-    taskset -c 0 python -m benchmarks.overlap --service-core 1
+    taskset -c 0 python -m benchmarks.ppo.overlap --service-core 1
 """
 
 import argparse

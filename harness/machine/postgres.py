@@ -3,13 +3,12 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import time
 from pathlib import Path
 from tempfile import mkdtemp
 
-START_S = 120.0
+from harness.processes import Program, free_port
+
 USER = "plaudit"
 
 
@@ -20,13 +19,6 @@ def programs() -> Path | None:
         return found[-1].parent
     on_path = shutil.which("initdb")
     return Path(on_path).resolve().parent if on_path else None
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 class PostgresServer:
@@ -47,43 +39,29 @@ class PostgresServer:
             shutil.chown(self._directory, self._who)
         self.port = free_port()
         self._made = 0
-        self._flags = () if durable else ("-c", "fsync=off")
-        self._process: subprocess.Popen[bytes] | None = None
+        where = ("-D", self._data, "-p", str(self.port), "-h", "127.0.0.1", "-k", self._directory)
+        self._server = Program(
+            *(self._bin / "postgres", *where, *(() if durable else ("-c", "fsync=off"))),
+            log=self._directory / "log",
+            user=self._who,
+            directory=self._directory,
+        )
         self._run("initdb", "-D", str(self._data), "-U", USER, "--auth=trust", "--encoding=UTF8", "--no-locale")
         self.start()
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        assert self._process is None
-        with (self._directory / "log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    str(self._bin / "postgres"),
-                    *("-D", str(self._data), "-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._directory)),
-                    *self._flags,
-                ],
-                stdout=log,
-                stderr=log,
-                user=self._who,
-                cwd=self._directory,
-            )
-        deadline = time.monotonic() + START_S
+        self._server.begin()
         ready = [str(self._bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
-        while subprocess.run(ready).returncode != 0:
-            assert self._process.poll() is None, (self._directory / "log").read_text()
-            assert time.monotonic() < deadline, f"PostgreSQL did not answer within {START_S:g} s"
-            time.sleep(0.1)
+        self._server.until(lambda: subprocess.run(ready).returncode == 0, "PostgreSQL to answer")
 
     @property
     def stopped(self) -> bool:
-        return self._process is None
+        return not self._server.running
 
     def stop(self) -> None:
         """Stop it at once; connections are cut."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGQUIT)
-            self._process.wait(timeout=60)
-            self._process = None
+        self._server.kill(signal.SIGQUIT)
 
     def url(self) -> str:
         """A new, empty database."""

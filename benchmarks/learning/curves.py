@@ -1,6 +1,6 @@
 """What PPO on the embedded models learns: reward and KL against samples, for several seeds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning_curves
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.curves
 
 Each seed is the PPO stage of a preset, as `plaudit ppo` runs it, against one reward service on this machine. Prints a
 Markdown table and draws the picture. A run that has been started in `--runs` goes on from its checkpoint.

@@ -1,6 +1,6 @@
 """The reward service with a model that costs nothing, so that its front end is all there is to measure.
 
-python -m benchmarks.null_model PORT
+python -m benchmarks.service.null_model PORT
 """
 
 import socket

@@ -1,11 +1,11 @@
 """Where the time of a PPO step goes, and how that compares with the machine and with the classic recipe.
 
-    python -m benchmarks.ppo_step --size demo --classic-python classic/bin/python
+    python -m benchmarks.ppo.step --size demo --classic-python classic/bin/python
 
 Sizes: `demo`, the embedded models; `124m` and `1b`, GPT-2s with random weights judged by a DistilBERT-base with random
 weights. Rewards come over HTTP from a service on the same machine. Settings are the recipe's: 128 prompts of 2 to 8
 tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-python` names the Python of an environment in which
-`benchmarks.classic_recipe` runs (its docstring says how to make one); both then take turns on the same models and
+`benchmarks.ppo.classic_recipe` runs (its docstring says how to make one); both then take turns on the same models and
 prompts. Prints Markdown tables.
 
 The roofline: operations that a phase cannot do without (real tokens through the weights, forward and backward; the

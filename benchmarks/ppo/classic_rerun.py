@@ -3,7 +3,7 @@
     python3.11 -m venv classic
     classic/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 peft==0.13.2 accelerate==0.34.2 \
         datasets==2.21.0 numpy==1.26.4 'pyarrow<18' rich
-    classic/bin/python benchmarks/classic_rerun.py
+    classic/bin/python benchmarks/ppo/classic_rerun.py
 
 For each case in tests/fixtures/classic_ppo, the largest distance between the weights after three steps and the recorded
 ones: of attention's key bias, whose gradient is zero in mathematics, and of everything else. ATEN_CPU_CAPABILITY=avx2
@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from trl.core import masked_whiten
 
-RECORDINGS = Path(__file__).parents[1] / "tests" / "fixtures" / "classic_ppo"
+RECORDINGS = Path(__file__).parents[2] / "tests" / "fixtures" / "classic_ppo"
 Weights = dict[str, torch.Tensor]
 
 

@@ -1,15 +1,12 @@
 """Requests that nobody would send, to the real reward service: none gets 5xx, and each the answer that is documented.
 
-    python -m benchmarks.fuzz_service --requests 100000
-
-Three parts. `schema`: schemathesis makes requests from the service's own OpenAPI document, such as it allows and such
+Four parts. `schema`: schemathesis makes requests from the service's own OpenAPI document, such as it allows and such
 as it forbids; an answer must have a status, a content type and a shape that the document names. `texts`: rewards of
 empty texts, halves of surrogate pairs, NULs, a million times one letter, anything Unicode has; the answer must be the
 one that docs/wire.md promises. `bytes`: bodies that are damaged or no documents at all, on every route that takes one.
-The service's own count of its answers is printed beside.
+`framing`: heads whose framing two servers may read differently.
 """
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -17,14 +14,11 @@ import math
 import random
 import re
 import socket
-import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -41,7 +35,6 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from benchmarks.service_under_load import Process
 from plaudit import wire
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -425,28 +418,3 @@ PARTS: dict[str, tuple[Callable[[str, int, int], Tally], float]] = {
     "framing": (by_framing, 0.1),
 }
 """What makes the requests, and its share of them."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/imdb-distilbert-mini"))
-    parser.add_argument("--requests", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)
-    tallies = []
-    # Short texts for the model, so that the time goes into requests; longer ones are cut and say so.
-    with Process(arguments.model, "--max-tokens", "64") as service:
-        for name in arguments.parts:
-            part, share = PARTS[name]
-            tallies.append(part(service.url, math.ceil(arguments.requests * share), arguments.seed))
-            print(f"{name}: {tallies[-1]}", flush=True)
-        counts = counted_by_the_service(service.url)
-    print(f"in all {sum(tally.sent for tally in tallies)}, {sum(tally.server_errors for tally in tallies)} of 5xx")
-    print(f"by the service's own count {counts.total()}: {dict(sorted(counts.items()))}")
-    sys.exit(any(tally.wrong or tally.server_errors for tally in tallies))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What becomes of a PPO run and of its rewards when servers and cables fail.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.chaos_table
+    OMP_NUM_THREADS=1 python -m benchmarks.chaos.faults
 
 For every fault of harness/chaos.py, `plaudit ppo` runs as a process against servers that are processes; what
 stops it is put right, and the run resumed. Prints a Markdown table: rewards that the undisturbed run's updates are made
@@ -20,7 +20,7 @@ import torch
 
 from harness import chaos
 from harness.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Replicas, Trial
-from harness.network import why_not
+from harness.machine.network import why_not
 
 Play = Callable[[], Account]
 

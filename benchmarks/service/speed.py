@@ -1,10 +1,10 @@
 """Reward servers side by side: ours and others, the same model, the same texts, in turn.
 
-    python -m benchmarks.reward_server closed --rounds 2 --seconds 6 --peer litserve=VENV/bin/python ...
-    python -m benchmarks.reward_server open --servers ours naive
-    python -m benchmarks.reward_server offline
-    python -m benchmarks.reward_server front
-    python -m benchmarks.reward_server idle --peer ...
+    python -m benchmarks.service.speed closed --rounds 2 --seconds 6 --peer litserve=VENV/bin/python ...
+    python -m benchmarks.service.speed open --servers ours naive
+    python -m benchmarks.service.speed offline
+    python -m benchmarks.service.speed front
+    python -m benchmarks.service.speed idle --peer ...
 
 The model is a random DistilBERT-base. Servers have core 0 (one torch thread), the load has core 1; only the server that
 is measured runs, the others are stopped (SIGSTOP) meanwhile. `closed` has callers that each send their next text when
@@ -37,7 +37,7 @@ from typing import Any
 import psutil
 import uvloop
 
-from benchmarks.load import Draw, Measured, closed_loop, http_request, median_of, open_loop
+from benchmarks.service.load import Draw, Measured, closed_loop, http_request, median_of, open_loop
 
 WORDS = "the a movie film plot was is good bad great story not and but it this worst best acting of to in".split()  # noqa: SIM905
 PEERS = Path(__file__).parent / "peers"
@@ -326,7 +326,7 @@ def front(seconds: float, rounds: int) -> None:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     request = RECIPES["ours"].request("This movie was great and wonderful, I would watch it again and again.")
-    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "benchmarks.null_model", str(port)]
+    command = ["taskset", "-c", str(SERVER_CORE), sys.executable, "-m", "benchmarks.service.null_model", str(port)]
     process = subprocess.Popen(command)
     try:
         while True:

@@ -1,6 +1,6 @@
-"""The reward service with a model that fails on one word: the last of its vocabulary. For `service_under_load poison`.
+"""The reward service with a model that fails on its vocabulary's last word, for `harness.load.rewards.poison`.
 
-python -m benchmarks.failing_service --model DIRECTORY ...
+python -m harness.load.failing_service --model DIRECTORY ...
 """
 
 import sys

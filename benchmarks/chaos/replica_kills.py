@@ -1,6 +1,6 @@
 """How many requests are lost when reward services are killed behind the balancer.
 
-    python -m benchmarks.replica_kills --kills 10
+    python -m benchmarks.chaos.replica_kills --kills 10
 
 Starts HAProxy (Debian's package `haproxy`) with deploy/balancer/haproxy.cfg in front of real reward services on this
 machine, and callers that ask without pause for one text and for 32 in turn and repeat nothing. Kills one service after
@@ -15,9 +15,9 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
-from harness.reward_service import RewardService, free_port
-from harness.running import running, until
+from harness.machine.balancer import CONFIG, asking_without_pause, balancer_file, replicas_up
+from harness.processes import free_port, running, until
+from harness.reward_service import RewardService
 from harness.tiny_models import tiny_classifier_dir
 
 PAUSE_S = 1.0

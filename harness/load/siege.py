@@ -1,40 +1,29 @@
-"""Every attack at once, beside clients that behave and a training run: are their rewards still right, and on time?
+"""Every attack at once against one reward service, beside clients that behave: are their rewards still right?
 
-    python -m benchmarks.soak --seconds 600 --train-steps 8
-
-One reward service of the embedded model. 16 clients score known texts and compare every reward with the logit that the
-text has in an undisturbed service; attackers send the requests of `ATTACKS` as fast as they are answered. With
-`--train-steps` a PPO run takes its rewards from the service (`--deterministic`) meanwhile, and its weights are compared
-with those of the same run before the attack. Says how the clients fared, how many rewards were wrong, and what memory
-it took.
+16 clients score known texts and compare every reward with the logit that the text has in an undisturbed service;
+attackers send the requests of `ATTACKS` as fast as they are answered.
 """
 
-import argparse
 import contextlib
 import http.client
 import json
 import math
-import os
 import random
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
+
+from harness.reward_service import RewardService
 
 CLIENTS = 16
 TOLERANCE = 1e-5
 WORDS = "the a movie film plot was is good bad great story not and but it this worst best acting of to in".split()  # noqa: SIM905
 JSON = {"content-type": "application/json"}
-START_S = 120.0
 PARK_S = 2.0
 """How long an attacker leaves half a request lying."""
 
@@ -71,31 +60,9 @@ class Outcome:
         return "\n".join(lines)
 
 
-@contextmanager
-def service(directory: Path, *flags: str) -> Iterator[tuple[int, psutil.Process]]:
-    """The reward service in a process of its own; gives port and process."""
-    ready = directory / "ready.json"
-    ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "plaudit.reward_service", "--model", "imdb-distilbert-mini", "--port", "0"]
-    log = (directory / "service.log").open("ab")
-    process = subprocess.Popen(
-        [*command, "--threads", "1", "--label", "POSITIVE", "--ready-file", str(ready), *flags],
-        stdout=log,
-        stderr=log,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    try:
-        began = time.monotonic()
-        while not ready.exists():
-            assert process.poll() is None, (directory / "service.log").read_text()
-            assert time.monotonic() < began + START_S, "the service is not ready"
-            time.sleep(0.05)
-        port = int(json.loads(ready.read_text())["url"].rpartition(":")[2])
-        yield port, psutil.Process(process.pid)
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
+def besieged_service(*flags: str) -> RewardService:
+    """The reward service with the embedded model."""
+    return RewardService("imdb-distilbert-mini", "--label", "POSITIVE", *flags)
 
 
 def post(port: int, path: str, body: bytes) -> None:
@@ -174,8 +141,9 @@ def _rewards(connection: http.client.HTTPConnection, texts: list[str]) -> tuple[
     return answer.status, json.loads(content)["rewards"] if answer.status == 200 else []
 
 
-def besiege(port: int, process: psutil.Process, seconds: float, expected: dict[str, float]) -> Outcome:
+def besiege(service: RewardService, seconds: float, expected: dict[str, float]) -> Outcome:
     """Clients and attackers for so long."""
+    port, process = service.port, psutil.Process(service.pid)
     outcome = Outcome(start_mb=process.memory_info().rss / 2**20)
     over, lock = threading.Event(), threading.Lock()
     texts = list(expected)
@@ -241,41 +209,8 @@ def besiege(port: int, process: psutil.Process, seconds: float, expected: dict[s
     return outcome
 
 
-def train(port: int, steps: int, directory: Path) -> bytes:
-    """The weights of a short PPO run whose rewards come from `port`."""
-    command = [sys.executable, "-m", "plaudit.cli", "ppo", "--config", "demo", "--steps", str(steps)]
-    url = f"http://127.0.0.1:{port}"
-    subprocess.run([*command, "--reward.url", url, "--output-dir", str(directory)], check=True, capture_output=True)
-    return (directory / "adapter_model.safetensors").read_bytes()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--train-steps", type=int, default=0)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, service(Path(name), "--deterministic") as (port, process):
-        outcome = soak(port, process, arguments.seconds, arguments.train_steps, Path(name))
-    print(outcome.said())
-    sys.exit(bool(outcome.wrong) or outcome.same_weights is False)
-
-
-def soak(port: int, process: psutil.Process, seconds: float, train_steps: int, directory: Path) -> Outcome:
-    """All of it, against a service that runs."""
+def known_texts(port: int) -> dict[str, float]:
+    """200 texts and the rewards that the service gives them before anything attacks it."""
     draw = random.Random(0)
     texts = sorted({" ".join(draw.choices(WORDS, k=draw.randint(3, 60))) for _ in range(200)})
-    expected = expected_rewards(port, texts)
-    if not train_steps:
-        return besiege(port, process, seconds, expected)
-    undisturbed = train(port, train_steps, directory / "undisturbed")
-    besieged: list[bytes] = []
-    trainer = threading.Thread(target=lambda: besieged.append(train(port, train_steps, directory / "besieged")))
-    trainer.start()
-    outcome = besiege(port, process, seconds, expected)
-    trainer.join()
-    outcome.same_weights = besieged == [undisturbed]
-    return outcome
-
-
-if __name__ == "__main__":
-    main()
+    return expected_rewards(port, texts)

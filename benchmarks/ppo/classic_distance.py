@@ -1,6 +1,6 @@
 """How far a run of this trainer ends from the recorded runs of the classic one.
 
-    python -m benchmarks.fixture_table
+    python -m benchmarks.ppo.classic_distance
 
 For each case in tests/fixtures/classic_ppo the largest distances over three steps from start to end, as a Markdown
 table: intermediates, KL coefficient and weights are absolute, statistics relative where they are larger than 1.
