@@ -3,6 +3,7 @@
 Failure modes: a rate replaced where a recorded graph reads it, or kernels of one device taken over to another.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,37 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Proces
             group["lr"] = torch.tensor(group["lr"], device=policy.device)
     betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, fused=fused, capturable=bool(fused))
+
+
+def step_unless(optimizer: Any, found_inf: Tensor) -> None:
+    """Moves the weights unless `found_inf` [] is above 0, which the host does not read.
+
+    This is how `torch.amp.GradScaler` tells a fused optimizer to skip a step: by attributes that are not documented.
+    Use it only where `skips_on_found_inf` says that they work.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+@functools.cache
+def skips_on_found_inf(device_type: str) -> bool:
+    """Whether `step_unless` works with this version of torch on such a device: tried once, on a weight of its own."""
+    with torch.enable_grad():
+        weight = nn.Parameter(torch.ones(1, device=device_type))
+    weight.grad = torch.ones_like(weight)
+    moved = []
+    try:
+        adam = torch.optim.Adam([weight], fused=True, capturable=device_type == "cuda")
+        for found_inf in (1.0, 0.0):
+            before = weight.detach().clone()
+            step_unless(adam, torch.tensor(found_inf, device=device_type))
+            moved.append(bool((weight != before).any()))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return moved == [False, True] and all(float(state["step"]) == 1 for state in adam.state.values())
 
 
 def learning_rate_factor(

@@ -140,7 +140,7 @@ class UpdateGraphs(Graphs[FlatMinibatch]):
         return super().run(batch)
 
     def _from_zero(self, batch: FlatMinibatch) -> Tensor:
-        torch._foreach_zero_(self._gradients)
+        zero_(self._gradients)
         return self._learn(batch, self._hold)
 
     def _record(self, own: FlatMinibatch) -> tuple[Any, FlatMinibatch, Tensor]:
@@ -149,6 +149,16 @@ class UpdateGraphs(Graphs[FlatMinibatch]):
             return super()._record(own)
         finally:
             self._hold.zero_()
+
+
+def zero_(tensors: list[Tensor]) -> None:
+    """Sets all tensors to 0: by one kernel where torch has that (it is not documented), else by one for each."""
+    at_once = getattr(torch, "_foreach_zero_", None)
+    if at_once is None:
+        for tensor in tensors:
+            tensor.zero_()
+    else:
+        at_once(tensors)
 
 
 def warn_of_no_graphs(what: str, error: RuntimeError) -> None:

@@ -9,13 +9,12 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plaudit.errors import PlauditError
-from plaudit.learner.adam import make_optimizer
+from plaudit.learner.adam import make_optimizer, step_unless
 from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
@@ -113,7 +112,7 @@ class MinibatchEngine:
     ) -> None:
         """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
         self.policy, self.config, self.processes = policy, config, processes
-        self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
+        self._optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, one process that tried again would be out of step with the others.
         share = processes.largest_share(config.mini_batch_size)
         self.batch_size_finder = BatchSizeFinder(
@@ -122,6 +121,16 @@ class MinibatchEngine:
         self._step = 0
         self._temperature = temperature
         self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, or what was put in its place."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        # A recorded update leans on fused Adam: another optimizer may move weights that have to stay.
+        self._optimizer, self._updates = optimizer, None
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that learns, in the optimizer's order."""
@@ -215,13 +224,7 @@ class MinibatchEngine:
             | ~measured["ppo/loss/total"].isfinite()
             | ~norm.isfinite()
         )
-        # As torch.amp.GradScaler tells a fused optimizer.
-        told: Any = self.optimizer
-        told.grad_scale, told.found_inf = None, torch.maximum(stays.float(), hold)
-        try:
-            told.step()
-        finally:
-            del told.grad_scale, told.found_inf
+        step_unless(self.optimizer, torch.maximum(stays.float(), hold))
         return torch.stack([*measured.values(), norm])
 
     def _read(self, recorded: Sequence["_Recorded"], experience: Experience) -> list[dict[str, float]]:
