@@ -1,6 +1,7 @@
 """PPO's optimizer, its learning rates, and its state in a checkpoint.
 
-Failure modes: a rate replaced where a recorded graph reads it, or kernels of one device taken over to another.
+Failure modes: a learning-rate tensor that is replaced while a recorded graph reads the old one, or one device's choice
+of kernels carried over to another.
 """
 
 import functools
@@ -16,7 +17,7 @@ from plaudit.policy.model import Policy
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
 
 OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
-"""Of an optimizer's options, those that a checkpoint does not decide: how it computes, and the rate, set each step."""
+"""Options that a loaded checkpoint leaves as they are: the choice of kernels, and the rate, which each step sets."""
 
 
 def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Processes) -> torch.optim.Adam:
@@ -89,7 +90,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # in place, for whatever graph reads it
+            group["lr"].fill_(rate)  # in place: a recorded graph may read it
         else:
             group["lr"] = rate
     return float(optimizer.param_groups[0]["initial_lr"] * factor)
@@ -114,7 +115,7 @@ def restore_state(
     own = _tensors(
         saved["state"], lambda i, moment: processes.own_shard(moment, parameters[i]) if moment.ndim else moment
     )
-    # How steps are computed is this process's business, not that of the one which wrote the file.
+    # The choice of kernels is this process's, not that of the one which wrote the file.
     pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
     groups = [group | {name: current[name] for name in OWN_OPTIONS} for group, current in pairs]
     optimizer.load_state_dict({"state": own, "param_groups": groups})
@@ -123,5 +124,5 @@ def restore_state(
 def _tensors(
     states: Mapping[int, Mapping[str, Tensor]], change: Callable[[int, Tensor], Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's state, `change` applied to each parameter's number and each of its tensors."""
+    """An optimizer's state, with `change(index, tensor)` in place of each tensor; `index` is its parameter's."""
     return {i: {name: change(i, tensor) for name, tensor in state.items()} for i, state in states.items()}

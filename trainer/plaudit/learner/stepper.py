@@ -206,6 +206,7 @@ class PPOStepper:
         )
 
     def _prepare_scores(self, scores: Tensor) -> Tensor:
+        """Scaled by the running moments, normalised and clipped, as the settings say."""
         config, scores = self.config, scores.float()
         if config.use_score_scaling:
             self.moments = self.moments.update(scores)
@@ -223,6 +224,7 @@ class PPOStepper:
         return set_learning_rates(self.optimizer, factor)
 
     def _order(self, epoch: int, permutations: Sequence[Sequence[int]] | None) -> Tensor:
+        """The order [B] in which this epoch takes the samples: the given one, or a drawn one."""
         if permutations is None:
             return torch.randperm(self.config.batch_size, generator=self._shuffles)
         if epoch >= len(permutations):
