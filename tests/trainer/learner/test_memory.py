@@ -49,6 +49,15 @@ def test_one_sample_that_does_not_fit_and_every_other_error_are_raised() -> None
         BatchSizeFinder(8).run(broken)
 
 
+def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
+    def full(_: int) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        BatchSizeFinder(8, fixed=True).run(full)
+    assert caught.value.__notes__ == ["8 samples at once are too many: give --ppo.micro-batch-size less"]
+
+
 def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
