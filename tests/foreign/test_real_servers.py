@@ -89,7 +89,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(reward: RewardSettings) -> tuple[list[str], list[float]]:
         steps: list[Collected] = []
-        collect = ppo.collect
+        collect = ppo.collect  # type: ignore[attr-defined]
 
         def kept(*arguments: Any, **named: Any) -> Collected:
             steps.append(collect(*arguments, **named))

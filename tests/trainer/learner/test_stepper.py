@@ -279,7 +279,7 @@ def test_an_entropy_bonus_spreads_the_distribution() -> None:
 
 # With log p - log ref = ln 2 on every token: k1 = 0.6931, k2 = 0.4805 / 2, k3 = 1/2 - 1 + 0.6931.
 @pytest.mark.parametrize(("penalty", "kl"), [("kl", 0.693147), ("abs", 0.693147), ("mse", 0.240227), ("k3", 0.193147)])
-def test_each_penalty_takes_its_share_of_every_tokens_reward(penalty: str, kl: float) -> None:
+def test_each_penalty_takes_its_share_of_every_tokens_reward(penalty: Any, kl: float) -> None:
     stepper = make_stepper(replace(CONFIG, kl_penalty=penalty, init_kl_coef=0.5))
     rollout = rollout_of(stepper)
     rollout = replace(rollout, ref_logprobs=rollout.logprobs - math.log(2))

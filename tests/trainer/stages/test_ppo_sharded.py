@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
     ],
 )
 def test_two_processes_with_half_the_weights_each_train_as_one_does(
-    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, object]
+    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(config, **changes)
     alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
@@ -225,7 +226,7 @@ def test_a_deepspeed_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_settings_that_do_not_go_with_sharded_weights_are_refused(
-    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)

@@ -384,7 +384,7 @@ def test_a_request_is_tokenised_in_slices(make_engine: Callable[..., Engine]) ->
         taken.append(sum(len(first) for first, _ in wanted))
         return encode(wanted)
 
-    scorer.encode = watched  # type: ignore[method-assign]
+    scorer.encode = watched  # type: ignore[assignment, method-assign]
     words = [letter * 10_000 for letter in "abcdefghijklmnopqrst"]
     assert asyncio.run(score(make_engine(scorer, batch_tokens=10**6, max_queue_tokens=10**7), *words)) == [10_000] * 20
     assert sum(taken) == 200_000
