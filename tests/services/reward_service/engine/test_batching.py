@@ -351,7 +351,8 @@ def test_callers_who_were_answered_take_nothing_from_the_share_of_others(make_en
         # Some 300 tokens, of the 500 that are a share of two callers; of fifty-two it would be 19.
         small = engine.submit(texts("b" * 1200), caller="small")
         scorer.open()
-        await asyncio.gather(greedy.future, small.future)
+        await greedy.future
+        assert (await small.future).logits == [(1200, -1200)]
 
     asyncio.run(run())
 
