@@ -40,7 +40,7 @@ def all_modules() -> dict[str, Path]:
     """Every module of the project and its file, packages included."""
     found = {}
     for module in pkgutil.walk_packages(plaudit.__path__, "plaudit."):
-        spec = module.module_finder.find_spec(module.name, None)  # type: ignore[call-arg]
+        spec = module.module_finder.find_spec(module.name, None)
         assert spec is not None
         assert spec.origin is not None
         found[module.name] = Path(spec.origin)

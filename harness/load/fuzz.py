@@ -29,6 +29,7 @@ import schemathesis
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
@@ -46,7 +47,7 @@ POOL = 1000
 MSGPACK = "application/msgpack"
 Refusal = tuple[int, str, int | None]
 MALFORMED: Refusal = (400, "malformed-body", None)
-EXAMPLES = {
+EXAMPLES: dict[str, dict[str, Any]] = {
     wire.REWARDS_PATH: {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"},
     "/predict": {"inputs": [["A wonderful movie."], ["Was it good?", "Dreadful."]], "raw_scores": True},
     "/": {"inputs": "A wonderful movie.", "parameters": {"function_to_apply": "none"}},
@@ -134,7 +135,7 @@ def by_schema(url: str, count: int, seed: int) -> Tally:
     tally = Tally()
     schemathesis.serializer(MSGPACK)(lambda context, value: _packed(value))
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
     reloads = math.ceil(count * RELOAD_SHARE)
     session = requests.Session()
     turn = 0
@@ -155,7 +156,7 @@ def by_schema(url: str, count: int, seed: int) -> Tally:
 def _generate_cases(
     operation: Any, mode: GenerationMode, session: requests.Session, tally: Tally, count: int, seed: int
 ) -> None:
-    def send(case: Case) -> None:
+    def send(case: Case[Any]) -> None:
         response = case.call(session=session)
         tally.statuses[response.status_code] += 1
         try:

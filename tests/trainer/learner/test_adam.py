@@ -31,6 +31,8 @@ def test_this_version_of_torch_is_one_that_was_looked_at_and_has_the_fast_ways()
 class Deaf(torch.optim.Adam):
     """A later version that no longer looks at `found_inf`."""
 
+    found_inf: Any
+
     def step(self, closure: Any = None) -> Any:
         del self.found_inf
         try:

@@ -5,12 +5,14 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from harness.small_step import CONFIG, QUERIES, RESPONSES, SCORES, make_stepper, weights
 from plaudit.learner.memory import BatchSizeFinder, measuring_peak
+from plaudit.policy.samples import Samples
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_numbe
     forward = disturbed.policy.forward
     calls = 0
 
-    def forward_with_little_memory(samples, **options):  # type: ignore[no-untyped-def]
+    def forward_with_little_memory(samples: Samples, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         # Calls 1 to 3 evaluate; 5 is the second half of the first mini-batch, once the first half's gradient is there.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_deepspeed_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_settings_that_do_not_go_with_sharded_weights_are_refused(
-    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in FSDP.items():
         monkeypatch.setenv(name, value)

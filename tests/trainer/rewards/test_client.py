@@ -42,7 +42,7 @@ def problem(name: str) -> str:
 
 def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
     values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 8, "check_order": False} | changes
-    return RewardSettings.of(url=tuple(server.url for server in servers), **values)  # type: ignore[arg-type]
+    return RewardSettings.of(url=tuple(server.url for server in servers), **values)
 
 
 def test_rewards_come_back_in_the_order_of_the_texts(stub_reward_server: StubRewardServer) -> None:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_harmless_differences_are_told_and_others_refused_with_both_values() -> 
 
 
 def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default() -> None:
-    saved = to_dict(PPOConfig())
+    saved: dict[str, Any] = to_dict(PPOConfig())
     del saved["model"]["compile"]
     assert checkpoints.check_same_run(saved, to_dict(PPOConfig())) == []
     with pytest.raises(ConfigError, match=r"model\.compile: False -> True"):

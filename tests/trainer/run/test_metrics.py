@@ -114,7 +114,7 @@ def test_sampled_responses_cannot_break_their_table_in_tensorboard(tmp_path):
     ]
 
 
-class Notebook(GeneralTracker):  # type: ignore[misc]
+class Notebook(GeneralTracker):
     """A tracker that writes everything into a list."""
 
     name = "notebook"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
     ],
 )
 def test_two_processes_with_half_the_weights_each_train_as_one_does(
-    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, object]
+    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(config, **changes)
     alone = dataclasses.replace(config, output_dir=tmp_path / "alone")

@@ -10,6 +10,7 @@ from harness.tiny_models import tiny_classifier_dir
 from plaudit import demo_models
 from plaudit.reward_service.engine import model_source as model_source_module
 from plaudit.reward_service.engine import scorer as scorer_module
+from plaudit.reward_service.engine.loading import read_model
 from plaudit.reward_service.engine.model_files import ModelError, ModelSource, content_revision
 from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.scorer import load_scorer
@@ -31,7 +32,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 
 def settings_of(model: str, **more: Any) -> Settings:
-    return Settings(model=model, _cli_parse_args=[], **more)
+    return Settings(model=model, **more)
 
 
 def test_a_directory_that_has_gone_is_never_looked_for_on_the_hub(
@@ -82,7 +83,7 @@ def test_a_link_that_flips_while_a_model_is_read_gives_one_model_and_its_own_rev
         beside.symlink_to(target)
         beside.replace(link)
 
-    load = scorer_module.read_model
+    load = read_model
 
     def load_while_it_flips(*arguments: Any) -> Any:
         flip(two)

@@ -36,8 +36,8 @@ def serving(scorer: FakeScorer | None = None, max_connections: int = 1000, **opt
     async def reload() -> None: ...
 
     server = Server(app, 600.0, Hooks(ready.set, reload, lambda event, **_: None), max_connections=max_connections)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign, assignment]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
+    loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listener])))
         thread.start()
@@ -210,7 +210,7 @@ def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None
             sent.append(message)  # type: ignore[arg-type]
 
         scope = {"type": "http", "method": "POST", "path": "/v1/rewards", "headers": [], "query_string": b""}
-        await app(scope, receive, send)  # type: ignore[arg-type]
+        await app(scope, receive, send)
 
     asyncio.run(run([{"type": "http.request", "body": BODY, "more_body": False}]))
     asyncio.run(run([{"type": "http.request", "body": b"{" * 100, "more_body": True}, {"type": "http.disconnect"}]))
