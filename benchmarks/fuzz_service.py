@@ -1,23 +1,25 @@
 """Requests that nobody would send, to the real reward service: none gets 5xx, and each the answer that is documented.
 
-    python -m benchmarks.fuzz_service --requests 100000
+    python -m benchmarks.fuzz_service --requests 120000
 
-Three parts. `schema`: schemathesis makes requests from the service's own OpenAPI document, such as it allows and such
+Four parts. `schema`: schemathesis makes requests from the service's own OpenAPI document, such as it allows and such
 as it forbids; an answer must have a status, a content type and a shape that the document names. `texts`: rewards of
 empty texts, halves of surrogate pairs, NULs, a million times one letter, anything Unicode has; the answer must be the
 one that docs/wire.md promises. `bytes`: bodies that are damaged or no documents at all, on every route that takes one.
-The service's own count of its answers is printed beside.
+`framing`: half of all requests, whose bytes two servers may read differently (`hostile_requests`); each is refused and
+its connection closed, or answered once (`hostile_framing`). Afterwards the service gives known texts the same rewards
+as before, bit by bit, in about the same memory. Its own count of its answers is printed beside.
 """
 
 import argparse
-import contextlib
+import asyncio
 import http.client
 import json
 import math
 import random
 import re
-import socket
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
@@ -41,7 +43,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from benchmarks.service_under_load import Process
+from benchmarks.hostile_framing import besiege
+from benchmarks.hostile_requests import FUZZ_KEY
+from benchmarks.service_under_load import WORDS, Process
 from plaudit import wire
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -50,6 +54,10 @@ RELOAD_SHARE = 0.002
 CHUNK = 5000
 """Requests made of one pool of values, or before the next operation has its turn."""
 POOL = 1000
+SETTLE_S = 4.0
+"""How long an idle service takes to give freed memory back."""
+MOST_GROWTH_MIB = 64
+KEY = {"Authorization": f"Bearer {FUZZ_KEY}"}
 MSGPACK = "application/msgpack"
 Refusal = tuple[int, str, int | None]
 MALFORMED: Refusal = (400, "malformed-body", None)
@@ -339,113 +347,128 @@ def _damaged(body: bytes, draw: random.Random) -> bytes:
     return body
 
 
-SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-"""What must never be answered: it stands where a body, a trailer or nothing at all belongs."""
-
-
 def by_framing(url: str, count: int, seed: int) -> Tally:
-    """Heads whose framing two servers may read differently. Each connection gets one answer, or none, and is closed."""
+    """Connections with requests that two servers may read differently; needs a service with the key `FUZZ_KEY`."""
     tally = Tally()
-    draw = random.Random(seed)
-    port = int(url.rpartition(":")[2])
+    rewards = known_rewards(url)
+
+    def record(status: int, wrong: str | None) -> None:
+        tally.statuses[status] += 1
+        if wrong is not None:
+            tally.wrong[wrong] += 1
+
     with timed(tally):
-        for _ in range(count):
-            sent = _framed(draw)
-            received = b""
-            reset = contextlib.suppress(ConnectionError)
-            with reset, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-                connection.sendall(sent)
-                while piece := connection.recv(65536):
-                    received += piece
-            statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
-            tally.statuses[int(statuses[0]) if statuses else 0] += 1
-            if len(statuses) > 1:
-                tally.wrong[f"{len(statuses)} answers to {sent[:200]!r}"] += 1
-            elif statuses and not (statuses[0] == b"200" or b"4" <= statuses[0] < b"5" or statuses[0] == b"501"):
-                tally.wrong[f"{statuses[0].decode()} to {sent[:200]!r}"] += 1
+        asyncio.run(besiege(int(url.rpartition(":")[2]), count, seed, rewards, record))
+    if run := counted_by_the_service(url, "route").get(wire.MODEL_PATH):
+        tally.wrong[f"a hidden request was run {run} times, by the service's own count"] += 1
     return tally
 
 
-def _framed(draw: random.Random) -> bytes:
-    body = json.dumps(EXAMPLES[wire.REWARDS_PATH]).encode()
-    chunked = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
-    chunked += (
-        draw.choice([b"", b"X-Trailer: a\r\n", b"Content-Length: 0\r\n", b"Authorization: Bearer a\r\n"]) + b"\r\n"
-    )
-    fields = [b"Connection: close", b"Content-Type: application/json"]
-    fields += draw.choice([[], [b"Host: x"], [b"Host: x"], [b"Host: x"], [b"Host: x", b"Host: y"], [b"Host: x y"]])
-    fields += draw.choice(
-        [
-            [b"Content-Length: %d" % len(body)],
-            [b"Transfer-Encoding: chunked"],
-            [b"Transfer-Encoding: gzip, chunked"],
-            [b"Transfer-Encoding: chunked, chunked"],
-            [b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)],
-            [b"Transfer-Encoding : chunked"],
-            [b"Content-Length: %d" % len(body)] * 2,
-            [b"Content-Length: +%d" % len(body)],
-            [b"Content-Length: 0"],
-            [],
-        ]
-    )
-    if draw.random() < 0.2:
-        fields[0] = b"Connection: Upgrade, close"
-        fields.append(draw.choice([b"Upgrade: h2c", b"Upgrade: websocket"]))
-    if draw.random() < 0.1:
-        fields.append(
-            draw.choice([b" folded", b"X-Bad\0: a", b"No-Colon", b"X-Long: " + b"a" * draw.choice([100, 70_000])])
-        )
-    draw.shuffle(fields)
-    line = b"%s %s HTTP/%s" % (
-        draw.choice([b"POST", b"POST", b"POST", b"GET", b"PUT", b"post"]),
-        draw.choice([b"/v1/rewards", b"/livez", b"//livez", b"http://y/livez", b"*", b"/v1/rewards?a=\xff"]),
-        draw.choice([b"1.1", b"1.1", b"1.1", b"1.0", b"2.0", b"9"]),
-    )
-    end = draw.choice([b"\r\n", b"\r\n", b"\r\n", b"\n"])
-    sent = end.join([line, *fields, b"", b""]) + (chunked if any(b"chunked" in field for field in fields) else body)
-    if draw.random() < 0.1:  # one byte is another
-        place = draw.randrange(len(sent))
-        sent = sent[:place] + bytes([draw.randrange(256)]) + sent[place + 1 :]
-    return sent + b"\r\n\r\n" + SMUGGLED
+def known_rewards(url: str) -> dict[str, float]:
+    """The rewards of some texts, by an ordinary request."""
+    draw = random.Random(0)
+    some = sorted({" ".join(draw.choices(WORDS, k=draw.randint(3, 20))) for _ in range(100)})
+    body = {"items": [{"prompt": text, "response": ""} for text in some], "label": "POSITIVE"}
+    answer = requests.post(f"{url}{wire.REWARDS_PATH}", json=body, headers=KEY, timeout=60)
+    answer.raise_for_status()
+    return dict(zip(some, answer.json()["rewards"], strict=True))
 
 
-def counted_by_the_service(url: str) -> Counter[str]:
-    """The service's own count of its answers, by status."""
+def counted_by_the_service(url: str, by: str = "status") -> Counter[str]:
+    """The service's own count of its answers, by `status` or `route`."""
     counts: Counter[str] = Counter()
-    text = requests.get(f"{url}/metrics", timeout=60).text
-    for status, count in re.findall(r'plaudit_reward_responses_total\{.*status="(\d+)"\} (\S+)', text):
-        counts[status] += int(float(count))
+    text = requests.get(f"{url}/metrics", headers=KEY, timeout=60).text
+    for label, count in re.findall(rf'plaudit_reward_responses_total\{{.*{by}="([^"]*)".*\}} (\S+)', text):
+        counts[label] += int(float(count))
     return counts
 
 
-PARTS: dict[str, tuple[Callable[[str, int, int], Tally], float]] = {
-    "schema": (by_schema, 0.05),
-    "texts": (by_texts, 0.4),
-    "bytes": (by_bytes, 0.45),
-    "framing": (by_framing, 0.1),
+class Part(NamedTuple):
+    """Some of the requests."""
+
+    send: Callable[[str, int, int], Tally]
+    share: float
+    """Of all requests."""
+    keyed: bool = False
+    """Whether the service must have the key."""
+
+
+PARTS = {
+    "schema": Part(by_schema, 0.05),
+    "texts": Part(by_texts, 0.2),
+    "bytes": Part(by_bytes, 0.25),
+    "framing": Part(by_framing, 0.5, keyed=True),
 }
-"""What makes the requests, and its share of them."""
+
+
+@contextmanager
+def fuzzed_service(model: Path, *flags: str, keyed: bool = False) -> Iterator[Process]:
+    """The service that is asked, with the key `FUZZ_KEY` or with none."""
+    with tempfile.TemporaryDirectory() as directory:
+        keys = Path(directory) / "keys"
+        keys.touch(mode=0o600)
+        keys.write_text(f"{FUZZ_KEY}\n")
+        with Process(model, *flags, *(["--api-key-file", str(keys)] if keyed else [])) as service:
+            yield service
+
+
+@dataclass
+class Condition:
+    """How a service is: what it answers to known texts, and its memory in MiB."""
+
+    rewards: dict[str, float]
+    resident_mib: float
+
+    @classmethod
+    def of(cls, service: Process) -> "Condition":
+        rewards = known_rewards(service.url)
+        time.sleep(SETTLE_S)
+        return cls(rewards, service.resident_mib())
+
+    def worse_than(self, before: "Condition") -> str | None:
+        """What the requests between have done to the service, if anything."""
+        changed = sum(self.rewards[text] != before.rewards[text] for text in self.rewards)
+        if changed:
+            return f"{changed} of {len(self.rewards)} rewards are others than before"
+        if self.resident_mib > before.resident_mib + MOST_GROWTH_MIB:
+            return f"memory grew by more than {MOST_GROWTH_MIB} MiB"
+        return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/imdb-distilbert-mini"))
-    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=120_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", hypothesis.errors.HypothesisWarning)
     tallies = []
-    # Short texts for the model, so that the time goes into requests; longer ones are cut and say so.
-    with Process(arguments.model, "--max-tokens", "64") as service:
-        for name in arguments.parts:
-            part, share = PARTS[name]
-            tallies.append(part(service.url, math.ceil(arguments.requests * share), arguments.seed))
-            print(f"{name}: {tallies[-1]}", flush=True)
-        counts = counted_by_the_service(service.url)
+    wrong = False
+    for keyed in (False, True):
+        names = [name for name in arguments.parts if PARTS[name].keyed == keyed]
+        if not names:
+            continue
+        # Short texts for the model, so that the time goes into requests; longer ones are cut and say so.
+        with fuzzed_service(arguments.model, "--max-tokens", "64", keyed=keyed) as service:
+            before = Condition.of(service)
+            for name in names:
+                part = PARTS[name]
+                tallies.append(part.send(service.url, math.ceil(arguments.requests * part.share), arguments.seed))
+                print(f"{name}: {tallies[-1]}", flush=True)
+            after = Condition.of(service)
+            counts = counted_by_the_service(service.url)
+        server_errors = {status: count for status, count in counts.items() if status >= "500" and status != "501"}
+        worse = after.worse_than(before)
+        wrong |= bool(server_errors or worse)
+        print(f"by the service's own count {counts.total()}: {dict(sorted(counts.items()))}")
+        print(
+            f"afterwards: {worse or f'the same {len(after.rewards)} rewards to the bit'}; "
+            f"memory {before.resident_mib:.0f} MiB before, {after.resident_mib:.0f} after",
+            flush=True,
+        )
     print(f"in all {sum(tally.sent for tally in tallies)}, {sum(tally.server_errors for tally in tallies)} of 5xx")
-    print(f"by the service's own count {counts.total()}: {dict(sorted(counts.items()))}")
-    sys.exit(any(tally.wrong or tally.server_errors for tally in tallies))
+    sys.exit(wrong or any(tally.wrong or tally.server_errors for tally in tallies))
 
 
 if __name__ == "__main__":
