@@ -204,7 +204,7 @@ def besiege(port: int, process: psutil.Process, seconds: float, expected: dict[s
 
     def attack(name: str) -> None:
         path, body = BODIES[name]() if name in BODIES else ("", b"")
-        while not over.is_set():
+        while not over.is_set() or not outcome.attacks[name]:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if body:
                     post(port, path, body)

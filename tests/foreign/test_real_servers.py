@@ -153,7 +153,7 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
     config = LlamaConfig(**shape, vocab_size=VOCAB_SIZE, num_labels=1, pad_token_id=0, initializer_range=0.5)
     model = save(LlamaForSequenceClassification(config), tmp_path / "judge")
     flags = ["--reward.model_name_or_path", str(model), "--ds.attn_implementation", "eager", "--data.max_len", "64"]
-    script = str(ROOT / "tests" / "support" / "openrlhf_on_cpu.py")
+    script = str(ROOT / "harness" / "openrlhf_on_cpu.py")
     address = ["--host", "127.0.0.1", "--port", "PORT"]
     with running("PLAUDIT_OPENRLHF_PYTHON", script, *flags, *address, log=tmp_path / "log") as url:
         settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf", label=None)
