@@ -1,24 +1,28 @@
-"""A small, fixed share of what benchmarks/fuzz_service.py sends."""
+"""A small, fixed share of what benchmarks/service/fuzz.py sends."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fuzz_service import PARTS, counted_by_the_service, fuzzed_service, known_rewards
-from benchmarks.service_under_load import Process
+from harness.load.fuzz import PARTS, counted_by_the_service, known_rewards
+from harness.load.hostile_requests import FUZZ_KEY
+from harness.reward_service import RewardService
 from harness.tiny_models import tiny_classifier_dir
 
 
 @pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Process]]:
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, RewardService]]:
     """Without and with a key."""
     model = tiny_classifier_dir(tmp_path_factory.mktemp("fuzzed"))
-    with fuzzed_service(model) as without, fuzzed_service(model, keyed=True) as keyed:
+    flags = ("--label", "POSITIVE")
+    with RewardService(model, *flags) as without, RewardService(model, *flags, api_key=FUZZ_KEY) as keyed:
         yield {False: without, True: keyed}
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_what_nobody_would_send_gets_the_answer_that_is_documented(services: dict[bool, Process], name: str) -> None:
+def test_what_nobody_would_send_gets_the_answer_that_is_documented(
+    services: dict[bool, RewardService], name: str
+) -> None:
     part = PARTS[name]
     service = services[part.keyed]
     before = known_rewards(service.url)

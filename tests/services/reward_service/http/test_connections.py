@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from fastapi import FastAPI
 
-from harness.running import until
+from harness.processes import until
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
-from plaudit.reward_service.http import request_head, service
+from plaudit.reward_service.http import body
+from plaudit.reward_service.http import connection as connection_module
 from plaudit.reward_service.http.app import create_app
-from plaudit.reward_service.http.server import OTHER_FILES, FewWords, Hooks, Server, connections_allowed
+from plaudit.reward_service.http.server import OTHER_FILES, Hooks, LogRateLimit, Server, connections_allowed
 from plaudit.reward_service.http.service import ServiceLimits
 
 BODY = b'{"items": [{"prompt": "ab", "response": "cde"}], "label": "LENGTH"}'
@@ -171,9 +172,9 @@ def test_a_request_that_was_answered_before_its_body_has_no_second_answer(port: 
 
 
 def test_whoever_sends_nothing_more_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(request_head, "REST_TIMEOUT_S", 1.5)
-    monkeypatch.setattr(service, "BODY_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(connection_module, "REST_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 1.0)
     livez = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
     cut_off = [
         (b"", []),
@@ -196,7 +197,7 @@ def test_whoever_sends_nothing_more_is_cut_off(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_request_that_takes_long_is_not_cut_off_for_what_the_next_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.1)
     scorer = FakeScorer(held=True)
     with serving(scorer) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(request(b"Host: x", b"Connection: keep-alive", JSON, LENGTH, body=BODY) + b"GET /li")
@@ -272,23 +273,23 @@ def test_what_waits_at_openrlhfs_door_is_bounded_and_whoever_leaves_gives_it_bac
 
         served = ask(first)
         assert scorer.entered.acquire(timeout=30)
-        held_by_first = service.held.bytes
+        held_by_first = service.memory.bytes
         assert held_by_first == len(first)
         parked = [ask(other) for _ in range(60)]
-        until(lambda: held_by_first + len(other) * (60 - len(answered(parked))) == service.held.bytes, "60 requests")
+        until(lambda: held_by_first + len(other) * (60 - len(answered(parked))) == service.memory.bytes, "60 requests")
         refused = answered(parked)
         assert 40 <= len(refused) < 60
-        assert service.held.bytes <= limits.max_held_bytes
+        assert service.memory.bytes <= limits.max_held_bytes
         for connection in refused:
             assert connection.recv(65536).startswith(b"HTTP/1.1 503")
         for connection in parked:
             connection.close()
-        until(lambda: service.held.bytes == held_by_first, "what had been held")
-        assert not service.waiting
+        until(lambda: service.memory.bytes == held_by_first, "what had been held")
+        assert not service.unadmitted
         scorer.open()
         assert served.recv(65536).startswith(b"HTTP/1.1 200")
         assert ask(other).recv(65536).startswith(b"HTTP/1.1 200")
-        until(lambda: service.held.bytes == 0, "the rest")
+        until(lambda: service.memory.bytes == 0, "the rest")
 
 
 def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None:
@@ -307,10 +308,10 @@ def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None
 
     asyncio.run(run([{"type": "http.request", "body": BODY, "more_body": False}]))
     asyncio.run(run([{"type": "http.request", "body": b"{" * 100, "more_body": True}, {"type": "http.disconnect"}]))
-    assert app.state.service.held.bytes == 0
+    assert app.state.service.memory.bytes == 0
     assert json.loads(sent[1]["body"])["rewards"] == [5.0]  # type: ignore[arg-type]
 
 
 def test_nonsense_does_not_fill_the_log() -> None:
-    few = FewWords()
+    few = LogRateLimit()
     assert sum(few.filter(None) for _ in range(1000)) == 20  # type: ignore[arg-type]
