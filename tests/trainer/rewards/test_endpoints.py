@@ -73,7 +73,7 @@ def test_a_chunk_moves_on_at_once_when_its_endpoint_fails(start_stub: Start, mon
         client.connect()
         started = time.monotonic()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 30, "it waited for the endpoint that had failed"
     assert said == []
 
 
@@ -130,7 +130,7 @@ def test_a_slow_chunk_is_hedged_and_the_faster_answer_counts(start_stub: Start) 
         client.connect()
         started = time.monotonic()
         assert client.score(PROMPTS, RESPONSES) == EXPECTED
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60, "it waited for the endpoint that hung"
     assert stuck.state["requests"] + healthy.state["requests"] >= 11
 
 
