@@ -13,6 +13,7 @@ from plaudit import demo_models
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
 from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.model import Policy, base_of, is_adapters, load_causal_lm, load_tokenizer
+from plaudit.policy.reading import reading
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.settings.policy import GenerationSettings
 
@@ -49,6 +50,11 @@ def load_writer(path: str, *, device: torch.device | str = "cpu") -> Writer:
     Raises:
         ConfigError: there is none, the adapters don't say which model they belong to, or the model can't sample.
     """
+    with reading(path):
+        return _load_writer(path, device)
+
+
+def _load_writer(path: str, device: torch.device | str) -> Writer:
     directory = Path(demo_models.resolve(path))
     if is_adapters(path):
         base = load_causal_lm(base_of(path), device=device)

@@ -25,6 +25,7 @@ from plaudit.policy.model import (
     load_tokenizer,
     load_whole_causal_lm,
 )
+from plaudit.policy.reading import reading
 from plaudit.policy.samples import Samples
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.report.evaluation import Answers, Evaluation, compare
@@ -41,7 +42,7 @@ from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run.metrics import FILE_NAME, read_metrics
 from plaudit.run.progress import WaitingLine
 from plaudit.run.runtime import exclusive
-from plaudit.run.storage import files_of, write_text
+from plaudit.run.storage import replaced_files
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
@@ -108,7 +109,12 @@ def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
     Either may be a whole model or adapters. Adapters on the policy before itself are switched off to get it; any other
     pair is two models.
     """
-    after, before, device = config.after, _before(config), device_named(config.device)
+    before = _before(config)
+    with reading(config.after), reading(before):
+        return _load_pair(config.after, before, device_named(config.device))
+
+
+def _load_pair(after: str, before: str, device: torch.device) -> tuple[Policy, Any]:
     if not is_adapters(after):
         policy = Policy(load_causal_lm(after, device=device), reference=load_whole_causal_lm(before, device=device))
         return policy.eval(), _tokenizer_of(before, after)
@@ -289,7 +295,7 @@ def _logprobs(
 
 
 def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
-    directory, after = config.output_dir, Path(config.after)
+    after = Path(config.after)
     settings = {"evaluate": to_dict(config)}
     if (after / CONFIG_FILE).is_file():
         settings = {"ppo": json.loads((after / CONFIG_FILE).read_text(encoding="utf-8")), **settings}
@@ -300,9 +306,13 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
         training=read_metrics(after / FILE_NAME) if (after / FILE_NAME).is_file() else (),
         settings=settings,
     )
-    with files_of(directory) as beside:
+    write_evaluation(config.output_dir, result, report)
+
+
+def write_evaluation(directory: Path, result: EvaluationResult, report: str) -> None:
+    """The figures, the samples and the report of one evaluation, all three or none. Raises `NotWritten`."""
+    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
+    with replaced_files(directory, "evaluation", last=EVALUATION_FILE) as beside:
         write_samples(beside / SAMPLES_FILE, result.samples)
         (beside / REPORT_FILE).write_text(report, encoding="utf-8")
-    # Last: whoever finds the figures finds the rest.
-    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
-    write_text(directory / EVALUATION_FILE, figures + "\n")
+        (beside / EVALUATION_FILE).write_text(figures + "\n", encoding="utf-8")

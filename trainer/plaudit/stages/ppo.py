@@ -22,11 +22,11 @@ from plaudit.parallel.processes import Processes, joined, settle_arithmetic
 from plaudit.parallel.sharding import shard, sharding_for, whole_weights
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
 from plaudit.policy.generation import Draws
-from plaudit.policy.model import Policy, PolicyWeights, load_policy, load_tokenizer
+from plaudit.policy.model import Policy, load_policy, load_tokenizer
+from plaudit.policy.reading import reading
 from plaudit.policy.samples import Rollout
 from plaudit.policy.texts import end_tokens
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
-from plaudit.report.model_card import write_model_card
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.metrics import (
@@ -37,18 +37,17 @@ from plaudit.run.metrics import (
     MetricsLog,
     forget_steps_after,
     open_tracker,
-    read_metrics,
 )
 from plaudit.run.post_mortem import save_non_finite_batch
 from plaudit.run.progress import StepProgress, WaitingLine
 from plaudit.run.runtime import StopRequested, StopSignal, exclusive
-from plaudit.run.storage import NotWritten, files_of, write_text
+from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.stages.ppo_results import require_same_kind, write_results
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "run.json"
-MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,10 @@ def run(config: PPOConfig) -> PPOResult:
         sharding = sharding_for(config) if processes.count > 1 else None
         processes.on_main(lambda: held.enter_context(exclusive(config.output_dir)))
         resumed = processes.on_main(lambda: _checkpoint_to_resume(config))
-        tokenizer = load_tokenizer(config.policy)
-        policy = load_policy(config.policy, config.lora, config.model, device=device)
+        processes.on_main(lambda: require_same_kind(config))
+        with reading(config.policy):
+            tokenizer = load_tokenizer(config.policy)
+            policy = load_policy(config.policy, config.lora, config.model, device=device)
         cached = check_policy(policy, config.policy)
         prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
         check_tokenizer_fits(tokenizer, policy.language_model, config.policy, prompts.texts)
@@ -146,7 +147,8 @@ def run(config: PPOConfig) -> PPOResult:
                 metrics = loop.train(steps, None)
             weights = None if sharding is None else whole_weights(policy)
             if processes.is_main:
-                _write_results(loop, weights)
+                write_results(config, policy, tokenizer, reward_revision=client.revision, weights=weights)
+                print(f"trained {stepper.steps_done} steps; what they made is in {config.output_dir}")
     return PPOResult(config.output_dir, stepper.steps_done, metrics)
 
 
@@ -164,21 +166,6 @@ def _open_log(config: PPOConfig, steps_done: int) -> MetricsLog:
     others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
     tensorboard = "tensorboard" in config.trackers
     return MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
-
-
-def _write_results(loop: "_Loop", weights: PolicyWeights | None) -> None:
-    """Everything that a finished run leaves beside its metrics and checkpoints."""
-    config, directory = loop.config, loop.config.output_dir
-    with files_of(directory) as beside:
-        loop.policy.save(beside, weights)
-        loop.tokenizer.save_pretrained(beside)
-        loop.policy.check_saved(beside, weights)
-    write_model_card(config, directory, read_metrics(directory / FILE_NAME), loop.client.revision)
-    if config.merge:
-        with files_of(directory / MERGED) as beside:
-            loop.policy.merge(beside, weights)
-            loop.tokenizer.save_pretrained(beside)
-    print(f"trained {loop.stepper.steps_done} steps; adapters, value head and metrics are in {directory}")
 
 
 @contextlib.contextmanager

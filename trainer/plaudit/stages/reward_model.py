@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import is_adapters, load_tokenizer, require_no_random_weights
+from plaudit.policy.reading import reading
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
@@ -37,7 +38,7 @@ from plaudit.stages.supervised import (
     forget_checkpoints,
     require_same_figures,
     resumable,
-    save_model_directory,
+    saved_model,
     train,
     training_arguments,
 )
@@ -61,12 +62,6 @@ def run(config: RewardModelConfig) -> dict[str, Judgement]:
     with begun(config) as run:
         set_seed(config.seed)
         measured = _pairwise(config, run) if config.kind == "pairwise" else _classifier(config, run)
-        report = {
-            "stage": "reward-model",
-            "config": to_dict(config),
-            "held_out": {name: asdict(judged) for name, judged in measured.items()},
-        }
-        write_text(config.output_dir / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         forget_checkpoints(run)
     for name, judged in measured.items():
         print(
@@ -82,9 +77,9 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
 
     texts = load_labelled_texts(config.dataset, "train")
     held_out = load_labelled_texts(config.dataset, "held_out")
-    reading = read_labels([*texts.labels, *held_out.labels], config.label_names, texts.class_names)
-    labels = [reading.index[spelled(label)] for label in texts.labels]
-    for line in reading.lines([*texts.labels, *held_out.labels]):
+    meaning = read_labels([*texts.labels, *held_out.labels], config.label_names, texts.class_names)
+    labels = [meaning.index[spelled(label)] for label in texts.labels]
+    for line in meaning.lines([*texts.labels, *held_out.labels]):
         print(line)
     if config.from_scratch:
         tokenizer = train_tokenizer(
@@ -121,13 +116,16 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
     inputs = {"labelled texts": fingerprint(zip(texts.texts, labels, strict=True))}
-    model = _saved(config, train(trainer, run, inputs, collator), tokenizer, held_out.texts)
-    targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels])
+    targets = torch.tensor([meaning.index[spelled(label)] for label in held_out.labels])
     openings = [" ".join(text.split()[: config.short_words]) for text in held_out.texts]
-    return {
-        name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
-        for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
-    }
+
+    def measure(model: Any) -> dict[str, Judgement]:
+        return {
+            name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
+            for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
+        }
+
+    return save(config, train(trainer, run, inputs, collator), tokenizer, held_out.texts, measure)
 
 
 def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
@@ -172,13 +170,17 @@ def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     )
     inputs = {"ranked answers": fingerprint(list(pair.values()) for pair in pairs)}
     sample = [pair["prompt"] + pair["chosen"] for pair in held_out]
-    model = _saved(config, train(trainer, run, inputs), tokenizer, sample)
-    better, worse = (
-        logits(model, tokenizer, [pair["prompt"] + pair[side] for pair in held_out], config.max_length)[:, 0]
-        for side in ("chosen", "rejected")
-    )
-    preferred = torch.sigmoid(better - worse)
-    return {"pairs": judge(torch.stack([1 - preferred, preferred], dim=1), torch.ones(len(held_out), dtype=torch.long))}
+
+    def measure(model: Any) -> dict[str, Judgement]:
+        better, worse = (
+            logits(model, tokenizer, [pair["prompt"] + pair[side] for pair in held_out], config.max_length)[:, 0]
+            for side in ("chosen", "rejected")
+        )
+        preferred = torch.sigmoid(better - worse)
+        targets = torch.ones(len(held_out), dtype=torch.long)
+        return {"pairs": judge(torch.stack([1 - preferred, preferred], dim=1), targets)}
+
+    return save(config, train(trainer, run, inputs), tokenizer, sample, measure)
 
 
 def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
@@ -191,15 +193,16 @@ def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
             f"model={source!r} holds adapters and no whole model: merge them into their base first (`plaudit ppo "
             "--merge` writes OUTPUT_DIR/merged; else peft's merge_and_unload and save_pretrained) and name the result"
         )
-    tokenizer = load_tokenizer(source, setting="model")
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            demo_models.resolve(source),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **settings,
-        )
+        with reading(source):
+            tokenizer = load_tokenizer(source, setting="model")
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                demo_models.resolve(source),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **settings,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model={source!r} can't be loaded as a classifier ({reason:.160}); name another") from error
@@ -236,8 +239,17 @@ def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: S
         )
 
 
-def _saved(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Saves the model, proves that it can be loaded again, and gives it in fp32 with the numbers as they were saved."""
+def save(
+    config: RewardModelConfig,
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    measure: Callable[[Any], dict[str, Judgement]],
+) -> dict[str, Judgement]:
+    """Saves the model with reward_model.json, what `measure` says of it, once it is proven on `texts`.
+
+    It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
+    """
 
     def reproduces(directory: Path) -> None:
         again = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).to(model.device)
@@ -247,9 +259,17 @@ def _saved(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequenc
         got = logits(again.eval(), load_tokenizer(directory), texts[:8], config.max_length)
         require_same_figures("the logits of held-out texts", own, got)
 
-    return save_model_directory(
+    with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
-    )
+    ) as (model, beside):
+        measured = measure(model)
+        report = {
+            "stage": "reward-model",
+            "config": to_dict(config),
+            "held_out": {name: asdict(judged) for name, judged in measured.items()},
+        }
+        write_text(beside / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return measured
 
 
 class CroppingCollator(Drawing):

@@ -7,7 +7,6 @@ weight, and what was written is loaded again and must give its own figures befor
 
 import os
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from plaudit import atomic
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.memory import Fitting, is_out_of_memory
 from plaudit.parallel.processes import WORLD_SIZES
 from plaudit.policy.model import require_finite
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.runtime import StopRequested, StopSignal, exclusive
-from plaudit.run.storage import NotWritten, files_of, forget_other_weights
+from plaudit.run.storage import NotWritten, replaced_model
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
@@ -369,18 +369,21 @@ def _save(value: Any, path: Path) -> None:
         torch.save(value, file)
 
 
-def save_model_directory(
+@contextmanager
+def saved_model(
     model: Any,
     tokenizer: Any,
     directory: Path,
     *,
     half_precision: bool,
     reproduces: Callable[[Path], None],
-) -> Any:
-    """Save a plain Hugging Face directory: config, safetensors, tokenizer. An interrupted save leaves the old files.
+) -> Iterator[tuple[Any, Path]]:
+    """Saves a plain Hugging Face directory: config, safetensors, tokenizer, and what the block adds to it.
 
-    `reproduces` is given the directory before it takes the old one's place, and raises unless it can be loaded again
-    and gives the figures of the model. Gives the model in fp32, with the numbers as they were saved.
+    Gives the model in fp32, with the numbers as they were saved, and the directory to write the stage's figures into.
+    All of it replaces what is in `directory` when the block ends, and only if it ends well.
+
+    `reproduces` is given the new files before that, and raises unless they can be loaded and give the model's figures.
 
     Raises:
         NotFinite: a weight is not finite, or not in float16.
@@ -388,16 +391,12 @@ def save_model_directory(
     """
     model = model.to(torch.float16 if half_precision else torch.float32)
     require_finite(model.named_parameters(), "the model")
-    with files_of(directory) as beside:
+    with replaced_model(directory) as beside:
         model.save_pretrained(beside, safe_serialization=True)
         tokenizer.save_pretrained(beside)
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
         model = model.float()
         reproduces(beside)
-        written = {file.name for file in beside.iterdir()}
-    forget_other_weights(directory, written)
-    return model
+        yield model, beside
 
 
 def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -> None:
@@ -411,4 +410,6 @@ def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -
 
 def forget_checkpoints(run: Run) -> None:
     """A finished stage needs none; its model is in its directory."""
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    for checkpoint in checkpoints.list_checkpoints(run.checkpoints):
+        atomic.remove_directory(checkpoint.directory, marker=checkpoints.MANIFEST)
+    atomic.remove_directory(run.checkpoints)
