@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Evaluation, Rollout, Samples
 from plaudit.policy.static_generation import StaticGenerator, supports
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings
@@ -70,7 +71,7 @@ def wait_for(future: "Future[Scores]") -> Scores:
     return future.result()
 
 
-def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any, *, cached: bool = True) -> Sampler:
+def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Tokenizer, *, cached: bool = True) -> Sampler:
     """How a run samples from its policy: with fixed shapes where settings or device ask for it.
 
     Not `cached` is for a model whose cache does not hold keys and values (see `policy.checks.check_policy`). Raises
@@ -97,7 +98,7 @@ def sampler(policy: Policy, settings: GenerationSettings, tokenizer: Any, *, cac
 
 def collect(
     stepper: PPOStepper,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     draws: Draws,
     settings: GenerationSettings,

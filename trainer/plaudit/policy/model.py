@@ -21,6 +21,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +31,7 @@ from plaudit.policy.head import fp32_logits
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.reading import reading, settle
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.ppo import distributions
 from plaudit.settings.policy import LoraSettings, ModelSettings, Quantization
 
@@ -78,7 +80,7 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         reference: nn.Module | None = None,
-        value_model: Any = None,
+        value_model: PreTrainedModel | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
@@ -126,12 +128,12 @@ class Policy(nn.Module):
         return isinstance(self.model, peft.PeftModel)
 
     @property
-    def language_model(self) -> Any:
+    def language_model(self) -> PreTrainedModel:
         """The Hugging Face model itself, for `generate` and its configuration; adapters stay active in it."""
         return _bare(self.model)
 
     @property
-    def transformers(self) -> list[Any]:
+    def transformers(self) -> list[PreTrainedModel]:
         """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
         return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
 
@@ -285,6 +287,7 @@ class Policy(nn.Module):
         return logits.squeeze(0), seen[0]
 
     def _value_states(self, given: ModelInput) -> Tensor:
+        assert self.value_model is not None
         with self.autocasting():
             states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
         return states.flatten(0, 1).index_select(0, given.states)
@@ -450,7 +453,7 @@ def fuse_activations(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
     """Wraps the model with fresh adapters, which start as the identity."""
     targets = (
         list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
@@ -532,7 +535,12 @@ def _load_policy(
 
 
 def require_no_random_weights(
-    model: Any, loaded: Mapping[str, Any], path: str | Path, setting: str, *, head_may_be_new: bool = False
+    model: PreTrainedModel,
+    loaded: Mapping[str, Any],
+    path: str | Path,
+    setting: str,
+    *,
+    head_may_be_new: bool = False,
 ) -> None:
     """Raises `ModelNotFound` where transformers made up weights that the files lack, or have in another shape."""
     parameters = dict(model.named_parameters())
@@ -562,7 +570,9 @@ def base_of(adapters: str | Path) -> str:
     return str(base)
 
 
-def load_whole_causal_lm(path: str | Path, *, device: torch.device | str = "cpu", setting: str = "policy") -> Any:
+def load_whole_causal_lm(
+    path: str | Path, *, device: torch.device | str = "cpu", setting: str = "policy"
+) -> PreTrainedModel:
     """A bare causal language model in fp32; of a directory of adapters, their base with the adapters folded in."""
     if not is_adapters(path):
         return load_causal_lm(path, device=device, setting=setting)
@@ -579,7 +589,7 @@ def load_causal_lm(
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
     setting: str = "policy",
-) -> Any:
+) -> PreTrainedModel:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
     _require_reachable(path, setting)
     options: dict[str, Any] = {"dtype": dtype}
@@ -607,7 +617,7 @@ def load_causal_lm(
     return model
 
 
-def _compute_in_one_way(quantised: Any) -> None:
+def _compute_in_one_way(quantised: PreTrainedModel) -> None:
     """Keeps quantised layers in training mode for good.
 
     On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio
@@ -645,7 +655,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
             raise NotFinite(f"{what} is not saved: its weight {name} ({tensor.dtype}) is not finite")
 
 
-def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
+def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Tokenizer:
     """The tokenizer in a model's directory or of a hub id, with a pad token; of adapters without one, their base's.
 
     Raises:
@@ -653,7 +663,7 @@ def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
         ConfigError: it has neither a pad token nor an end-of-text token.
     """
     _require_reachable(path, setting)
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     with reading(path):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
@@ -661,13 +671,13 @@ def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
             if not is_adapters(path):
                 raise _not_found(path, "tokenizer", error, setting) from error
     words = [] if tokenizer is None else tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]
-    if len({tuple(ids) for ids in words if ids}) < 2:
+    if tokenizer is None or len({tuple(ids) for ids in words if ids}) < 2:
         if is_adapters(path):
             return load_tokenizer(base_of(path), setting=setting)
         raise ModelNotFound(
             f"{setting}={str(path)!r} has no tokenizer that tells words apart ({type(tokenizer).__name__} with "
-            f"{len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or vocab.json and merges.txt, ...) "
-            "of the model it was made from into the directory"
+            f"{0 if tokenizer is None else len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or "
+            "vocab.json and merges.txt, ...) of the model it was made from into the directory"
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

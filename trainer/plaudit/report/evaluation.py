@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plaudit.errors import NotFinite
 
@@ -156,5 +157,5 @@ def distinct(texts: Sequence[str]) -> int:
     return len({text.strip() for text in texts})
 
 
-def _mean(values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
     return float(np.mean(values))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +25,7 @@ from plaudit.policy.model import Policy, load_policy, load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.samples import Rollout
 from plaudit.policy.texts import end_tokens
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable
 from plaudit.run import checkpoint as checkpoints
@@ -185,7 +185,7 @@ class _Loop:
     """What every step needs, set up before the first."""
 
     config: PPOConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     policy: Policy
     gathered: Callable[[], AbstractContextManager[None]]
     """Around a rollout, which needs all of the policy's weights in one place."""

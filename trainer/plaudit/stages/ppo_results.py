@@ -4,10 +4,9 @@ What would be wrong here: adapters of one run beside the value head of another, 
 loader takes for their base.
 """
 
-from typing import Any
-
 from plaudit.errors import ConfigError
 from plaudit.policy.model import Policy, PolicyWeights, is_adapters
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.report.model_card import write_model_card
 from plaudit.run.metrics import FILE_NAME, read_metrics
 from plaudit.run.storage import replaced_model
@@ -19,7 +18,7 @@ MERGED = "merged"
 def write_results(
     config: PPOConfig,
     policy: Policy,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     reward_revision: str,
     weights: PolicyWeights | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from plaudit import demo_models
 from plaudit.data.sources import (
@@ -27,6 +27,7 @@ from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import is_adapters, load_tokenizer, require_no_random_weights
 from plaudit.policy.reading import reading
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
@@ -119,7 +120,7 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     targets = torch.tensor([meaning.index[spelled(label)] for label in held_out.labels])
     openings = [" ".join(text.split()[: config.short_words]) for text in held_out.texts]
 
-    def measure(model: Any) -> dict[str, Judgement]:
+    def measure(model: PreTrainedModel) -> dict[str, Judgement]:
         return {
             name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
             for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
@@ -171,7 +172,7 @@ def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     inputs = {"ranked answers": fingerprint(list(pair.values()) for pair in pairs)}
     sample = [pair["prompt"] + pair["chosen"] for pair in held_out]
 
-    def measure(model: Any) -> dict[str, Judgement]:
+    def measure(model: PreTrainedModel) -> dict[str, Judgement]:
         better, worse = (
             logits(model, tokenizer, [pair["prompt"] + pair[side] for pair in held_out], config.max_length)[:, 0]
             for side in ("chosen", "rejected")
@@ -183,7 +184,7 @@ def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     return save(config, train(trainer, run, inputs), tokenizer, sample, measure)
 
 
-def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
+def _load_classifier(source: str, **settings: Any) -> tuple[PreTrainedModel, Tokenizer]:
     """A model to start from with a head for the labels that `settings` describe, and its tokenizer.
 
     In fp32 whatever its files hold: in half precision, small updates vanish and large ones overflow.
@@ -214,7 +215,7 @@ def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
+def _check_start(config: RewardModelConfig, model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Tries the model on a short text and one as long as texts may be: alone and together they must be judged alike."""
     name = f"model={config.model!r}" if not config.from_scratch else f"sizes.model_type={config.sizes.model_type!r}"
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
@@ -241,10 +242,10 @@ def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: S
 
 def save(
     config: RewardModelConfig,
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
-    measure: Callable[[Any], dict[str, Judgement]],
+    measure: Callable[[PreTrainedModel], dict[str, Judgement]],
 ) -> dict[str, Judgement]:
     """Saves the model with reward_model.json, what `measure` says of it, once it is proven on `texts`.
 
@@ -279,7 +280,7 @@ class CroppingCollator(Drawing):
     passage of a review says something about its label and openings alone are soon learnt by heart.
     """
 
-    def __init__(self, tokenizer: Any, config: RewardModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: RewardModelConfig) -> None:
         super().__init__(config.seed)
         self.tokenizer = tokenizer
         self.config = config
@@ -299,13 +300,13 @@ class CroppingCollator(Drawing):
         return " ".join(words[self.random.randint(0, last) :])
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def _token_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[int]]:
     # Tokenised here, as the service will do it: TRL would end every text with an end-of-text token of its own.
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return ids
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
     """Token ids and attention mask, [B, T], of texts cut to `max_length` tokens."""
     cut = [text[: CHARS_PER_TOKEN * max_length] for text in texts]
     batch = tokenizer(cut, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
@@ -396,7 +397,9 @@ def label_indices(data: LabelledTexts, names: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64) -> torch.Tensor:
+def logits(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], max_length: int, batch_size: int = 64
+) -> torch.Tensor:
     """Raw logits [N, labels] of texts in their order, computed in batches of like length."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows = [
@@ -411,7 +414,9 @@ def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, ba
     return result[torch.argsort(torch.tensor(order))]
 
 
-def class_probabilities(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> torch.Tensor:
+def class_probabilities(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], max_length: int
+) -> torch.Tensor:
     """Softmax over the labels, [N, labels]."""
     return logits(model, tokenizer, texts, max_length).softmax(dim=-1)
 

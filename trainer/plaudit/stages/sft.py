@@ -4,11 +4,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from plaudit.data.sources import fingerprint, load_texts
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
@@ -17,6 +16,7 @@ from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
 from plaudit.policy.model import load_causal_lm, load_tokenizer, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.texts import tokens_in_front
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -91,7 +91,9 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     return result
 
 
-def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: list[str], *, train_rows: int) -> SFTResult:
+def save(
+    config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, held_out: list[str], *, train_rows: int
+) -> SFTResult:
     """Saves the model with sft.json, what is measured on `held_out`, once it is proven on some of these texts.
 
     It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
@@ -123,7 +125,7 @@ def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: list[str], *, 
     return result
 
 
-def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:
+def _check_start(config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str]) -> None:
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
     positions = max_positions(model)
     if positions is not None and config.max_length > positions:
@@ -137,7 +139,7 @@ def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]
         )
 
 
-def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
 
     A text begins with what the tokenizer puts in front of it. Rows never join two texts, so the model sees openings as
@@ -152,7 +154,7 @@ def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[i
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> float:
+def held_out_loss(model: PreTrainedModel, rows: list[list[int]], batch_size: int = 32) -> float:
     """Mean negative log-likelihood (nats) of the tokens of `rows` after each row's first."""
     total, count = 0.0, 0
     ordered = sorted(rows, key=len)
@@ -171,7 +173,9 @@ def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> fl
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, texts: list[str], *, seed: int, length: int, count: int = 8) -> list[str]:
+def sample(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str], *, seed: int, length: int, count: int = 8
+) -> list[str]:
     """What the model makes of the first four tokens of held-out texts, up to `length` tokens in all."""
     torch.manual_seed(seed)
     in_front = tokens_in_front(tokenizer)
