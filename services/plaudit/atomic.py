@@ -2,7 +2,7 @@
 
 Standard library only: every part of Plaudit writes by this module. There are three cases.
 
-One file (`write_file`). It is written beside its place, fsynced and renamed over the old one.
+One file (`write_file`, `new_file`). It is written beside its place, fsynced and renamed over the old one.
 
 One directory of its own, such as a checkpoint (`new_directory`). It is filled beside its place, fsynced and renamed.
 
@@ -80,22 +80,29 @@ class _Plan:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
+        path.chmod(0o644)  # who may read the result may know which it is
 
 
 def write_file(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Replaces one file by this text (UTF-8), readable as `mode` and the umask say. Raises `OSError`; the old one is
-    then as it was.
+    """Replaces one file by this text (UTF-8). `mode` and errors are those of `new_file`."""
+    with new_file(path, mode=mode) as beside:
+        beside.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def new_file(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
+    """An empty file to write into, which replaces `path` when the block ends, and only if it ends well.
+
+    It may be read as `mode` and the umask say. Raises `OSError`; the old file is then as it was.
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
         beside.unlink(missing_ok=True)  # the name may be a link to somebody's file
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield beside
+        sync(beside)
         beside.replace(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
@@ -191,8 +198,11 @@ def finish(directory: Path) -> bool:
 
 
 def is_pending(directory: Path) -> bool:
-    """Whether a replacement has begun to count and is not finished."""
-    return (directory / REPLACING / PLAN).is_file()
+    """Whether a replacement has begun to count and is not finished; also one that somebody else keeps to themselves."""
+    try:
+        return (directory / REPLACING / PLAN).is_file()
+    except PermissionError:
+        return True
 
 
 def version(directory: Path, what: str) -> str | None:

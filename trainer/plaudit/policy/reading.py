@@ -75,7 +75,10 @@ def _directories(path: str | Path) -> tuple[Path, Path]:
 
 
 def _versions(path: str | Path) -> list[str | None]:
-    return [atomic.version(directory, MODEL) for directory in _directories(path)]
+    try:
+        return [atomic.version(directory, MODEL) for directory in _directories(path)]
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.filename} can't be read ({error.strerror}); delete it") from error
 
 
 def _is_another(path: str | Path, before: list[str | None]) -> bool:

@@ -56,6 +56,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class RewardChange:
+    """The rewards of both policies' answers, and how they differ."""
+
     before: Summary
     after: Summary
     difference: Difference
@@ -63,16 +65,21 @@ class RewardChange:
 
 @dataclass(frozen=True)
 class Change:
+    """One figure of both policies."""
+
     before: float
     after: float
 
     @property
     def ratio(self) -> float:
+        """After over before."""
         return self.after / self.before
 
 
 @dataclass(frozen=True)
 class CountChange:
+    """How many there are with each policy."""
+
     before: int
     after: int
 
@@ -91,6 +98,7 @@ class Evaluation:
     """Different texts among the n responses: a collapse into one phrase shows here."""
 
     def to_dict(self) -> dict[str, Any]:
+        """As evaluation.json has it."""
         return dataclasses.asdict(self)
 
 
