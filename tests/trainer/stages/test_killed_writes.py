@@ -243,6 +243,16 @@ def test_reading_a_model_that_is_replaced_meanwhile_says_so(tmp_path: Path) -> N
         model.new(root)
 
 
+@pytest.mark.parametrize(("found", "enabled"), [("config.json", True), ("adapter_config.json", False)])
+def test_adapters_and_a_whole_model_never_replace_each_other(tmp_path: Path, found: str, enabled: bool) -> None:
+    config = PPOConfig(policy=str(tmp_path), output_dir=tmp_path / "run", lora=LoraSettings(enabled=enabled))
+    ppo_results.require_same_kind(config)
+    config.output_dir.mkdir()
+    (config.output_dir / found).write_text("{}")
+    with pytest.raises(ConfigError, match=r"and this run makes .*: give another --output-dir"):
+        ppo_results.require_same_kind(config)
+
+
 def test_answers_to_rank_are_the_same_after_any_kill(policy_dir: Path, reviews: Path, tmp_path: Path) -> None:
     root, empty = tmp_path / "run", tmp_path / "empty"
     empty.mkdir()

@@ -39,14 +39,14 @@ class Recalled(Protocol):
 
 
 def token_losses(old: Recalled, new: ResponseOutputs, config: PPOHyperparameters) -> Tensor:
-    """policy + vf_coef * value - entropy_coef * entropy, for each token."""
+    """policy + vf_coef * value - entropy_coef * entropy, for each token: [b, T] or [N], as the tensors of `old`."""
     policy, value = _losses(old, new, config)
     total = policy + config.vf_coef * value
     return total if config.entropy_coef == 0 else total - config.entropy_coef * new.entropy
 
 
 def measure(old: Recalled, new: ResponseOutputs, config: PPOHyperparameters) -> dict[str, Tensor]:
-    """What a whole mini-batch was like: one number on the device for each of `STATISTICS`."""
+    """What a whole mini-batch was like: one number on the device, of shape [], for each of `STATISTICS`."""
     mask = old.mask
     log_ratios = new.logprobs - old.logprobs
     ratios = log_ratios.exp()

@@ -402,6 +402,7 @@ class Policy(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         if not self.has_adapters:
             self.save(directory, weights)
+            self.check_saved(directory, weights)
             return
         with tempfile.TemporaryDirectory(dir=directory) as adapters:
             self.save(Path(adapters), weights)

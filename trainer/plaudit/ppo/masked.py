@@ -1,5 +1,7 @@
 """Statistics over real tokens only. `mask` is True on a real token; what stands under False never matters.
 
+`values` and `mask` have one shape, [B, T] or [N]. Sums, means and variances are of shape [], or [B] along `dim=1`.
+
 Wrong here would be a mean that counts padding, or padding that keeps a value after whitening and leaks into GAE.
 """
 
@@ -13,10 +15,7 @@ EPSILON = 1e-8
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of the real entries; over everything, or along `dim`. `values` and `mask` have one shape, as everywhere here.
-
-    Raises `ValueError` where they don't.
-    """
+    """Sum of the real entries; over everything, or along `dim`. Raises `ValueError` for different shapes."""
     require_same_shape(values=values, mask=mask)
     real = values.masked_fill(~mask, 0.0)
     return real.sum() if dim is None else real.sum(dim)
