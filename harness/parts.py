@@ -12,11 +12,11 @@ import plaudit
 
 PARTS = {
     "client": ("plaudit.atomic", "plaudit.wire", "plaudit.errors", "plaudit.rewards"),
-    "rank": ("plaudit.atomic", "plaudit.console", "plaudit.listening", "plaudit.ranking_service", "plaudit.wire"),
+    "rank": ("plaudit.atomic", "plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
     "reward": (
         "plaudit.atomic",
         "plaudit.console",
-        "plaudit.listening",
+        "plaudit.serving",
         "plaudit.demo_models",
         "plaudit.wire",
         "plaudit.reward_service",

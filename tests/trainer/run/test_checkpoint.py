@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import kills
-from harness.disks import fill, small_disk
+from harness.machine.disks import fill, small_disk
 from harness.runs import assert_same
 from harness.tiny_models import tiny_gpt2
 from plaudit.errors import ConfigError

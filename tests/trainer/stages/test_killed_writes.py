@@ -35,7 +35,7 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
-from plaudit.stages import by_people, evaluate, ppo, ppo_results, reward_model, sample, sft, supervised
+from plaudit.stages import by_people, evaluate, ppo_results, ppo_setup, reward_model, sample, sft, supervised
 from plaudit.wire import rankings as wire
 
 TEXTS = ["this film is great", "this film is bad"]
@@ -295,7 +295,7 @@ def test_metrics_lose_no_step_and_repeat_none_when_a_resumed_run_is_killed(tmp_p
     config = dataclasses.replace(PPOConfig(), output_dir=root)
 
     def resume(_: Path) -> None:
-        ppo._prepare_directory(config, 2)
+        ppo_setup._prepare_directory(config, 2)
         with MetricsLog(root, tensorboard=False) as log:
             log.write(2, {"new": 2})
 
