@@ -11,10 +11,18 @@ from pathlib import Path
 import plaudit
 
 PARTS = {
-    "client": ("plaudit.wire", "plaudit.errors", "plaudit.rewards"),
-    "rank": ("plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
-    "reward": ("plaudit.console", "plaudit.serving", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
+    "client": ("plaudit.atomic", "plaudit.wire", "plaudit.errors", "plaudit.rewards"),
+    "rank": ("plaudit.atomic", "plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
+    "reward": (
+        "plaudit.atomic",
+        "plaudit.console",
+        "plaudit.serving",
+        "plaudit.demo_models",
+        "plaudit.wire",
+        "plaudit.reward_service",
+    ),
     "trainer": (
+        "plaudit.atomic",
         "plaudit.cli",
         "plaudit.console",
         "plaudit.data",

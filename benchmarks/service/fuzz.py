@@ -52,7 +52,7 @@ class Condition:
 
 
 def _resident_mib(pid: int) -> float:
-    return psutil.Process(pid).memory_info().rss / 2**20
+    return float(psutil.Process(pid).memory_info().rss) / 2**20
 
 
 def main() -> None:

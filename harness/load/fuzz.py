@@ -357,7 +357,7 @@ def by_framing(url: str, count: int, seed: int) -> Tally:
 def known_rewards(url: str) -> dict[str, float]:
     """The rewards of some texts, by an ordinary request."""
     some = sorted(set(some_texts(100)))
-    body = {"items": [{"prompt": text, "response": ""} for text in some], "label": "POSITIVE"}
+    body: Any = {"items": [{"prompt": text, "response": ""} for text in some], "label": "POSITIVE"}
     answer = requests.post(f"{url}{wire.REWARDS_PATH}", json=body, headers=KEY, timeout=60)
     answer.raise_for_status()
     return dict(zip(some, answer.json()["rewards"], strict=True))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_imdb_reviews_come_from_the_package_without_markup() -> None:
     assert not any("<br />" in text for text in held_out)
 
 
-def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: object) -> None:
+def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: Any) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)))
     prompts = data.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
     long = [text for text in data.load_texts(settings, "train") if len(text) > 200]

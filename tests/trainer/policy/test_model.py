@@ -310,6 +310,7 @@ def test_a_separate_value_model_learns_whole_and_leaves_the_policy_alone(tmp_pat
     stir(policy.v_head)
     policy(samples()).values.sum().backward()
     assert all(p.grad is None for p in policy.model.parameters())
+    assert policy.value_model is not None
     assert policy.value_model.wte.weight.grad is not None
     stir(policy.value_model)
     policy.save(tmp_path / "trained")

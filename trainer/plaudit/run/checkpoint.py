@@ -1,13 +1,12 @@
 """Checkpoints: everything the next step depends on, whole or not at all.
 
-A checkpoint is written into a directory beside its place and then renamed; its manifest comes last. So a kill or a full
-disk leaves the previous checkpoint, and a directory without a manifest. Prompts and sampling depend on seed and step
-alone: the position in the data is the step, and no generator state is saved but the stepper's own.
+A checkpoint is written into a directory beside its place and then renamed (`atomic.new_directory`); its manifest comes
+last. So a kill or a full disk leaves the previous checkpoint, and a directory without a manifest. Prompts and sampling
+depend on seed and step alone: the position in the data is the step, and no generator state is saved but the stepper's.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from plaudit import atomic
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy
-from plaudit.run.storage import sync, writing
+from plaudit.run.storage import writing
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 
@@ -111,36 +111,22 @@ def write_checkpoint(final: Path, manifest: dict[str, Any], fill: Callable[[Path
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    beside = final.with_name(f".{final.name}.writing")
-    replaced = final.with_name(f"{final.name}.replaced")
-    _remove(beside)
-    with writing(beside):
-        try:
-            beside.mkdir(parents=True)
-            fill(beside)
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            for written in (*beside.iterdir(), beside):
-                sync(written)
-        except BaseException:
-            # Frees its room for whatever is written next.
-            _remove(beside)
-            raise
-        # An older checkpoint of the same step stays complete until the new one is.
-        if final.exists():
-            _remove(replaced)
-            final.rename(replaced)
-        beside.rename(final)
-        sync(final.parent)
-    _remove(replaced)
+    # One of the same step is a whole checkpoint until the new one is.
+    with (
+        writing(final.with_name(f".{final.name}.writing")),
+        atomic.new_directory(final, marker=MANIFEST) as beside,
+    ):
+        fill(beside)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for old in list_checkpoints(final.parent)[:-keep]:
-        _remove(old.directory)
+        atomic.remove_directory(old.directory, marker=MANIFEST)
 
 
 def forget_checkpoints_after(root: Path, step: int) -> list[Path]:
     """Removes checkpoints of later steps, which a run that continues from `step` takes again; returns their paths."""
     later = [checkpoint.directory for checkpoint in list_checkpoints(root) if checkpoint.step > step]
     for directory in reversed(later):
-        _remove(directory)
+        atomic.remove_directory(directory, marker=MANIFEST)
     return later
 
 
@@ -273,12 +259,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _remove(directory: Path) -> None:
-    """Deletes a checkpoint, its manifest first: what a kill leaves is then no checkpoint."""
-    if directory.is_symlink():
-        directory.unlink()  # what it points to is not ours
-        return
-    (directory / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
