@@ -34,7 +34,7 @@ Refusal = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class FastRouteMiddleware:
-    """ASGI middleware that answers `POST path` with `handler`; `refusals` turn what it raises into answers."""
+    """ASGI middleware that answers `POST path` with `handler`. `refusals` map its exceptions to responses."""
 
     def __init__(self, app: ASGIApp, path: str, handler: Handler, refusals: Mapping[type[Exception], Refusal]) -> None:
         self._app = app
@@ -42,9 +42,10 @@ class FastRouteMiddleware:
         self._handler = handler
         self._refusals = dict(refusals)
         self._expected = tuple(refusals)
-        self._route = SimpleNamespace(path=path)  # what the gate counts answers by
+        self._route = SimpleNamespace(path=path)  # the route in AccessMiddleware's count of responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the route, or pass the request on."""
         if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -121,16 +122,18 @@ def _wants_msgpack(request: Request, content_type: str) -> bool:
 
 
 def json_response(answer: wire.RewardResponse | wire.ModelInfo, headers: dict[str, str] | None = None) -> Response:
+    """The answer as JSON, without the fields that the client didn't ask for."""
     body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
     return Response(body, media_type=JSON_TYPE, headers=headers)
 
 
 def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str] | None:
-    """Fields that older clients don't know, and refuse: they didn't ask for them."""
+    """Fields to leave out: older clients, which don't ask for them, refuse unknown fields."""
     return {"request_id"} if answer.request_id is None else None
 
 
 def request_id_of(request: Request) -> str | None:
+    """The value of `Plaudit-Request-Id`; None without it. Raises `ProblemError`."""
     sent = request.headers.get(wire.REQUEST_ID_HEADER)
     if sent is None:
         return None
@@ -144,13 +147,13 @@ def request_id_of(request: Request) -> str | None:
 
 
 def _server_timing(scored: Scored) -> str:
-    """Where the time went, as a `Server-Timing` header, in milliseconds."""
+    """The `Server-Timing` header: milliseconds in each phase."""
     phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
     return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)
 
 
 def _refuse_early(value: object, limits: ServiceLimits) -> None:
-    """Refuse too many items and unknown keys before each of them is validated, and makes an error of its own."""
+    """Refuse too many items and unknown keys before validation, which would build an error for each of them."""
     if not isinstance(value, dict):
         return
     _refuse_unknown(value, REQUEST_FIELDS, (), None)
@@ -178,8 +181,8 @@ def _invalid(error: ValidationError, raw: bytes | None, limits: ServiceLimits) -
     errors = error.errors(include_url=False, include_context=True, include_input=False)
     first = errors[0]
     if first["type"] == "json_invalid" and raw is not None:
-        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
-        # validation can say which item holds it.
+        # JSON may escape half of a surrogate pair, which is not text. Python's parser accepts it, and validation then
+        # names the item.
         try:
             wire.RewardRequest.model_validate(json.loads(raw))
         except ValidationError as second:
