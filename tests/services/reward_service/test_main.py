@@ -92,7 +92,7 @@ def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path
         (["--model", "wei\udcc3\udc9f"], "can't be encoded in this locale"),
         (["--model", "{model}", "--port", "{busy}"], "choose another --port"),
         (["--model", "{model}", "--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
-        (["--model", "{model}", "--host", "no.such.host.invalid"], "no address of this machine"),
+        (["--model", "{model}", "--host", "no.such.host.invalid"], "not an address of this machine"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(
