@@ -6,7 +6,7 @@ behind it needs to check again.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 
 REWARDS_PATH = "/v1/rewards"
 MODEL_PATH = "/v1/model"
@@ -21,6 +21,9 @@ MAX_ITEMS_PER_REQUEST = 1024
 """Upper bound on items in one request; a service may be configured lower and says so in `/v1/model`."""
 MAX_TEXT_CHARS = 1_000_000
 """Upper bound on the characters of one prompt or response."""
+MAX_MESSAGES = 1024
+"""Upper bound on the messages of one conversation."""
+MAX_ROLE_CHARS = 64
 
 Join = Literal["concat", "pair"]
 """How the service joins prompt and response: one string, or the tokenizer's own pair encoding."""
@@ -30,11 +33,24 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ChatMessage(_Message):
+    """One turn of a conversation, as chat templates take it."""
+
+    role: Annotated[str, Field(min_length=1, max_length=MAX_ROLE_CHARS, examples=["user"])]
+    content: Annotated[str, Field(max_length=MAX_TEXT_CHARS, examples=["How was the film?"])]
+
+
+Conversation = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class RewardItem(_Message):
     """One completion to judge. Prompt and response travel apart; the service joins them as its model wants."""
 
-    prompt: Annotated[str, Field(max_length=MAX_TEXT_CHARS, examples=["This movie"])]
+    prompt: Annotated[str, Field(max_length=MAX_TEXT_CHARS, examples=["This movie"])] | Conversation
+    """A plain text, or the messages that the response answers. The response is then the assistant's next turn."""
     response: Annotated[str, Field(max_length=MAX_TEXT_CHARS, examples=[" was wonderful."])]
+    fields: dict[str, JsonValue] = {}
+    """Further columns of the prompt's row, such as the right answer, for a judge that asks for them."""
 
 
 class RewardRequest(_Message):
