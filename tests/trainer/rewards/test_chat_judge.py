@@ -158,11 +158,15 @@ def test_a_judge_that_names_no_score_is_asked_again_and_then_the_run_stops(quest
         ),
         (ChatServer(says=lambda q: "Score: 1e999"), {"pattern": r"(\d\S*)"}, "gave inf"),
         (ChatServer(says=lambda q: "Score: high"), {"pattern": r"Score: (\w+)"}, "found 'high', which is no number"),
-        (ChatServer(says=lambda q: '{"score": "5"}'), {"answer": "json"}, "no number at reward.judge.key='score'"),
-        (ChatServer(says=lambda q: '{"score": true}'), {"answer": "json"}, "no number at"),
+        (ChatServer(says=lambda q: '{"score": "5"}'), {"answer": "json"}, "number at reward.judge.key='score'"),
+        (ChatServer(says=lambda q: '{"score": true}'), {"answer": "json"}, "number at"),
         (ChatServer(says=lambda q: "So, first", finish_reason="length"), {}, "cut off at reward.judge.max_tokens=512"),
         (ChatServer(has_logprobs=False), {"answer": "logprobs"}, "without the top_logprobs that were asked for"),
-        (ChatServer(has_formats=False), {"answer": "json"}, "no JSON, though response_format asked for it"),
+        (
+            ChatServer(has_formats=False),
+            {"answer": "json"},
+            "no JSON with a number at reward.judge.key='score', though response_format asked",
+        ),
     ],
 )
 def test_a_server_that_gives_no_score_is_refused_at_the_start_in_one_line(

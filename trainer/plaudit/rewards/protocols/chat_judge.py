@@ -84,20 +84,22 @@ class ChatJudge(TextsAlone):
                 f"a generative judge has no labels, so {self._component.label!r} can't be asked for: take its score "
                 "with --reward.label None"
             )
-        models = from_json(await get("/v1/models"))
-        try:
-            served = [str(model["id"]) for model in models["data"]]
-        except (KeyError, TypeError) as error:
-            raise UnusableAnswer(f"/v1/models lists no models: {models!r:.80}") from error
-        if self._component.model is None and len(served) != 1:
-            raise UnusableAnswer(
-                f"choose one of its models with --reward.model: {', '.join(served[:20]) or 'it has none'}"
-            )
-        self._model = self._component.model or served[0]
+        if self._component.model is None:
+            self._model = self._only_one(from_json(await get("/v1/models")))
         how = {name: value for name, value in asdict(self._judge).items() if name not in ("prompt", "schema", "tries")}
         asked = json.dumps([self._question, self._schema, how], sort_keys=True)
         digest = hashlib.sha256(asked.encode()).hexdigest()
         return model_info(self._model, revision=f"{self._model}@judge:{digest[:16]}", max_items=1)
+
+    def _only_one(self, models: Any) -> str:
+        try:
+            served = [str(model["id"]) for model in models["data"]]
+        except (KeyError, TypeError) as error:
+            raise UnusableAnswer(f"/v1/models lists no models: {models!r:.80}") from error
+        if len(served) != 1:
+            there_are = ", ".join(served[:20]) or "it has none"
+            raise UnusableAnswer(f"choose one of its models with --reward.model: {there_are}")
+        return served[0]
 
     def no_conversations(self, info: ModelInfo) -> str | None:
         return None
@@ -179,14 +181,15 @@ class ChatJudge(TextsAlone):
         try:
             score = json.loads(said)
         except ValueError:
-            raise NoVerdict(
-                f"the judge's answer is no JSON, though response_format asked for it; a server that ignores that needs "
-                f"--reward.judge.answer pattern: {_end(said)}"
-            ) from None
+            score = None
         for key in self._judge.key.split("."):
             score = score.get(key) if isinstance(score, dict) else None
         if isinstance(score, bool) or not isinstance(score, int | float):
-            raise NoVerdict(f"the judge's JSON has no number at reward.judge.key={self._judge.key!r}: {_end(said)}")
+            raise NoVerdict(
+                f"the judge's answer is no JSON with a number at reward.judge.key={self._judge.key!r}, though "
+                "response_format asked for it; a server that ignores that needs --reward.judge.answer pattern: "
+                f"{_end(said)}"
+            )
         return float(score)
 
     def _expected(self, logprobs: Any) -> float:
