@@ -29,8 +29,7 @@ from plaudit.reward_service.http.rewards import (
     MSGPACK_TYPES,
     FastRouteMiddleware,
     answer_rewards,
-    json_response,
-    request_id_of,
+    model_response,
 )
 from plaudit.reward_service.http.service import ClientGoneError, Service, ServiceLimits
 from plaudit.reward_service.keys import Keys
@@ -116,12 +115,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
     )
     async def model(request: Request) -> Response:
-        return json_response(service.model_info(request_id_of(request)))
+        return model_response(service, request)
 
     @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
     async def reload(request: Request) -> Response:
         await service.reload_model()
-        return json_response(service.model_info(request_id_of(request)))
+        return model_response(service, request)
 
     @app.get(wire.LIVEZ_PATH, summary="Liveness probe")
     async def livez() -> dict[str, str]:

@@ -27,7 +27,7 @@ SMALL_BYTES = 32 * 1024
 """A body of up to this size, with at most `SMALL_PARTS` commas and brackets, is parsed in one call: one or two
 milliseconds."""
 SMALL_PARTS = 1500
-MAX_PARTS = 16 * wire.MAX_ITEMS_PER_REQUEST + 2048
+MAX_PARTS = wire.MAX_VALUES_PER_REQUEST
 """Bound on the values and keys of a body. Every valid request of the supported protocols has fewer."""
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 64

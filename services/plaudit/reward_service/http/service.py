@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from plaudit import wire
-from plaudit.reward_service.engine.batching import Engine, Job, Scored, Scorer, Text
+from plaudit.reward_service.engine.batching import Chat, Engine, Job, Plain, Scored, Scorer, Text
 from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.http import garbage_collection, tracing
@@ -70,11 +70,23 @@ class Service:
     ) -> tuple[Scored, int]:
         """The scores of these items, and the index of the logit that is the reward. Raises as `score` does."""
         index = self.label_index(self.engine.scorer, label)
-        return await self.score([self.text(item.prompt, item.response) for item in items], request), index
+        return await self.score(self._texts(items), request), index
 
-    def text(self, prompt: str, response: str) -> Text:
-        """Prompt and response, joined as `--join` says."""
-        return (prompt, response) if self.join == "pair" else (prompt + response, None)
+    def _texts(self, items: Sequence[wire.RewardItem]) -> list[Text]:
+        """Prompts and responses, joined as `--join` says. Raises `ProblemError` for messages without --join chat."""
+        if self.join == "chat":
+            return [conversation(item.prompt, item.response) for item in items]
+        texts: list[Text] = []
+        for index, item in enumerate(items):
+            if not isinstance(item.prompt, str):
+                raise ProblemError(
+                    "strings-only",
+                    f"items[{index}].prompt is a list of messages: this service was started with --join {self.join} "
+                    "and takes strings; start it with --join chat",
+                    item=index,
+                )
+            texts.append((item.prompt, item.response) if self.join == "pair" else (item.prompt + item.response, None))
+        return texts
 
     def refused_by_drain(self) -> "_Unadmitted":
         """A context for waits before admission: `refuse_unadmitted` ends them with 503."""
@@ -142,7 +154,7 @@ class Service:
             # Break the reference cycle: a failure's traceback holds this frame, and these variables hold the failure.
             del job, client, watch, timer
 
-    def check_limits(self, texts: Sequence[Text]) -> None:
+    def check_limits(self, texts: Sequence[Plain]) -> None:
         """Apply the same limits to texts that came by a foreign protocol. Raises `ProblemError`."""
         if not texts:
             raise ProblemError("empty-items", "the request holds no text")
@@ -185,6 +197,7 @@ class Service:
             default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
             join=self.join,
             dtype=scorer.dtype,
+            wire=wire.WIRE_VERSION,
             limits=wire.Limits(
                 max_items=self.limits.max_items,
                 max_text_chars=self.limits.max_text_chars,
@@ -212,6 +225,12 @@ class Service:
                 labels=list(scorer.labels),
             )
         return scorer.labels.index(wanted)
+
+
+def conversation(prompt: str | list[wire.ChatMessage], response: str) -> Chat:
+    """The prompt's turns, of which a plain text is the user's, and the response as the assistant's."""
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn.role, turn.content) for turn in prompt]
+    return Chat((*turns, ("assistant", response)))
 
 
 async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
