@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     label: str | None = None
     """The label whose logit is the reward when a request names none."""
     join: wire.Join = "concat"
-    """How prompt and response are joined: one string, the tokenizer's own pair encoding, or turns in its chat template."""
+    """How prompt and response are joined: one string, the tokenizer's own pair encoding, or its chat template."""
     chat_template: Path | None = None
     """File with the chat template (jinja) of --join chat; the tokenizer's own unless given."""
     truncation_side: Literal["left", "right"] = "right"
