@@ -22,7 +22,9 @@ from transformers.utils import cached_file
 from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.model import VALUE_HEAD_FILE, Policy, compute_quantised_layers_in_one_way
-from plaudit.run.storage import writing
+from plaudit.policy.reading import reading
+from plaudit.run.runtime import exclusive
+from plaudit.run.storage import replaced_model
 
 LAYER_PATTERNS = ("transformer.h.{}.", "model.decoder.layers.{}.", "gpt_neox.layers.{}.", "model.layers.{}.")
 """How architectures name their layers."""
@@ -108,12 +110,14 @@ class PreTrainedModelWrapper(nn.Module):
         is_trainable = kwargs.pop("is_trainable", False)
         head_options = {name: kwargs.pop(name) for name in cls.supported_args if name in kwargs}
         kbit_options = {name: kwargs.pop(name) for name in KBIT_OPTIONS if name in kwargs}
-        source = pretrained_model_name_or_path
+        source, saved_head = pretrained_model_name_or_path, None
         if peft_config is not None and not isinstance(peft_config, peft.PeftConfig):
             raise ConfigError(f"peft_config={peft_config!r} must be a peft.PeftConfig, such as peft.LoraConfig")
         if isinstance(source, str | Path):
             source = demo_models.resolve(source)
-            model = cls._load(source, model_args, kwargs, is_trainable=is_trainable)
+            with reading(source):
+                model = cls._load(source, model_args, kwargs, is_trainable=is_trainable)
+                saved_head = saved_value_head(source)
             if peft_config is not None and isinstance(model, peft.PeftModel):
                 warnings.warn(f"peft_config is left out: {source!r} has adapters already", stacklevel=2)
         elif isinstance(source, transformers.PreTrainedModel | peft.PeftModel):
@@ -130,16 +134,14 @@ class PreTrainedModelWrapper(nn.Module):
                     warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning)
                     kbit_options.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
                     model = peft.prepare_model_for_kbit_training(model, **kbit_options)
-            model = peft.get_peft_model(model, peft_config)
+            model = peft.get_peft_model(model, copy.deepcopy(peft_config))  # peft writes into it
         if _is_quantised(model):
             compute_quantised_layers_in_one_way(model)
         wrapper = cls(model, **head_options)
         if reward_adapter is not None:
             wrapper._add_reward_adapter(reward_adapter, reward_adapter_name)
-        if isinstance(source, str):
-            head = saved_value_head(source)
-            if head is not None:
-                wrapper.v_head.summary.load_state_dict(head)
+        if saved_head is not None:
+            wrapper.v_head.summary.load_state_dict(saved_head)
         return wrapper
 
     @classmethod
@@ -211,21 +213,26 @@ class PreTrainedModelWrapper(nn.Module):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Adapters, or the whole model, as transformers and peft load them; the value head in a file of its own.
 
+        The new files replace an earlier model's together.
+
         Raises:
             NotWritten: with the path, the reason and the room that is left.
         """
         directory = Path(save_directory)
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            self.pretrained_model.save_pretrained(str(directory), **kwargs)
-            head = {name: tensor.detach().cpu() for name, tensor in self.v_head.summary.state_dict().items()}
-            save_file(head, directory / VALUE_HEAD_FILE)
+        with exclusive(directory), replaced_model(directory) as beside:
+            self.write(beside, **kwargs)
+
+    def write(self, directory: Path, **kwargs: Any) -> None:
+        """`save_pretrained` into a directory of the caller's own; `kwargs` are those of the wrapped model's."""
+        self.pretrained_model.save_pretrained(str(directory), **kwargs)
+        head = {name: tensor.detach().cpu() for name, tensor in self.v_head.summary.state_dict().items()}
+        save_file(head, directory / VALUE_HEAD_FILE)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Uploads what `save_pretrained` writes; `kwargs` are `private`, `token` and `commit_message`."""
         from plaudit.classic.hub import upload
 
-        return upload(repo_id, self.save_pretrained, **kwargs)
+        return upload(repo_id, self.write, **kwargs)
 
     # Reward adapters
 

@@ -31,7 +31,8 @@ from plaudit.learner.step_statistics import std_or_zero
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
 from plaudit.policy.samples import EvaluatedSamples, Rollout, Samples
-from plaudit.run.storage import write_text
+from plaudit.run.runtime import exclusive
+from plaudit.run.storage import replaced_model, write_text
 from plaudit.settings.policy import GenerationSettings
 
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -420,16 +421,21 @@ class PPOTrainer:
         return {"game_log": wandb.Table(columns=[*columns, "reward"], rows=rows)}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """The model with its value head, the tokenizer and a model card. Raises `NotWritten`."""
-        self.model.save_pretrained(save_directory, **kwargs)
-        self.tokenizer.save_pretrained(str(save_directory))
-        self.create_model_card(save_directory)
+        """The model with its value head, the tokenizer and a model card, together. Raises `NotWritten`."""
+        directory = Path(save_directory)
+        with exclusive(directory), replaced_model(directory) as beside:
+            self._write(beside, **kwargs)
+
+    def _write(self, directory: Path, **kwargs: Any) -> None:
+        self.model.write(directory, **kwargs)
+        self.tokenizer.save_pretrained(str(directory))
+        self.create_model_card(directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Uploads what `save_pretrained` writes; `kwargs` are `private`, `token` and `commit_message`."""
         from plaudit.classic.hub import upload
 
-        return upload(repo_id, self.save_pretrained, **kwargs)
+        return upload(repo_id, self._write, **kwargs)
 
     def create_model_card(self, path: str | Path, model_name: str | None = None) -> None:
         """Writes `README.md` into the directory. Needs no account and no network."""
