@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -26,7 +26,19 @@ class JSONDict(dict[str, Any]):
         super().__init__(json.loads(value) if isinstance(value, str) else value)
 
 
-JSON = Annotated[JSONDict, tyro.conf.arg(metavar="JSON", constructor=JSONDict)]
+if TYPE_CHECKING:
+    JSON = dict[str, Any]
+else:
+    JSON = Annotated[
+        JSONDict,
+        tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=lambda words: JSONDict(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        ),
+    ]
 Derived = Annotated[int | None, tyro.conf.Suppress]
 Found = Annotated[bool | None, tyro.conf.Suppress]
 
