@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from plaudit.classic.core import set_seed
+from plaudit.classic.models import generation_arguments
 from plaudit.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ class BestOfNSampler:
         self,
         tokenized_query: Tensor | Sequence[Any],
         skip_special_tokens: bool = True,
-        device: str | torch.device | None = None,
+        device: int | str | torch.device | None = None,
         **generation_kwargs: Any,
     ) -> list[list[str]]:
         """The best texts for each query, best first, prompts included.
@@ -54,12 +55,10 @@ class BestOfNSampler:
         `tokenized_query` is one query (a tensor [Q] or a list of numbers) or a list of them.
         """
         chosen = []
-        options = dict(generation_kwargs)
-        if isinstance(options.get("top_k"), float):
-            options["top_k"] = int(options["top_k"])
+        options = generation_arguments(generation_kwargs)
         for query in _queries(tokenized_query):
             output = self.model.generate(
-                input_ids=query.to(device or self.model.device).repeat(self.sample_size, 1),
+                input_ids=query.to(self.model.device if device is None else device).repeat(self.sample_size, 1),
                 max_new_tokens=int(self.length_sampler()),
                 generation_config=self.gen_config,
                 **options,

@@ -28,6 +28,8 @@ from plaudit.run.storage import replaced_model
 
 LAYER_PATTERNS = ("transformer.h.{}.", "model.decoder.layers.{}.", "gpt_neox.layers.{}.", "model.layers.{}.")
 """How architectures name their layers."""
+NO_TOKEN = 2**31 - 1
+"""A token that no vocabulary has, so that nothing ends a text early."""
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs", "layer_norm_names")
 """Arguments of `peft.prepare_model_for_kbit_training` that `from_pretrained` passes on."""
 
@@ -146,7 +148,7 @@ class PreTrainedModelWrapper(nn.Module):
 
     @classmethod
     def _load(cls, source: str, model_args: tuple[Any, ...], options: dict[str, Any], *, is_trainable: bool) -> Any:
-        options = with_quantisation(options)
+        options = loading_arguments(options)
         dtype = options.pop("torch_dtype", None)
         options.setdefault("dtype", torch.float32 if dtype is None else dtype)
         try:
@@ -185,8 +187,8 @@ class PreTrainedModelWrapper(nn.Module):
         return bool(getattr(self.pretrained_model, "is_loaded_in_4bit", False))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped model's `generate`."""
-        return self.pretrained_model.generate(*args, **kwargs)
+        """The wrapped model's `generate`, with arguments as `generation_arguments` has them."""
+        return self.pretrained_model.generate(*args, **generation_arguments(kwargs))
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """Recomputes activations in the backward pass of updates."""
@@ -369,9 +371,29 @@ def policy_line(model: PreTrainedModelWrapper) -> str:
     return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {100 * learning / everything}"
 
 
-def with_quantisation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`load_in_8bit` and `load_in_4bit`, which transformers knows no longer, as its `quantization_config`."""
+def generation_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` as programs write them, in the form that transformers takes today.
+
+    No least length may be -1, `top_k` may be 0.0, and an end-of-text token that no vocabulary has (-1) means no end.
+    """
+    taken = {k: v for k, v in arguments.items() if not (k in ("min_length", "min_new_tokens") and (v or 0) <= 0)}
+    if isinstance(taken.get("top_k"), float):
+        taken["top_k"] = int(taken["top_k"])
+    if isinstance(taken.get("eos_token_id"), int) and taken["eos_token_id"] < 0:
+        taken["eos_token_id"] = NO_TOKEN
+    return taken
+
+
+def loading_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` as programs write them, in the form that transformers takes today.
+
+    `load_in_8bit` and `load_in_4bit` become its `quantization_config`. A device by number is a GPU; on a machine
+    without one, `{"": 0}` is the CPU.
+    """
     options = dict(options)
+    places = options.get("device_map")
+    if isinstance(places, dict) and not torch.accelerator.is_available():
+        options["device_map"] = {name: "cpu" if isinstance(place, int) else place for name, place in places.items()}
     bits = {name: options.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in options}
     if any(bits.values()):
         options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)

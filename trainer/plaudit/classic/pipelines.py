@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from plaudit import demo_models
-from plaudit.classic.models import with_quantisation
+from plaudit.classic.models import loading_arguments
 
 CLASSIFIERS = ("text-classification", "sentiment-analysis")
 
@@ -40,8 +40,11 @@ class ClassicPipeline:
 def pipeline(task: str | None = None, model: Any = None, **kwargs: Any) -> Any:
     """`transformers.pipeline`; for text classification, with `return_all_scores` at its making or at a call."""
     return_all_scores = kwargs.pop("return_all_scores", False)
-    if kwargs.get("model_kwargs"):
-        kwargs["model_kwargs"] = with_quantisation(kwargs["model_kwargs"])
+    placed = {name: kwargs.pop(name) for name in ("device_map",) if name in kwargs}
+    wanted = loading_arguments({**kwargs.pop("model_kwargs", {}), **placed})
+    if "device_map" in wanted:
+        kwargs["device_map"] = wanted.pop("device_map")
+    kwargs["model_kwargs"] = wanted
     if isinstance(model, str):
         model = demo_models.resolve(model)
     made = transformers.pipeline(task, model=model, **kwargs)

@@ -9,14 +9,16 @@ Failure modes: a response of another query, or tokens of a query taken for a res
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from plaudit.classic.models import generation_arguments
 from plaudit.policy.generation import Draws, generate
+from plaudit.policy.texts import end_tokens
 from plaudit.settings.policy import GenerationSettings
 
 PLAIN = GenerationSettings()
@@ -65,8 +67,13 @@ def respond(
     queries: Sequence[Tensor],
     lengths: Sequence[int] | None,
     arguments: Mapping[str, Any],
+    *,
+    cut_at_end: bool,
 ) -> list[Tensor]:
     """A response to each query, all in one batch, without its prompt, up to and with the first end of text.
+
+    That is `eos_token_id`, if it is among the arguments; `cut_at_end` cuts at the tokenizer's too, as the classic
+    trainer did to a list of queries.
 
     `lengths` are the most tokens that each response may have, in place of `max_new_tokens`. Sampling that temperature,
     top-k and top-p describe is Plaudit's own, whose rows stop as they end; anything else is transformers'.
@@ -80,17 +87,23 @@ def respond(
         samples = generate(model, [query.tolist() for query in queries], draws, settings, tokenizer)
         rows = zip(samples.response_ids, samples.lengths[1].tolist(), strict=True)
         return [row[:length] for row, length in rows]
-    return _by_transformers(model, tokenizer, queries, lengths, arguments)
+    ends = ends or _own_ends(model, tokenizer)
+    if cut_at_end:
+        ends = ends | _own_ends(model, tokenizer)
+    return _by_transformers(model, tokenizer, queries, lengths, arguments, ends)
 
 
 @torch.no_grad()
 def _by_transformers(
-    model: Any, tokenizer: Any, queries: Sequence[Tensor], lengths: Sequence[int] | None, arguments: Mapping[str, Any]
+    model: Any,
+    tokenizer: Any,
+    queries: Sequence[Tensor],
+    lengths: Sequence[int] | None,
+    arguments: Mapping[str, Any],
+    ends: set[int],
 ) -> list[Tensor]:
     device, width = model.device, max(len(query) for query in queries)
-    options = {k: v for k, v in arguments.items() if not (k in ("min_length", "min_new_tokens") and (v or 0) <= 0)}
-    if isinstance(options.get("top_k"), float):
-        options["top_k"] = int(options["top_k"])
+    options = generation_arguments(arguments)
     options.setdefault("pad_token_id", tokenizer.pad_token_id)
     if lengths is not None:
         options["max_new_tokens"] = max(lengths)
@@ -101,7 +114,6 @@ def _by_transformers(
     output = model.generate(
         input_ids=torch.stack(rows).to(device), attention_mask=torch.stack(mask).long().to(device), **options
     )
-    ends = _end_tokens(model, tokenizer, arguments) or _own_ends(model, tokenizer)
     answers = []
     for i, row in enumerate(output):
         answer = row[width : None if lengths is None else width + lengths[i]]
@@ -111,8 +123,6 @@ def _by_transformers(
 
 
 def _own_ends(model: Any, tokenizer: Any) -> set[int]:
-    from plaudit.policy.texts import end_tokens
-
     return set(end_tokens(model, tokenizer))
 
 
@@ -185,6 +195,3 @@ class Drawn:
         if len(found) == len(own) and len(set(found)) == 1:
             return own, found[0]
         return own, PLAIN
-
-
-LengthSampling = Callable[[], int]

@@ -130,7 +130,7 @@ class PPOTrainer:
                 raise ConfigError("tokenizer has neither a pad token nor an end-of-text token: set tokenizer.pad_token")
             tokenizer.pad_token = tokenizer.eos_token
         self.dataset = dataset
-        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        self.dataloader: Any = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         self._drawn = Drawn(KEPT_BATCHES * config.batch_size)
         self._highest_reward, self._compared = -float("inf"), 0
         self.current_step = 0
@@ -235,10 +235,10 @@ class PPOTrainer:
         given = [query_tensor] if isinstance(query_tensor, Tensor) else query_tensor
         queries = [query.to(self.current_device) for query in given]
         lengths = None if length_sampler is None else [int(length_sampler()) for _ in queries]
-        own = self._respond(queries, lengths, generation_kwargs)
+        own = self._respond(queries, lengths, generation_kwargs, cut_at_end=not alone)
         results = [self._shaped(queries, own, alone=alone, return_prompt=return_prompt)]
         if generate_ref_response:
-            other = self._respond(queries, lengths, generation_kwargs, by_reference=True)
+            other = self._respond(queries, lengths, generation_kwargs, cut_at_end=not alone, by_reference=True)
             results.append(self._shaped(queries, other, alone=alone, return_prompt=return_prompt))
         return tuple(results) if generate_ref_response else results[0]
 
@@ -248,6 +248,7 @@ class PPOTrainer:
         lengths: Sequence[int] | None,
         arguments: Mapping[str, Any],
         *,
+        cut_at_end: bool,
         by_reference: bool = False,
     ) -> list[Tensor]:
         policy = self.stepper.policy
@@ -256,9 +257,9 @@ class PPOTrainer:
             if by_reference:
                 with policy.as_reference() as reference:
                     bare = reference.get_base_model() if hasattr(reference, "get_base_model") else reference
-                    return respond(bare, self.tokenizer, queries, lengths, arguments)
+                    return respond(bare, self.tokenizer, queries, lengths, arguments, cut_at_end=cut_at_end)
             model = policy.language_model
-            responses = respond(model, self.tokenizer, queries, lengths, arguments)
+            responses = respond(model, self.tokenizer, queries, lengths, arguments, cut_at_end=cut_at_end)
         settings = settings_of(model, arguments)
         if settings is not None:
             for query, response in zip(queries, responses, strict=True):
