@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from harness.tiny_models import save, tiny_classifier_dir, tiny_llama
-from plaudit.classic import AutoModelForCausalLMWithValueHead
+from harness.tiny_models import save, tiny_llama
+from plaudit import demo_models
+from plaudit.classic import AutoModelForCausalLMWithValueHead, set_seed
 
 PROGRAMS = Path(__file__).parent / "programs"
 pytestmark = pytest.mark.filterwarnings(
@@ -18,9 +19,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_classifier_dir(tmp_path_factory.mktemp("judge"))
+@pytest.fixture
+def judge() -> Path:
+    """The embedded one, which has room for whatever an untrained policy writes."""
+    return Path(demo_models.resolve("imdb-distilbert-mini"))
 
 
 @pytest.fixture
@@ -29,6 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def program(name: str, *arguments: object) -> dict[str, Any]:
         path = PROGRAMS / f"{name}.py"
+        set_seed(0)
         monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         return runpy.run_path(str(path), run_name="__main__")
 
