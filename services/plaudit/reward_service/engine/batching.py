@@ -130,6 +130,8 @@ class Job:
     admitted_at: float
     deadline: float | None = None
     caller: str = ""
+    places: Sequence[int] | None = None
+    """Which items of the request the texts are, where others of it need no score."""
     count: int = 0
     items: "list[_Item]" = field(default_factory=list)
     open_items: int = 0
@@ -138,6 +140,10 @@ class Job:
     tokenized_at: float = 0.0
     tokenize_s: float = 0.0
     first_batch_at: float | None = None
+
+    def place(self, index: int) -> int:
+        """Which item of the request text `index` is."""
+        return index if self.places is None else self.places[index]
 
 
 @dataclass(eq=False, slots=True)
@@ -394,11 +400,18 @@ class Engine:
         self.metrics.model.remove(old.id, old.revision, old.dtype)
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
 
-    def submit(self, texts: Sequence[Text], *, deadline: float | None = None, caller: str = "") -> Job:
+    def submit(
+        self,
+        texts: Sequence[Text],
+        *,
+        deadline: float | None = None,
+        caller: str = "",
+        places: Sequence[int] | None = None,
+    ) -> Job:
         """Admit all of `texts` or raise `ProblemError`. Await `job.future`; call `abandon(job)` to give up on it.
 
-        `deadline` is on the clock of `time.monotonic()`. Callers are served fairly. Must be called in a running event
-        loop.
+        `deadline` is on the clock of `time.monotonic()`. Callers are served fairly. `places` says which of the
+        request's items the texts are, for what is said of one. Must be called in a running event loop.
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
@@ -409,7 +422,9 @@ class Engine:
             tokens = sum(estimates)
             if not self._has_room(tokens, caller):
                 raise self._queue_full(tokens)
-            job = Job(texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller)
+            job = Job(
+                texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller, places
+            )
             job.count = job.open_items = len(texts)
             self._open.add(job)
             self._queued_tokens += tokens
@@ -539,11 +554,13 @@ class Engine:
             return []
         for index, encoded in enumerate(encodings, part.start):
             if encoded.refused is not None:
-                problem = ProblemError("template-refused", f"items[{index}]: {encoded.refused}", item=index)
+                place = job.place(index)
+                problem = ProblemError("template-refused", f"items[{place}]: {encoded.refused}", item=place)
                 self._resolve([(job, problem)])
                 return []
             if not encoded.ids:
-                problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
+                place = job.place(index)
+                problem = ProblemError("no-tokens", f"items[{place}] is empty for this model's tokenizer", item=place)
                 self._resolve([(job, problem)])
                 return []
         if part.stop == job.count:
@@ -589,7 +606,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 self.metrics.failed_items.inc()
-                return [(batch[0].job, _scoring_failed(error, batch[0].index))]
+                return [(batch[0].job, _scoring_failed(error, batch[0].job.place(batch[0].index)))]
             middle = len(batch) // 2
             return self._score(batch[:middle], replica) + self._score(batch[middle:], replica)
         outcomes: list[tuple[Job, ProblemError | None]] = []
@@ -597,8 +614,9 @@ class Engine:
         for item, row in zip(batch, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self.metrics.failed_items.inc()
+                place = item.job.place(item.index)
                 problem = ProblemError(
-                    "non-finite-score", f"the model's logits for items[{item.index}] are not finite", item=item.index
+                    "non-finite-score", f"the model's logits for items[{place}] are not finite", item=place
                 )
                 outcomes.append((item.job, problem))
                 continue

@@ -97,6 +97,23 @@ def test_a_template_that_refuses_an_item_names_it(ask: Callable[..., httpx.Respo
     assert "no such role" in problem.detail
 
 
+@pytest.mark.parametrize(
+    ("bad", "name"), [("", "no-tokens"), ("poison", "scoring-failed"), ("nan", "non-finite-score")]
+)
+def test_beside_items_whose_scores_are_known_the_one_at_fault_keeps_its_index(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any], bad: str, name: str
+) -> None:
+    async def run() -> httpx.Response:
+        async with client_of(make_engine(), default_label="LENGTH", cache=ScoreCache(10)) as http:
+            known = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "bc"}]
+            await http.post(wire.REWARDS_PATH, json={"items": known})
+            return await http.post(wire.REWARDS_PATH, json={"items": [*known, {"prompt": "", "response": bad}]})
+
+    problem = problem_of(asyncio.run(run()))
+    assert (problem.type, problem.item) == (wire.problem_type(name), 2)
+    assert "items[2]" in problem.detail
+
+
 DEEP: Any = 1
 for _ in range(wire.MAX_FIELD_DEPTH + 1):
     DEEP = [DEEP]
