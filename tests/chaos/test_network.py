@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.network import Machine, why_not
+from harness.machine.network import Machine, why_not
 from harness.stub_reward_server import stub_reward
 from plaudit.rewards import RewardClient, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings
@@ -32,7 +32,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(machines: list[Machine], **changes: float) -> RewardSettings:
     values = {"patience_s": 120.0, "request_timeout_s": 3.0, "connect_timeout_s": 1.0} | changes
-    return RewardSettings.of(url=tuple(m.server.url for m in machines), chunk_size=16, **values)  # type: ignore[arg-type]
+    return RewardSettings.of(url=tuple(m.server.url for m in machines), chunk_size=16, **values)
 
 
 def test_a_tenth_of_all_packets_lost_and_the_others_late_loses_no_reward(machines: list[Machine]) -> None:

@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny_models import ARCHITECTURES
-from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
-from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.objective import STATISTICS, measure
-from plaudit.learner.stepper import PPOStepper
-from plaudit.policy.samples import Samples
-from plaudit.settings.ppo import PPOHyperparameters
-from tests.trainer.learner.test_stepper import (
+from harness.small_step import (
     CONFIG,
     QUERIES,
     RESPONSES,
@@ -25,6 +18,13 @@ from tests.trainer.learner.test_stepper import (
     same,
     weights,
 )
+from harness.tiny_models import ARCHITECTURES
+from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
+from plaudit.learner.minibatches import NonFiniteUpdate
+from plaudit.learner.step_statistics import STATISTICS, measure
+from plaudit.learner.stepper import PPOStepper
+from plaudit.policy.samples import Samples
+from plaudit.settings.ppo import PPOHyperparameters
 
 
 def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2", **options: Any) -> PPOStepper:
@@ -33,7 +33,8 @@ def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2",
         group["fused"] = True  # what looks at `found_inf`
     engine = stepper._engine
     engine._updates = UpdateGraphs(engine.parameters(), engine._learn)
-    stepper._evaluations = Graphs(stepper._think)
+    evaluator = stepper._evaluator
+    evaluator._graphs = Graphs(evaluator._forward_flat)
     return stepper
 
 
@@ -70,6 +71,17 @@ def test_a_non_finite_loss_moves_no_weight_and_names_its_samples() -> None:
     with pytest.raises(NonFiniteUpdate, match="loss is nan"):
         graphed.update(rollout, [[0, 1, 2, 3]])
     assert same(weights(graphed), before)
+
+
+def test_another_optimizer_updates_unrecorded_and_moves_no_weight_by_a_number_that_is_not_finite() -> None:
+    stepper = with_graphs(replace(CONFIG, ppo_epochs=1))
+    learning = [p for p in stepper.policy.parameters() if p.requires_grad]
+    stepper.optimizer = torch.optim.SGD([{"params": learning, "lr": 1.0, "initial_lr": 1.0}])
+    before, rollout = weights(stepper), rollout_of(stepper)
+    values = rollout.values.index_fill(0, torch.tensor([2]), torch.nan)
+    with pytest.raises(NonFiniteUpdate, match="loss is nan"):
+        stepper.update(replace(rollout, values=values), [[0, 1, 2, 3]])
+    assert same(weights(stepper), before)
 
 
 def test_the_warm_up_before_a_recording_moves_no_weight() -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plaudit.policy.samples import Evaluation, Samples
+from plaudit.policy.samples import EvaluatedSamples, Samples
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
@@ -29,7 +29,8 @@ def test_queries_end_and_responses_begin_at_the_same_column() -> None:
 def test_selecting_keeps_every_token_and_no_column_that_nobody_needs(
     rows: list[tuple[list[int], list[int]]], data: st.DataObject
 ) -> None:
-    samples = Samples.from_lists(*zip(*rows, strict=True), pad_token_id=0)
+    queries, responses = zip(*rows, strict=True)
+    samples = Samples.from_lists(queries, responses, pad_token_id=0)
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1))
     selected = samples.select(chosen)
     assert rows_of(selected) == [rows[i] for i in chosen]
@@ -39,7 +40,8 @@ def test_selecting_keeps_every_token_and_no_column_that_nobody_needs(
 
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=7), st.integers(1, 4))
 def test_chunks_put_together_again_are_the_whole(rows: list[tuple[list[int], list[int]]], size: int) -> None:
-    samples = Samples.from_lists(*zip(*rows, strict=True), pad_token_id=0)
+    queries, responses = zip(*rows, strict=True)
+    samples = Samples.from_lists(queries, responses, pad_token_id=0)
     chunks = list(samples.chunks(size))
     assert all(len(chunk) <= size for chunk in chunks)
     assert rows_of(Samples.concatenate(chunks)) == rows
@@ -55,16 +57,18 @@ def test_an_empty_query_or_response_is_named() -> None:
 
 
 def test_evaluations_of_chunks_line_up_by_token_and_scores_make_them_a_rollout() -> None:
-    def evaluation(samples: Samples) -> Evaluation:
+    def evaluation(samples: Samples) -> EvaluatedSamples:
         tensors = samples.response_ids.float()
         support = torch.nn.functional.one_hot(samples.response_ids, 9).bool()
-        return Evaluation(samples=samples, logprobs=tensors, values=tensors, ref_logprobs=tensors, support=support)
+        return EvaluatedSamples(
+            samples=samples, logprobs=tensors, values=tensors, ref_logprobs=tensors, support=support
+        )
 
     parts = [
         Samples.from_lists([[1]], [[5, 6, 7]], pad_token_id=0),
         Samples.from_lists([[1, 2]], [[8]], pad_token_id=0),
     ]
-    whole = Evaluation.concatenate([evaluation(part) for part in parts])
+    whole = EvaluatedSamples.concatenate([evaluation(part) for part in parts])
     assert whole.logprobs.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert whole.full_kl is None
     assert whole.support is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness import foreign_servers as foreign
+from harness.foreign import stand_ins as foreign
 from harness.tiny_models import tiny_llama2_tokenizer
 from plaudit.errors import ConfigError
 from plaudit.rewards import RewardClient, RewardRejected

@@ -20,33 +20,39 @@ T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h."""
 LARGEST_KEPT_MIB = 256
-"""Larger blocks go back at once: there are few, and they would leave holes."""
+"""Larger blocks are returned at once: there are few, and they would fragment the memory."""
 
 
-class Fitting:
-    """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good.
+class BatchSizeFinder:
+    """Finds the largest batch that fits into memory: halves the size whenever memory runs out, for good.
 
-    Not if `fixed`: then the error is raised, and says which setting to change.
+    A `fixed` size is not halved: the error is raised, and says which setting to change.
     """
 
-    def __init__(self, at_most: int, *, fixed: bool = False) -> None:
-        self.samples = at_most
+    def __init__(self, size: int, *, fixed: bool = False) -> None:
+        """Starts at `size`, in samples."""
+        self.size = size
+        """Samples that go through the model at once."""
         self._fixed = fixed
 
     def run(self, work: Callable[[int], T]) -> T:
-        """What `work(samples at once)` gives. It is started again from nothing after running out of memory."""
+        """Returns `work(size)`. `work` starts again from the beginning after it ran out of memory.
+
+        Raises:
+            RuntimeError: whatever `work` failed with, if that was no lack of memory or one sample didn't fit.
+        """
         while True:
             try:
-                return work(self.samples)
+                return work(self.size)
             except RuntimeError as error:
-                if self.samples == 1 or not is_out_of_memory(error):
+                if self.size == 1 or not is_out_of_memory(error):
                     raise
                 if self._fixed:
-                    error.add_note(f"{self.samples} samples at once are too many: give --ppo.micro-batch-size less")
+                    error.add_note(f"{self.size} samples at once are too many: give --ppo.micro-batch-size less")
                     raise
-                self.samples = (self.samples + 1) // 2
+                self.size = (self.size + 1) // 2
                 warnings.warn(
-                    f"out of memory: from now on {self.samples} samples go through the model at once", stacklevel=2
+                    f"out of memory: from now on {self.size} samples go through the model at once", stacklevel=2
                 )
             # Outside the handler, where the traceback no longer holds the tensors of the failed attempt.
             gc.collect()
@@ -55,16 +61,16 @@ class Fitting:
 
 
 def keep_freed_memory(mib: int = 1024) -> None:
-    """Lets glibc keep so much of what tensors on the CPU have freed, and hand it to the next ones.
+    """Has glibc keep up to `mib` MiB that tensors on the CPU have freed, for the tensors that follow.
 
-    By itself it gives the memory of large tensors back, and the kernel clears every page anew each time. Does nothing
-    with another C library.
+    By default glibc returns the memory of large tensors to the kernel, which clears every page again for the next one.
+    Does nothing with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):
         return
-    # glibc took no more than 32 MiB here until some years ago. Refused, it would now be worse off than untouched.
+    # Older versions of glibc accept no more than 32 MiB. A refused value would leave the threshold fixed and small.
     if mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_MIB * 2**20) or mallopt(M_MMAP_THRESHOLD, 32 * 2**20):
         mallopt(M_TRIM_THRESHOLD, mib * 2**20)
 

@@ -702,16 +702,17 @@ def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
 
 
 def _estimated_tokens(text: Text, max_tokens: int) -> int:
-    if all(part.isascii() for part in _parts(text)):
+    if all(part.isascii() for part in parts_of(text)):
         return min(max_tokens, 2 + _chars(text) // CHARS_PER_TOKEN_ESTIMATE)
     return min(max_tokens, 2 + _chars(text))
 
 
 def _chars(text: Text) -> int:
-    return sum(map(len, _parts(text)))
+    return sum(map(len, parts_of(text)))
 
 
-def _parts(text: Text) -> Sequence[str]:
+def parts_of(text: Text) -> Sequence[str]:
+    """What there is to read of it: a text, both of a pair, or what each turn says."""
     if isinstance(text, Chat):
         return [content for _, content in text.turns]
     first, second = text

@@ -13,8 +13,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import insert, inspect, select, text
 
-from harness.disks import fill, small_disk
-from harness.postgres import PostgresServer
+from harness.machine.disks import fill, small_disk
+from harness.machine.postgres import PostgresServer
 from plaudit.ranking_service.store import files
 from plaudit.ranking_service.store.backup import backup
 from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError
@@ -148,7 +148,7 @@ def test_a_backup_is_whole_and_replaces_nothing(sqlite: Database, tmp_path: Path
         assert connection.execute("SELECT count(*) FROM audit").fetchone() == (1,)
     with pytest.raises(DatabaseSetupError, match="is there already"):
         backup(sqlite, copy)
-    assert not (tmp_path / "copy.db.part").exists()
+    assert not (tmp_path / ".copy.db.writing").exists()
     assert not (tmp_path / "copy.db-wal").exists()
 
 

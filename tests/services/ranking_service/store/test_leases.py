@@ -6,15 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select, text
 
-from harness.postgres import PostgresServer
-from harness.ranking_service import rows, upload
+from harness.machine.postgres import PostgresServer
+from harness.ranking_service import Fill, Invite, rows, upload
 from plaudit.ranking_service.store import batches, leases, people, submissions
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.leases import LEASE_MS
 from plaudit.ranking_service.store.schema import assignments, tasks
 from plaudit.ranking_service.store.submissions import Judgement
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.conftest import Fill, Invite
 
 
 def take(database: Database, person: int, now: int | None = None) -> str | None:
@@ -147,6 +146,7 @@ def test_taking_a_skip_back_unparks_the_task(database: Database, fill: Fill, som
         assignment = take(database, person)
         assert assignment is not None
         skip(database, person, assignment)
+    assert assignment is not None
     with database.write() as connection:
         submissions.submit(database, connection, person, assignment, "undo", 1, Judgement("withdraw"), now_ms())
     assert progress(database).parked == 0

@@ -2,18 +2,34 @@
 
 import json
 import random
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
-from harness.ranking_service import ADMIN, in_shown_order, rows, upload
+from harness.ranking_service import ADMIN, ClientOf, in_shown_order, rows, upload
 from plaudit.ranking_service.store import batches
 from plaudit.ranking_service.store.database import Database, now_ms
-from tests.services.ranking_service.conftest import ClientOf
 
 pytestmark = pytest.mark.anyio
 REQUESTS = 1500
-VALUES = (None, True, -1, 0, 1.5, 10**30, "", "x", "\x00", "\ud800", "9" * 5000, [], {}, [[[[]]]], {"a": {"b": []}})
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    "9" * 5000,
+    [],
+    {},
+    [[[[]]]],
+    {"a": {"b": []}},
+)
 TYPES = ("application/json", "application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-16", "")
 
 

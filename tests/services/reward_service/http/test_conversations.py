@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -22,7 +22,7 @@ ITEM = {"prompt": MESSAGES, "response": "Hello"}
 class ChatScorer(FakeScorer):
     """The first logit is the length of all turns, roles included."""
 
-    def encode(self, texts: list[Text]) -> list[Encoded]:  # type: ignore[override]
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         encoded = []
         for text in texts:
             assert isinstance(text, Chat)
@@ -215,7 +215,7 @@ def test_the_cache_tells_conversations_apart_by_turns_and_roles() -> None:
         ("ab", "c"),
         ("userabassistantc", None),
     ]
-    rows = [(float(place),) for place in range(len(chats))]
+    rows: list[tuple[float, ...]] = [(float(place),) for place in range(len(chats))]
     cache.keep(chats, Scored(rows, [], [1] * len(chats), scorer, 0.0, 0.0, 0.0))
     known = cache.lookup(scorer, chats)
     assert [score.logits for score in known if score is not None] == rows

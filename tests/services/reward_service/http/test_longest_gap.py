@@ -11,7 +11,7 @@ import httpx
 import msgpack
 import pytest
 
-from harness.large_bodies import bodies
+from harness.load.large_bodies import bodies
 from plaudit.reward_service.engine.batching import Encoded, Engine
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.http import garbage_collection
@@ -102,7 +102,7 @@ HOSTILE: dict[str, Callable[[], tuple[str, bytes, dict[str, str]]]] = {
 @pytest.fixture(scope="module")
 def scorer() -> TransformersScorer:
     """The embedded model with its own tokenizer. Its forward pass is left out: it doesn't run on the event loop."""
-    scorer = load_scorer(Settings(model="imdb-distilbert-mini", threads=1, _cli_parse_args=[]))
+    scorer = load_scorer(Settings(model="imdb-distilbert-mini", threads=1))
 
     def score(batch: list[Encoded], replica: int) -> list[tuple[float, ...]]:
         return [(0.0, 0.0)] * len(batch)
