@@ -117,6 +117,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""A chat template without marks of what the assistant writes, as most models have it."""
+
+
+def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` for conversations: a template, and its two tokens beyond the 300."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def tiny_llama2_tokenizer() -> PreTrainedTokenizerFast:
     """As Llama-2's: spaces become a mark, one is put in front and decoding takes it away; bytes; a token in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))

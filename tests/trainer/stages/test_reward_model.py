@@ -51,7 +51,7 @@ def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path
     ranked = tmp_path / "ranked.jsonl"
     answers = [" is wonderful and great.", " is a film.", " is terrible and awful."]
     ranked.write_text("".join(json.dumps({"prompt": f"Film number {i}", "answers": answers}) + "\n" for i in range(80)))
-    judged = reward_model.run(config(tmp_path, reviews, kind="pairwise", ranked=ranked))
+    judged = reward_model.run(config(tmp_path, reviews, kind="pairwise", ranked=str(ranked)))
     assert judged["pairs"].accuracy == 1.0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "judge")
