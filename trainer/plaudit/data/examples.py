@@ -93,6 +93,8 @@ class Rows:
     """Examples of which it left nothing to learn; they have no row."""
     closed: int = 0
     """Conversations that the end-of-text token was put behind, since their template ends no turn."""
+    ends: set[int] = field(default_factory=set)
+    """The special tokens that end what is learnt of conversations."""
 
     def lines(self, max_length: int) -> list[str]:
         """For people: how much is learnt, and what was left out."""
@@ -199,6 +201,8 @@ def _of_conversation(tokenizer: Any, example: Example, rows: Rows) -> tuple[list
         # Nothing would teach it where to stop.
         ids, learnt = [*ids[: last + 1], tokenizer.eos_token_id], [*learnt[: last + 1], True]
         rows.closed += 1
+    elif last is not None:
+        rows.ends.add(ids[last])
     return ids, [token if flag else IGNORED for token, flag in zip(ids, learnt, strict=True)]
 
 

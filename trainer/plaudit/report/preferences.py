@@ -77,7 +77,7 @@ class RankingFigures:
 class LengthBias:
     """What the characters of an answer have to do with its score."""
 
-    better_is_longer: float
+    better_is_longer: float | None
     """The share of pairs whose better answer is the longer one, by what people said."""
     accuracy_where_longer: float | None
     """Where the better answer is the longer one; None where there is no such pair."""
@@ -164,7 +164,7 @@ def length_bias(rows: Sequence[RankedPrompt], scores: Sequence[Sequence[float]])
     correlation = _correlation(*sums.sum(0))
     defined = [value for value in correlations if value is not None]
     return LengthBias(
-        better_is_longer=float(np.mean(longer)) if longer else math.nan,
+        better_is_longer=float(np.mean(longer)) if longer else None,
         accuracy_where_longer=float(np.mean(where[True])) if where[True] else None,
         accuracy_where_longer_ci95=mean_ci95(where[True]) if where[True] else None,
         accuracy_where_shorter=float(np.mean(where[False])) if where[False] else None,

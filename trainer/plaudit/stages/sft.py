@@ -26,7 +26,7 @@ from plaudit.policy.model import (
     load_tokenizer,
     load_whole_causal_lm,
 )
-from plaudit.policy.texts import tokens_in_front
+from plaudit.policy.texts import end_tokens, tokens_in_front
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -75,6 +75,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     from trl import SFTTrainer
 
     taken, measured_on = _rows(config, tokenizer, examples, held_out)
+    _end_turns(model, tokenizer, taken)
     rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
     trainer = resumable(SFTTrainer)(
         model=model,
@@ -152,6 +153,15 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
     if config.lora.enabled and not hasattr(model, "peft_config"):
         model = add_lora(model, config.lora)
     return model, tokenizer
+
+
+def _end_turns(model: Any, tokenizer: Any, rows: Rows) -> None:
+    """Has the model stop, here and in PPO, at the tokens that end the assistant's turns in the data."""
+    known = end_tokens(model, tokenizer)
+    new = sorted(rows.ends - set(known))
+    if new:
+        model.generation_config.eos_token_id = [*known, *new]
+        print(f"what the model writes ends at {', '.join(tokenizer.convert_ids_to_tokens(new))} as well")
 
 
 def _base(config: SFTConfig) -> str:
