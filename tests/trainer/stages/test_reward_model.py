@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.data.sources import Label, LabelledTexts
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.settings.data import DataSettings
+from plaudit.settings.policy import LoraSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 from plaudit.stages import reward_model
@@ -45,6 +47,29 @@ def test_a_classifier_learns_names_its_labels_and_says_how_good_it_is(reviews: P
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
     assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
     assert json.loads((tmp_path / "judge" / "reward_model.json").read_text())["held_out"]["whole texts"]["n"] > 10
+
+
+@pytest.mark.parametrize("family", ["distilbert", "bert", "roberta", "gpt2"])
+def test_a_classifier_learns_by_adapters_that_are_folded_into_it(family: str, reviews: Path, tmp_path: Path) -> None:
+    start = tiny_classifier_dir(tmp_path / "start", family=family)
+    before = load_file(start / "model.safetensors")
+    settings = RewardModelConfig(
+        model=str(start),
+        output_dir=tmp_path / "judge",
+        dataset=DataSettings(str(reviews), max_texts=64),
+        optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=4),
+        lora=LoraSettings(r=4),
+        max_length=48,
+    )
+    reward_model.run(settings)
+    assert not list(settings.output_dir.glob("adapter*"))
+    after = load_file(settings.output_dir / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    head = {name for name in after if not name.startswith((f"{family}.", "transformer."))}
+    assert head <= changed
+    assert changed - head  # where the adapters are
+    assert not any("embed" in name or "wte" in name for name in changed)
 
 
 def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import KL, read_metrics
+from plaudit.run.runtime import StopRequested
 from plaudit.settings.data import DataSettings
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
-from plaudit.stages import evaluate, ppo, sft
+from plaudit.stages import evaluate, ppo, sft, supervised
 
 SIZES = ModelSizes("gpt2", vocab_size=300, hidden_size=16, layers=1, heads=2, max_positions=32)
 OPTIMIZER = OptimizerSettings(learning_rate=5e-3, batch_size=8, max_steps=60, warmup_fraction=0.0)
@@ -287,3 +289,24 @@ def test_adapters_that_go_on_being_trained_stay_those_of_their_base(
     twice = trained(tmp_path / "once", tmp_path / "twice")
     assert once.keys() == twice.keys()
     assert any(not torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_adapters_of_conversations_that_are_stopped_go_on_to_the_same_numbers(
+    chat_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stops(supervised._Watch):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            super().on_step_end(args, state, control, **kwargs)
+
+    lora = dataclasses.replace(LORA, dropout=0.1)
+    config = chat_config(chat_policy_dir, tmp_path, steps=6, lora=lora, merge=False)
+    sft.run(dataclasses.replace(config, output_dir=tmp_path / "undisturbed"))
+    with monkeypatch.context() as patched:
+        patched.setattr(supervised, "_Watch", Stops)
+        with pytest.raises(StopRequested):
+            sft.run(config)
+    sft.run(dataclasses.replace(config, resume="auto"))
+    ours, expected = (load_file(d / "adapter_model.safetensors") for d in (config.output_dir, tmp_path / "undisturbed"))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

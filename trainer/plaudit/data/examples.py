@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from plaudit.data.conversations import (
+from plaudit.data.rendering import (
     ASSISTANT,
     Conversation,
     assistant_spans,
@@ -60,19 +60,21 @@ class Example:
             return [content for _, content in self.turns]
         return [self.text if self.prompt is None else self.prompt + self.text]
 
+    def _answered(self) -> int:
+        """The number of the first turn that is learnt."""
+        return next(i for i, (role, _) in enumerate(self.turns) if role == ASSISTANT and i >= self.first)
+
     def source(self) -> str:
         """What the split goes by: the text, or what stands in front of the assistant's first turn that is learnt."""
         if not self.turns:
             return self.text if self.prompt is None else self.prompt
-        roles = [role for role, _ in self.turns]
-        answered = next((i for i, role in enumerate(roles) if role == ASSISTANT and i >= self.first), len(roles))
-        return json.dumps(self.conversation[:answered], ensure_ascii=False)
+        answered = self._answered()
+        return json.dumps([list(turn) for turn in self.turns[:answered]], ensure_ascii=False)
 
     def prompt_ids(self, tokenizer: Any) -> list[int] | None:
         """The tokens in front of what is learnt first; None for a text, of which everything is."""
         if self.turns:
-            roles = [role for role, _ in self.turns]
-            answered = next((i for i, role in enumerate(roles) if role == ASSISTANT and i >= self.first), len(roles))
+            answered = self._answered()
             text = render(tokenizer, self.conversation[:answered], prompt=True) if answered else ""
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids

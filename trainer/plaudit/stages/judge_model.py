@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from plaudit import demo_models
-from plaudit.data.conversations import Prompt, judged_ids
+from plaudit.data.rendering import Prompt, judged_ids
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.model import (
@@ -67,6 +67,7 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
         body = load_whole_causal_lm(source, setting="model").base_model
         model.base_model.load_state_dict(body.state_dict())
     model.config.problem_type = settings["problem_type"]
+    vars(model.config).pop("score_scale", None)  # of the model that it starts from
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -110,7 +111,7 @@ def with_adapters(model: Any, lora: LoraSettings) -> Any:
     """
     if not lora.enabled:
         return model
-    head = [name for name, child in model.named_children() if name != model.base_model_prefix and any(_weights(child))]
+    head = [name for name, child in model.named_children() if name != model.base_model_prefix and _learns(child)]
     pooler = ["pooler"] if any(name.rpartition(".")[2] == "pooler" for name, _ in model.named_modules()) else []
     return add_lora(model, lora, task_type="SEQ_CLS", modules_to_save=[*head, *pooler])
 
@@ -120,8 +121,8 @@ def without_adapters(model: Any) -> Any:
     return model.merge_and_unload().requires_grad_(True) if hasattr(model, "merge_and_unload") else model
 
 
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters())
+def _learns(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from plaudit.data.conversations import Prompt, conversation, is_conversation, judged_ids, plain, use_chat_template
 from plaudit.data.preferences import (
     MIN_OVERLAP,
     LeftOut,
@@ -26,7 +25,8 @@ from plaudit.data.preferences import (
     opinions_of_rankings,
     split,
 )
-from plaudit.data.sources import fingerprint
+from plaudit.data.rendering import Prompt, conversation, is_conversation, judged_ids, plain, use_chat_template
+from plaudit.data.sources import fingerprint, shuffled_place
 from plaudit.data.tables import DataError, load_table
 from plaudit.errors import EXIT_REJECTED, ConfigError, NotFinite, PlauditError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
@@ -376,7 +376,9 @@ def _scale(config: RewardModelConfig, model: Any, tokenizer: Any, training: Sequ
                 f"scale_policy={config.scale_policy!r} wrote none of the answers of scale_on={config.scale_on}; there "
                 f"are those of {', '.join(map(repr, known))}"
             )
-    answers = answers[:SCALE_ANSWERS]
+    if len(answers) > SCALE_ANSWERS:  # some of each part of the file
+        answers.sort(key=lambda row: shuffled_place(json.dumps(row)))
+        answers = answers[:SCALE_ANSWERS]
     found = scores(model, tokenizer, [row[0] for row in answers], [row[1] for row in answers], config.max_length)
     deviation = found.std().item() if len(found) > 1 else 0.0
     if not deviation > 1e-6 * max(1.0, found.abs().max().item()):

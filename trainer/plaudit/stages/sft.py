@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
-from plaudit.data.conversations import use_chat_template
 from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
+from plaudit.data.rendering import use_chat_template
 from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import check_tokenizer_fits, max_positions

@@ -1,12 +1,13 @@
 """Which tokens of a conversation are learnt: worked by hand for a ChatML template, and for templates of other kinds."""
 
+import json
 from typing import Any
 
 import pytest
 
 from harness.tiny_models import CHATML, chat_tokenizer, tiny_llama2_tokenizer
-from plaudit.data.conversations import assistant_spans, conversation, is_conversation, judged_ids, judged_text
 from plaudit.data.examples import IGNORED, Example, rows_of
+from plaudit.data.rendering import assistant_spans, conversation, is_conversation, judged_ids, judged_text
 from plaudit.data.tables import DataError
 
 TURNS = [
@@ -133,3 +134,4 @@ def test_arrays_of_parquet_are_conversations() -> None:
     cell = np.array(TURNS[:2], dtype=object)
     assert is_conversation(cell)
     assert conversation(cell, "") == TURNS[:2]
+    assert conversation(json.dumps(TURNS), "") == TURNS  # as a CSV file has it

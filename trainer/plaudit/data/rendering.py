@@ -4,7 +4,9 @@ What would be wrong here: a loss on what the user said, an end-of-turn token tha
 that is taken for another because the template drops a part of it.
 """
 
+import contextlib
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +26,15 @@ MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def conversation(value: Any, where: str) -> Conversation:
-    """A cell of a table as turns of text. `where` names the cell in errors.
+    """A cell of a table as turns of text: a list or, in CSV files, its JSON. `where` names the cell in errors.
 
     Raises:
         DataError: it is no list of objects with a `role` and a `content` that are texts.
     """
     turns = plain(value)
+    if isinstance(turns, str):
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f'{where}: {turns!r:.60} is no conversation; write it as [{{"role": "user", "content": "…"}}, …]'
