@@ -12,47 +12,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from harness.small_step import (
+    CONFIG,
+    QUERIES,
+    RESPONSES,
+    SCORES,
+    make_policy,
+    make_stepper,
+    rollout_of,
+    same,
+    weights,
+)
 from harness.tiny_models import ARCHITECTURES, tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.adam import learning_rate_factor
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.stepper import PPOStepper, Sampling
+from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy, add_lora
-from plaudit.policy.samples import Rollout, Samples
-from plaudit.settings.policy import LoraSettings
-from plaudit.settings.ppo import PPOHyperparameters
-
-QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
-RESPONSES = [[20, 21], [22, 23, 24, 25, 26], [27], [28, 29, 30]]
-SCORES = [1.0, -2.0, 0.5, 3.0]
-CONFIG = PPOHyperparameters(batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-3)
-
-
-def make_policy(architecture: str = "gpt2", seed: int = 0) -> Policy:
-    torch.manual_seed(seed)
-    policy = Policy(add_lora(ARCHITECTURES[architecture](seed), LoraSettings(r=4, alpha=8)))
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name or "v_head" in name:
-                parameter.normal_(std=0.1)
-    return policy
-
-
-def make_stepper(config: PPOHyperparameters = CONFIG, **options: Any) -> PPOStepper:
-    return PPOStepper(make_policy(), None, config, **options)
-
-
-def weights(stepper: PPOStepper) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in stepper.policy.named_parameters() if p.requires_grad}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def rollout_of(stepper: PPOStepper) -> Rollout:
-    samples = Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
-    return stepper.evaluate(samples).with_scores(torch.tensor(SCORES))
+from plaudit.policy.samples import Samples
+from plaudit.settings.policy import GenerationSettings, LoraSettings
 
 
 def test_at_the_first_mini_batch_the_ratio_is_1_and_at_the_start_the_kl_is_0() -> None:
@@ -190,14 +168,23 @@ def test_a_resumed_stepper_keeps_its_own_way_to_compute(tmp_path: Path) -> None:
 
 
 # Defect 11: temperature and truncation missing from the log-probabilities made the KL negative.
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(top_k=20), Sampling(1.3, 50, 0.9)])
-def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "generation",
+    [
+        GenerationSettings(temperature=0.5),
+        GenerationSettings(top_k=20),
+        GenerationSettings(temperature=1.3, top_k=50, top_p=0.9),
+    ],
+)
+def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(
+    generation: GenerationSettings,
+) -> None:
     count = 4000
     config = replace(CONFIG, batch_size=count, mini_batch_size=1000, kl_penalty="full")
-    stepper = PPOStepper(make_policy(), None, config, sampling=sampling)
+    stepper = PPOStepper(make_policy(), None, config, generation=generation)
     one = Samples.from_lists([QUERIES[0]], [[0]], pad_token_id=0)
-    options = {"temperature": sampling.temperature}
-    support = stepper.policy.support(one, top_k=sampling.top_k, top_p=sampling.top_p, **options)
+    options = {"temperature": generation.temperature}
+    support = stepper.policy.support(one, top_k=generation.top_k, top_p=generation.top_p, **options)
     probabilities = stepper.policy.policy_logits(one, support=support, **options).softmax(-1)[0]
     # What the padding token adds to the support of `one` has probability in no row: it is not sampled below.
     if support is not None:
@@ -275,7 +262,7 @@ def test_an_entropy_bonus_spreads_the_distribution() -> None:
     def entropy_after(coefficient: float) -> float:
         config = replace(CONFIG, entropy_coef=coefficient, ppo_epochs=1, mini_batch_size=4, learning_rate=1e-2)
         # Cold, so that there is entropy to gain: at temperature 1 a random model is close to uniform.
-        stepper = make_stepper(config, sampling=Sampling(temperature=0.05))
+        stepper = make_stepper(config, generation=GenerationSettings(temperature=0.05))
         for _ in range(3):
             stepper.step(QUERIES, RESPONSES, [0.0, 0.0, 0.0, 0.0])
         with torch.no_grad():

@@ -11,7 +11,7 @@ import httpx
 import msgpack
 import pytest
 
-from harness.large_bodies import bodies
+from harness.load.large_bodies import bodies
 from plaudit.reward_service.engine.batching import Encoded, Engine
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.http import garbage_collection
@@ -72,7 +72,7 @@ def scorer() -> TransformersScorer:
 def engine(scorer: TransformersScorer) -> Iterator[Engine]:
     engine = Engine(scorer, batch_tokens=1024, max_queue_tokens=65_536).start()
     thresholds = gc.get_threshold()
-    garbage_collection.settle()  # as the program does when it is ready
+    garbage_collection.freeze()  # as the program does when it is ready
     yield engine
     gc.unfreeze()
     gc.set_threshold(*thresholds)
