@@ -60,8 +60,10 @@ def test_a_classifier_learns_by_adapters_that_are_folded_into_it(family: str, re
         optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=4),
         lora=LoraSettings(r=4),
         max_length=48,
+        eval_examples=7,
     )
-    reward_model.run(settings)
+    judged = reward_model.run(settings)
+    assert {found.n for found in judged.values()} == {7}
     assert not list(settings.output_dir.glob("adapter*"))
     after = load_file(settings.output_dir / "model.safetensors")
     assert after.keys() == before.keys()

@@ -64,6 +64,8 @@ class RewardModelConfig:
     crop_max_tokens: int = 64
     short_words: int = 20
     """Held-out accuracy is also told on the first so many words of each text."""
+    eval_examples: int | None = None
+    """Measure on the first so many held-out texts or prompts; on all unless given."""
     half_precision: bool = False
     """Save the weights in float16."""
     resume: str | None = None
@@ -74,7 +76,7 @@ class RewardModelConfig:
 
     def __post_init__(self) -> None:
         positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words", "checkpoint_every")
-        positive(self, "patience_s")
+        positive(self, "patience_s", "eval_examples")
         fraction(self, "crop_fraction")
         require(
             self.center_rewards_coefficient >= 0,

@@ -4,6 +4,7 @@ What would be wrong here: a head that was never trained, a text that is read oth
 scores that come out on another scale than the one that was recorded.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from plaudit.policy.model import (
     load_whole_causal_lm,
     require_no_random_weights,
 )
+from plaudit.run.progress import Counting
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages.supervised import require_same_figures, save_model_directory
@@ -33,6 +35,8 @@ from plaudit.stages.supervised import require_same_figures, save_model_directory
 CHARS_PER_TOKEN = 16
 """Upper bound used to cut texts before tokenising; no natural text has longer tokens on average."""
 BATCH_SIZE = 64
+SHOWN_FROM = 512
+"""Texts: so many take long enough to show how far it is."""
 
 
 def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
@@ -181,29 +185,38 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, T
 @torch.no_grad()
 def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = BATCH_SIZE) -> Tensor:
     """Raw logits [N, labels] of texts in their order, computed in batches of like length."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows = [
-        model(
-            **{name: t.to(model.device) for name, t in encode(tokenizer, [texts[i] for i in batch], max_length).items()}
-        ).logits
-        for batch in (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    ]
-    result = torch.cat(rows).float().cpu()
-    _require_finite(result)
-    return result[torch.argsort(torch.tensor(order))]
+    return _in_batches(
+        model,
+        [len(text) for text in texts],
+        lambda chosen: encode(tokenizer, [texts[i] for i in chosen], max_length),
+        batch_size,
+    )
 
 
 @torch.no_grad()
 def scores(model: Any, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> Tensor:
     """The scores [N] of answers to prompts by a model of one score, in their order."""
     ids = judged_ids(tokenizer, prompts, answers, max_length)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    rows = []
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = padded(tokenizer, [ids[i] for i in order[start : start + BATCH_SIZE]])
-        rows.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits[:, 0])
-    result = torch.cat(rows).float().cpu()
-    _require_finite(result)
+    return _in_batches(
+        model, [len(row) for row in ids], lambda chosen: padded(tokenizer, [ids[i] for i in chosen]), BATCH_SIZE
+    )[:, 0]
+
+
+def _in_batches(
+    model: Any, lengths: Sequence[int], batch_of: Callable[[Sequence[int]], dict[str, Tensor]], batch_size: int
+) -> Tensor:
+    """Logits of N rows in their order, from batches of like length. Shows how far it is, if there are many."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found = []
+    with Counting("texts scored", len(order)) if len(order) > SHOWN_FROM else contextlib.nullcontext() as counting:
+        for start in range(0, len(order), batch_size):
+            batch = batch_of(order[start : start + batch_size])
+            found.append(model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits)
+            if counting is not None:
+                counting.add(len(found[-1]))
+    result = torch.cat(found).float().cpu()
+    if not bool(result.isfinite().all()):
+        raise NotFinite("the model's logits are not finite: its weights are damaged, so it is neither judged nor saved")
     return result[torch.argsort(torch.tensor(order))]
 
 
@@ -211,8 +224,3 @@ def padded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Rows of token ids as tensors [B, T], with the attention mask."""
     batch = tokenizer.pad({"input_ids": [list(row) for row in ids]}, return_tensors="pt")
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-
-
-def _require_finite(found: Tensor) -> None:
-    if not bool(found.isfinite().all()):
-        raise NotFinite("the model's logits are not finite: its weights are damaged, so it is neither judged nor saved")

@@ -77,6 +77,7 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> tuple[RankingFigur
     opinions, weights = _opinions(config, run, left_out)
     rows = merged(opinions, left_out, weights)
     training, held_out = split(rows, config.dataset.held_out_fraction, left_out)
+    held_out = held_out[: config.eval_examples]
     if not training or not held_out:
         _tell(config, left_out)
         raise ConfigError(
@@ -225,8 +226,10 @@ def _elements(
     prompts = [row.prompt for row in rows for _ in row.answers]
     ids = iter(judged_ids(tokenizer, prompts, [answer for row in rows for answer in row.answers], max_length))
     elements: list[dict[str, list[Any]]] = []
+    filled = 0
     for row in rows:
         own = [next(ids) for _ in row.answers]
+        filled += sum(len(answer) >= max_length for answer in own)
         kept = [pair for pair in row.pairs if own[pair.first] != own[pair.second]]
         left_out.add(f"pairs whose first {max_length} tokens are the same", len(row.pairs) - len(kept))
         if kept:
@@ -239,6 +242,8 @@ def _elements(
                     "margin": [pair.margin for pair in kept],
                 }
             )
+    if filled:
+        print(f"{filled} answers fill max_length={max_length} with their prompts; what is longer is cut at its end")
     return elements
 
 

@@ -120,11 +120,12 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     model = save_classifier(
         config, trained, tokenizer, lambda model, tokenizer: logits(model, tokenizer, few, config.max_length)
     )
-    targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels])
-    openings = [" ".join(text.split()[: config.short_words]) for text in held_out.texts]
+    judged_texts = held_out.texts[: config.eval_examples]
+    targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels[: config.eval_examples]])
+    openings = [" ".join(text.split()[: config.short_words]) for text in judged_texts]
     return {
         name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
-        for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
+        for name, judged in (("whole texts", judged_texts), (f"first {config.short_words} words", openings))
     }
 
 
