@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import select
 
+from plaudit import atomic
 from plaudit.ranking_service import exchange
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.settings import Backup, Export, Import, InviteCommand, Secrets, Serve
@@ -271,16 +272,12 @@ def _read_lines(path: Path) -> list[Any]:
 def _write_lines(path: Path, lines: Iterable[str]) -> int:
     if str(path) == "-":
         return sum(1 for line in lines if sys.stdout.write(line) or True)
-    part = path.with_name(f"{path.name}.part")
     written = 0
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with atomic.new_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
             for line in lines:
                 file.write(line)
                 written += 1
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
         raise StartError(f"{path} can't be written: {error.strerror}") from None
     return written

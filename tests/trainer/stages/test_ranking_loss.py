@@ -1,6 +1,7 @@
 """The loss of ranked answers: by hand, and equal to the loss of pairs where it is one."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -67,18 +68,18 @@ def test_a_soft_target_is_least_where_the_scores_say_the_same() -> None:
 
 def test_which_of_two_answers_is_first_makes_no_difference() -> None:
     scores, one, other = torch.tensor([0.3, -1.2]), torch.tensor([0]), torch.tensor([1])
-    same = {"weight": torch.ones(1), "prompts": 1}
-    assert ranking_loss(
-        scores, one, other, torch.tensor([0.7]), margin=torch.tensor([0.5]), **same
-    ).item() == pytest.approx(
-        ranking_loss(scores, other, one, torch.tensor([0.3]), margin=torch.tensor([-0.5]), **same).item()
-    )
+
+    def loss(first: torch.Tensor, second: torch.Tensor, target: float, margin: float) -> float:
+        towards, by = torch.tensor([target]), torch.tensor([margin])
+        return ranking_loss(scores, first, second, towards, margin=by, weight=torch.ones(1), prompts=1).item()
+
+    assert loss(one, other, 0.7, 0.5) == pytest.approx(loss(other, one, 0.3, -0.5))
 
 
-def test_the_parts_of_a_batch_are_the_batches_of_their_prompts(tokenizer: object) -> None:
-    def element(answers: int, pairs: list[tuple[int, int]]) -> dict[str, list[object]]:
-        sides = {"first": [i for i, _ in pairs], "second": [j for _, j in pairs]}
-        values = {"target": [1.0] * len(pairs), "margin": [0.0] * len(pairs)}
+def test_the_parts_of_a_batch_are_the_batches_of_their_prompts(tokenizer: Any) -> None:
+    def element(answers: int, pairs: list[tuple[int, int]]) -> dict[str, list[Any]]:
+        sides: dict[str, list[Any]] = {"first": [i for i, _ in pairs], "second": [j for _, j in pairs]}
+        values: dict[str, list[Any]] = {"target": [1.0] * len(pairs), "margin": [0.0] * len(pairs)}
         return {"ids": [[5 + answers, 6, 7]] * answers, **sides, **values}
 
     elements = [element(3, [(0, 1), (0, 2), (1, 2)]), element(2, [(0, 1)]), element(4, [(0, 3), (2, 1)])]

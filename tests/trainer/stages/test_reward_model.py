@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from plaudit.settings.data import DataSettings
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
-from plaudit.stages import reward_model
+from plaudit.stages import judge_model, reward_model
 
 SIZES = ModelSizes("distilbert", vocab_size=300, hidden_size=32, layers=1, heads=2, max_positions=64)
 
@@ -63,7 +64,7 @@ def test_a_classifier_learns_by_adapters_that_are_folded_into_it(family: str, re
         eval_examples=7,
     )
     judged = reward_model.run(settings)
-    assert {found.n for found in judged.values()} == {7}
+    assert {found.n for found in judged.values() if isinstance(found, reward_model.Judgement)} == {7}
     assert not list(settings.output_dir.glob("adapter*"))
     after = load_file(settings.output_dir / "model.safetensors")
     assert after.keys() == before.keys()
@@ -82,18 +83,18 @@ def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path
     assert judged["pairs"].accuracy == 1.0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "judge")
-    scores = reward_model.logits(model, tokenizer, [f"A new film{answer}" for answer in answers], 64)
+    scores = judge_model.logits(model, tokenizer, [f"A new film{answer}" for answer in answers], 64)
     assert scores.shape == (3, 1)
     assert scores[0] > scores[1] > scores[2]
 
 
-def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: Path, tokenizer: object) -> None:
+def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: Path, tokenizer: Any) -> None:
     settings = config(tmp_path, reviews, crop_fraction=1.0, crop_min_tokens=8, crop_max_tokens=8)
     collate = reward_model.CroppingCollator(tokenizer, settings)
     text = " ".join(f"w{i}" for i in range(200))
     ids = collate([{"text": text, "label": 1}] * 400)["input_ids"]
     assert ids.shape == (400, 8)
-    opening = reward_model.encode(tokenizer, [text], 8)["input_ids"][0]
+    opening = judge_model.encode(tokenizer, [text], 8)["input_ids"][0]
     kept = (ids == opening).all(1).float().mean().item()
     assert 0.4 < kept < 0.6
 
@@ -103,8 +104,8 @@ def test_logits_come_back_in_the_order_of_the_texts(reviews: Path, tmp_path: Pat
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = ["a much longer text about a film", "short", "one of middle length"]
-    together = reward_model.logits(model, tokenizer, texts, 32, batch_size=2)
-    alone = torch.cat([reward_model.logits(model, tokenizer, [text], 32) for text in texts])
+    together = judge_model.logits(model, tokenizer, texts, 32, batch_size=2)
+    alone = torch.cat([judge_model.logits(model, tokenizer, [text], 32) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -174,7 +175,7 @@ def test_logits_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:
         model.classifier.bias.fill_(torch.nan)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     with pytest.raises(NotFinite, match="neither judged nor saved"):
-        reward_model.logits(model, tokenizer, ["a film"], 32)
+        judge_model.logits(model, tokenizer, ["a film"], 32)
 
 
 def test_a_pairwise_model_needs_ranked_answers() -> None:

@@ -17,6 +17,7 @@ import torch
 from plaudit.data.tables import DataError, Table, load_table
 from plaudit.errors import ConfigError
 from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.data import DataSettings, PromptSettings
 
 Split = Literal["train", "held_out"]
@@ -98,7 +99,7 @@ def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
 def load_prompts(
     settings: DataSettings,
     prompts: PromptSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: Split,
     *,
     seed: int,
@@ -118,7 +119,7 @@ def load_prompts(
 def load_sourced_prompts(
     settings: DataSettings,
     prompts: PromptSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: Split,
     *,
     seed: int,

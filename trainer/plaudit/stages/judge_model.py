@@ -6,9 +6,10 @@ scores that come out on another scale than the one that was recorded.
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +28,17 @@ from plaudit.policy.model import (
     load_whole_causal_lm,
     require_no_random_weights,
 )
+from plaudit.policy.reading import reading
 from plaudit.run.progress import Counting
+from plaudit.run.storage import write_text
+from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.reward_model import RewardModelConfig
-from plaudit.stages.supervised import require_same_figures, save_model_directory
+from plaudit.stages.supervised import require_same_figures, saved_model
 
 CHARS_PER_TOKEN = 16
 """Upper bound used to cut texts before tokenising; no natural text has longer tokens on average."""
+Saved = TypeVar("Saved")
 BATCH_SIZE = 64
 SHOWN_FROM = 512
 """Texts: so many take long enough to show how far it is."""
@@ -54,15 +59,16 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
             f"model={source!r} holds adapters, and not of a language model: merge them into their base first (peft's "
             "merge_and_unload and save_pretrained) and name the result"
         )
-    tokenizer = load_tokenizer(source, setting="model")
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            demo_models.resolve(base_of(source) if adapters else source),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **settings,
-        )
+        with reading(source):
+            tokenizer = load_tokenizer(source, setting="model")
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                demo_models.resolve(base_of(source) if adapters else source),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **settings,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model={source!r} can't be loaded as a classifier ({reason:.160}); name another") from error
@@ -156,11 +162,17 @@ def _in_body(model: Any, name: str) -> bool:
 
 
 def save_classifier(
-    config: RewardModelConfig, model: Any, tokenizer: Any, figures: Callable[[Any, Any], Tensor]
-) -> Any:
-    """Saves the model, proves that it can be loaded again, and gives it in fp32 with the numbers as they were saved.
+    config: RewardModelConfig,
+    model: Any,
+    tokenizer: Any,
+    figures: Callable[[Any, Any], Tensor],
+    finish: Callable[[Any, Path], Saved],
+) -> Saved:
+    """Saves the model, proves that it can be loaded again, and gives what `finish` gives.
 
-    `figures` gives some logits of a model and tokenizer, which must be the same before and after.
+    `figures` gives some logits of a model and tokenizer, which must be the same before and after. `finish` gets the
+    model in fp32, with the numbers as they were saved, and the directory to write the stage's figures into
+    (`write_report`).
     """
 
     def reproduces(directory: Path) -> None:
@@ -170,9 +182,17 @@ def save_classifier(
         own, got = figures(model, tokenizer), figures(again.eval(), load_tokenizer(directory))
         require_same_figures("the logits of held-out texts", own, got)
 
-    return save_model_directory(
+    with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
-    )
+    ) as (model, beside):
+        return finish(model, beside)
+
+
+def write_report(directory: Path, config: RewardModelConfig, held_out: Mapping[str, Any], **more: Any) -> None:
+    """reward_model.json: settings and held-out figures."""
+    figures = {name: asdict(judged) for name, judged in held_out.items()}
+    report = {"stage": "reward-model", "config": to_dict(config), "held_out": figures, **more}
+    write_text(directory / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:

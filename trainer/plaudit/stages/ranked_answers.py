@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from plaudit.stages.judge_model import (
     scores,
     with_adapters,
     without_adapters,
+    write_report,
 )
 from plaudit.stages.optimizers import build_optimizer
 from plaudit.stages.ranking_loss import ranking_loss
@@ -65,8 +67,8 @@ class AtChance(PlauditError):
     exit_code = EXIT_REJECTED
 
 
-def train_on_rankings(config: RewardModelConfig, run: Run) -> tuple[RankingFigures, dict[str, Any]]:
-    """Train, judge on held-out prompts, scale and save. Held-out figures, and what else belongs into the report.
+def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
+    """Train, judge on held-out prompts, scale and save. The held-out figures.
 
     Raises:
         AtChance: the held-out accuracy can't be told from guessing. Nothing is saved but the last checkpoint.
@@ -114,15 +116,22 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> tuple[RankingFigur
     scaled = _scale(config, model, tokenizer, training)
     model.config.score_scale = scaled.factor
     few = held_out[:4]
+
+    def finish(model: Any, beside: Path) -> RankingFigures:
+        more = {"scale": dataclasses.asdict(scaled), "left_out": left_out.counts, "train_prompts": len(elements)}
+        write_report(beside, config, {"pairs": figures}, **more)
+        write_text(beside / "README.md", reward_model_card(config, figures, scaled.factor, len(elements)))
+        return figures
+
     save_classifier(
         config,
         model,
         tokenizer,
         lambda model, tokenizer: torch.tensor([r for row in scores_of(model, tokenizer, few, config) for r in row]),
+        finish,
     )
-    write_text(config.output_dir / "README.md", reward_model_card(config, figures, scaled.factor, len(elements)))
     print(scaled.line())
-    return figures, {"scale": dataclasses.asdict(scaled), "left_out": left_out.counts, "train_prompts": len(elements)}
+    return figures
 
 
 def _opinions(config: RewardModelConfig, run: Run, left_out: LeftOut) -> tuple[list[Opinion], dict[str, float]]:

@@ -1,10 +1,10 @@
 """Stage 2: a reward model. Labelled texts or ranked answers in, a Hugging Face classifier directory out."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from plaudit.data.sources import Label, LabelledTexts, fingerprint, load_labelle
 from plaudit.errors import ConfigError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.report.preferences import RankingFigures
-from plaudit.run.storage import write_text
-from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages import ranked_answers
 from plaudit.stages.judge_model import (
@@ -26,6 +24,7 @@ from plaudit.stages.judge_model import (
     save_classifier,
     with_adapters,
     without_adapters,
+    write_report,
 )
 from plaudit.stages.optimizers import build_optimizer
 from plaudit.stages.supervised import Drawing, Run, begun, forget_checkpoints, resumable, train, training_arguments
@@ -50,19 +49,10 @@ def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFi
     with begun(config) as run:
         set_seed(config.seed)
         measured: dict[str, Judgement] | dict[str, RankingFigures]
-        more: dict[str, Any] = {}
         if config.kind == "pairwise":
-            figures, more = ranked_answers.train_on_rankings(config, run)
-            measured = {"pairs": figures}
+            measured = {"pairs": ranked_answers.train_on_rankings(config, run)}
         else:
             measured = _classifier(config, run)
-        report = {
-            "stage": "reward-model",
-            "config": to_dict(config),
-            "held_out": {name: asdict(judged) for name, judged in measured.items()},
-            **more,
-        }
-        write_text(config.output_dir / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         forget_checkpoints(run)
     for name, judged in measured.items():
         print(f"held-out {name}: {judged.line()}")
@@ -117,16 +107,21 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     inputs = {"labelled texts": fingerprint(zip(texts.texts, labels, strict=True))}
     trained = without_adapters(train(trainer, run, inputs, collator))
     few = held_out.texts[:8]
-    model = save_classifier(
-        config, trained, tokenizer, lambda model, tokenizer: logits(model, tokenizer, few, config.max_length)
-    )
     judged_texts = held_out.texts[: config.eval_examples]
     targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels[: config.eval_examples]])
     openings = [" ".join(text.split()[: config.short_words]) for text in judged_texts]
-    return {
-        name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
-        for name, judged in (("whole texts", judged_texts), (f"first {config.short_words} words", openings))
-    }
+
+    def measure(model: Any, beside: Path) -> dict[str, Judgement]:
+        measured = {
+            name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
+            for name, judged in (("whole texts", judged_texts), (f"first {config.short_words} words", openings))
+        }
+        write_report(beside, config, measured)
+        return measured
+
+    return save_classifier(
+        config, trained, tokenizer, lambda model, tokenizer: logits(model, tokenizer, few, config.max_length), measure
+    )
 
 
 class CroppingCollator(Drawing):

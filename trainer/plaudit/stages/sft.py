@@ -26,6 +26,7 @@ from plaudit.policy.model import (
     load_tokenizer,
     load_whole_causal_lm,
 )
+from plaudit.policy.reading import reading
 from plaudit.policy.texts import end_tokens, tokens_in_front
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
@@ -37,7 +38,7 @@ from plaudit.stages.supervised import (
     forget_checkpoints,
     require_same_figures,
     resumable,
-    save_model_directory,
+    saved_model,
     train,
     training_arguments,
 )
@@ -74,7 +75,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     from trl import SFTConfig as TrlSFTConfig
     from trl import SFTTrainer
 
-    taken, measured_on = _rows(config, tokenizer, examples, held_out)
+    taken = _rows(config, tokenizer, examples, held_out)
     _end_turns(model, tokenizer, taken)
     rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
     trainer = resumable(SFTTrainer)(
@@ -95,6 +96,20 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     )
     if config.lora.enabled and config.merge:
         model = model.merge_and_unload().requires_grad_(True)
+    result = save(config, model, tokenizer, held_out, train_rows=len(rows))
+    forget_checkpoints(run)
+    figures = f"perplexity {result.perplexity:.1f} (loss {result.held_out_loss:.3f} nats a token)"
+    print(f"held-out {figures}, saved in {config.output_dir}")
+    for text in result.samples:
+        print(f"  {text}")
+    return result
+
+
+def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Example], *, train_rows: int) -> SFTResult:
+    """Saves the model or its adapters with sft.json, what is measured on `held_out`, once it is proven on some of it.
+
+    It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
+    """
     few = held_out[:8]
 
     def reproduces(directory: Path) -> None:
@@ -113,19 +128,16 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
                 torch.tensor([held_out_loss(again.eval(), own.ids, own.labels)]),
             )
 
-    model = save_model_directory(
+    with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
-    )
-    loss = held_out_loss(model, measured_on.ids, measured_on.labels)
-    samples = sample(model, tokenizer, held_out, seed=config.seed, max_length=config.max_length)
-    result = SFTResult(loss, math.exp(loss), samples)
-    measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
-    report = {"stage": "sft", "config": to_dict(config), "train_rows": len(rows), **measured}
-    write_text(config.output_dir / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    forget_checkpoints(run)
-    print(f"held-out perplexity {result.perplexity:.1f} (loss {loss:.3f} nats a token), saved in {config.output_dir}")
-    for text in result.samples:
-        print(f"  {text}")
+    ) as (model, beside):
+        measured_on = rows_of(tokenizer, held_out, config.max_length)
+        loss = held_out_loss(model, measured_on.ids, measured_on.labels)
+        samples = sample(model, tokenizer, held_out, seed=config.seed, max_length=config.max_length)
+        result = SFTResult(loss, math.exp(loss), samples)
+        measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
+        report = {"stage": "sft", "config": to_dict(config), "train_rows": train_rows, **measured}
+        write_text(beside / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
@@ -144,8 +156,9 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
         )
         tokenizer = load_tokenizer(config.model, setting="model")
     else:
-        model = load_whole_causal_lm(config.model, setting="model")
-        tokenizer = load_tokenizer(config.model, setting="model")
+        with reading(config.model):
+            model = load_whole_causal_lm(config.model, setting="model")
+            tokenizer = load_tokenizer(config.model, setting="model")
     if config.chat_template is not None or any(example.is_conversation for example in examples):
         use_chat_template(tokenizer, config.chat_template, config.model)
     if not config.from_scratch:
@@ -169,10 +182,8 @@ def _base(config: SFTConfig) -> str:
     return base_of(config.model) if is_adapters(config.model) else config.model
 
 
-def _rows(
-    config: SFTConfig, tokenizer: Any, examples: Sequence[Example], held_out: Sequence[Example]
-) -> tuple[Rows, Rows]:
-    """Token rows to train on and to measure on. Says what was cut, and raises `ConfigError` where nothing is left."""
+def _rows(config: SFTConfig, tokenizer: Any, examples: Sequence[Example], held_out: Sequence[Example]) -> Rows:
+    """Token rows to train on. Says what was cut, and raises `ConfigError` where nothing is left."""
     taken = rows_of(tokenizer, examples, config.max_length)
     measured_on = rows_of(tokenizer, held_out, config.max_length)
     for line in taken.lines(config.max_length):
@@ -183,7 +194,7 @@ def _rows(
                 f"max_length={config.max_length} leaves no token to learn of the {split} examples: their prompts alone "
                 "are that long; give --max-length more"
             )
-    return taken, measured_on
+    return taken
 
 
 def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:

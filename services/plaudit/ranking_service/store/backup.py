@@ -7,25 +7,19 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from plaudit.ranking_service.store.database import Database, DatabaseSetupError, private_file
+from plaudit import atomic
+from plaudit.ranking_service.store.database import Database, DatabaseSetupError
 
 
 def backup(database: Database, to: Path) -> None:
     """Copy SQLite's file by its own backup, or PostgreSQL by pg_dump. Raises `DatabaseSetupError`."""
     if to.exists():
         raise DatabaseSetupError(f"{to} is there already; name another file")
-    part = to.with_name(f"{to.name}.part")
-    part.unlink(missing_ok=True)
-    private_file(part)
-    try:
+    with atomic.new_file(to, mode=0o600) as part:
         if database.is_postgres:
             _dump(database, part)
         else:
             _copy(database, part)
-        _to_disk(part)
-        part.replace(to)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _copy(database: Database, part: Path) -> None:
@@ -55,8 +49,3 @@ def _dump(database: Database, part: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise DatabaseSetupError(f"pg_dump failed: {done.stderr.strip()}")
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from plaudit import atomic
+
 VOCABULARY_FILES = ("*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken", "*.vocab", "*.dict")
 """Vocabularies that are neither JSON nor plain text: SentencePiece's and older ones."""
 MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.jinja", *VOCABULARY_FILES)
@@ -131,6 +133,11 @@ def file_stamps(*directories: Path) -> list[tuple[str, int, int, int]]:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files that make the revision, by name."""
-    files = {path for pattern in (*MODEL_FILES, *LEGACY_WEIGHTS) for path in directory.glob(pattern) if path.is_file()}
-    return sorted(files, key=lambda file: file.name)
+    """The files that make the revision, by name, each where it is now (`plaudit.atomic`). Raises `ModelError`."""
+    try:
+        found = {
+            path for pattern in (*MODEL_FILES, *LEGACY_WEIGHTS) for path in atomic.current_files(directory, pattern)
+        }
+    except OSError as error:
+        raise ModelError(f"{directory} can't be read: {error.strerror}: {error.filename}") from error
+    return sorted(found, key=lambda file: file.name)

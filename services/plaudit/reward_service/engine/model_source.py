@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from plaudit.reward_service.engine.model_files import (
 
 OPEN_FILES = Path("/proc/self/fd")
 """Names of this process's open files, where the system has them (Linux)."""
+ATTEMPTS = 20
+BETWEEN_ATTEMPTS_S = 0.05
+"""A trainer that puts a new model in place needs milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -98,24 +102,51 @@ def pinned_files(source: ModelSource) -> Iterator[ModelSource]:
     """
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-model-")))
-        names = file_stamps(*source.directories)
-        opened: list[BinaryIO] = []
+        opened, names = _opened(source, stack)
         places: list[Path] = []
         for index, directory in enumerate(source.directories):
             place = root / str(index) / directory.name
             place.mkdir(parents=True)
             places.append(place)
-            for path in model_files(directory):
-                opened.append(stack.enter_context(path.open("rb")))
+            for name, file in opened[index].items():
                 if OPEN_FILES.is_dir():
-                    (place / path.name).symlink_to(OPEN_FILES / str(opened[-1].fileno()))
+                    (place / name).symlink_to(OPEN_FILES / str(file.fileno()))
                 else:
-                    with (place / path.name).open("wb") as copy:
-                        shutil.copyfileobj(opened[-1], copy)
-        before = [_stamp(file.fileno()) for file in opened]
+                    with (place / name).open("wb") as copy:
+                        shutil.copyfileobj(file, copy)
+        before = _stamps(opened)
         yield ModelSource(*places)
-        if [_stamp(file.fileno()) for file in opened] != before or file_stamps(*source.directories) != names:
+        if _stamps(opened) != before or file_stamps(*source.directories) != names:
             raise ModelError(f"{source.directory} changed while it was being read; try again when it is complete")
+
+
+def _opened(
+    source: ModelSource, stack: contextlib.ExitStack
+) -> tuple[list[dict[str, BinaryIO]], list[tuple[str, int, int, int]]]:
+    """Every file of each directory by its name, open until `stack` ends, and the stamps of all.
+
+    Opened again where the directory became another model's in the meantime. Raises `ModelError` if it keeps changing.
+    """
+    for attempt in range(ATTEMPTS):
+        with contextlib.ExitStack() as files:
+            try:
+                names = file_stamps(*source.directories)
+                opened: list[dict[str, BinaryIO]] = [
+                    {path.name: files.enter_context(path.open("rb")) for path in model_files(directory)}
+                    for directory in source.directories
+                ]
+                if file_stamps(*source.directories) == names:
+                    stack.enter_context(files.pop_all())
+                    return opened, names
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        time.sleep(BETWEEN_ATTEMPTS_S)
+    raise ModelError(f"{source.directory} changes all the time; try again when it is complete")
+
+
+def _stamps(opened: list[dict[str, BinaryIO]]) -> list[tuple[int, int]]:
+    return [_stamp(file.fileno()) for files in opened for file in files.values()]
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

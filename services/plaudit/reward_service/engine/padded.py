@@ -28,9 +28,11 @@ class PaddedModel:
         takes_type_ids: bool,
         takes_mask: bool = True,
         compiled: bool = False,
+        width_step: int | None = None,
     ) -> None:
         """A negative `pad_id` is no token: all texts of a batch then have one length.
 
+        Rows are widened to a multiple of `width_step` tokens: by default `GPU_WIDTH_STEP` on a GPU, 1 elsewhere.
         With `compiled` the model is compiled for batches of any shape; `warm_up` does all of it.
         """
         self._model = torch.compile(model, dynamic=True) if compiled else model
@@ -40,15 +42,16 @@ class PaddedModel:
         self._pad_id = pad_id
         self._inputs = ("input_ids", "attention_mask", "token_type_ids")[: 3 if takes_type_ids else 2]
         self._takes_mask = takes_mask
-        self._on_gpu = device.type == "cuda"
+        self._pins = device.type == "cuda"
+        self._width_step = width_step or (GPU_WIDTH_STEP if device.type == "cuda" else 1)
         self._staging = torch.empty(0, dtype=torch.int64)
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Encoded]) -> torch.Tensor:
         """Logits [texts, labels] in fp32, on the CPU."""
         width = max(len(encoded.ids) for encoded in batch)
-        if self._on_gpu and self._pad_id >= 0:
-            width = max(width, min(-(-width // GPU_WIDTH_STEP) * GPU_WIDTH_STEP, self._max_tokens))
+        if self._pad_id >= 0:
+            width = max(width, min(-(-width // self._width_step) * self._width_step, self._max_tokens))
         staged = self._stage(batch, width).to(self._device, non_blocking=True)
         inputs = dict(zip(self._inputs, staged, strict=True))
         if not self._takes_mask:
@@ -58,13 +61,13 @@ class PaddedModel:
         return logits.float().cpu()
 
     def warm_up(self, batch_tokens: int) -> None:
-        """Compile, and on a GPU meet batches of every order of length, so that no request has to wait for either."""
+        """Compile, and where rows are widened meet every order of width, so that no request has to wait for either."""
         if self._compiled:
             # To the compiler 1 is a number and everything above it a variable.
             for rows, length in product((1, 3), (1, 5)):
                 self([Encoded([0] * length)] * rows)
-        width = GPU_WIDTH_STEP
-        while self._on_gpu and width < 2 * self._max_tokens:
+        width = self._width_step
+        while self._width_step > 1 and width < 2 * self._max_tokens:
             length = min(width, self._max_tokens)
             self([Encoded([0] * length)] * max(1, batch_tokens // length))
             width *= 2
@@ -74,7 +77,7 @@ class PaddedModel:
         shape = (len(self._inputs), len(batch), width)
         size = shape[0] * shape[1] * shape[2]
         if size > len(self._staging):
-            self._staging = torch.empty(size, dtype=torch.int64, pin_memory=self._on_gpu)
+            self._staging = torch.empty(size, dtype=torch.int64, pin_memory=self._pins)
         staged = self._staging[:size].view(shape)
         ids, mask, *type_ids = staged.numpy()
         ids.fill(self._pad_id)

@@ -16,7 +16,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from plaudit import wire
-from plaudit.reward_service.http.request_head import OVER_CONNECTION_LIMIT, head_too_large, too_many_connections
+from plaudit.reward_service.http.request_head import (
+    OVER_CONNECTION_LIMIT,
+    REFUSED,
+    head_too_large,
+    too_many_connections,
+)
 from plaudit.reward_service.problems import ProblemError
 from plaudit.serving.server import MAX_HEAD_BYTES
 
@@ -30,6 +35,8 @@ LINGER_S = 1.0
 """How long a refused client may go on sending: closed at once, its own unread bytes would cost it the answer."""
 HOST = re.compile(rb"[\x21\x23-\x2b\x2d\x2e\x30-\x3b\x3d\x41-\x5b\x5d\x5f-\x7e]*")
 """Characters of a host and port (RFC 9110, 7.2)."""
+VERSIONS = ("1.1", "1.0")
+"""Of HTTP. The parser takes 0.9 and 2.0 as well, whose messages are framed otherwise."""
 
 
 class Connection(HttpToolsProtocol):
@@ -52,6 +59,8 @@ class Connection(HttpToolsProtocol):
         self._in_body = False
         self._deadline: asyncio.TimerHandle | None = None
         self._waits_for_body = False
+        self._due: ProblemError | None = None
+        """The refusal that goes out when the requests before it are answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -111,11 +120,11 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # else it is a trailer, and those count for nothing
-            super().on_header(name, value)
+            super().on_header(name, value.strip(b" \t"))
 
     def on_headers_complete(self) -> None:
         self._unparsed = 0
-        self._in_head, self._in_body = False, True
+        self._in_head = False
         problem = None if self._over else self._misframed()
         if problem is not None:
             self._refuse(problem)
@@ -124,6 +133,7 @@ class Connection(HttpToolsProtocol):
         if self._over_limit:
             self.scope[OVER_CONNECTION_LIMIT] = lambda: too_many_connections(self._bound)  # type: ignore[literal-required]
         super().on_headers_complete()
+        self._in_body = True
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows isn't read as a request
 
@@ -148,6 +158,8 @@ class Connection(HttpToolsProtocol):
     def _misframed(self) -> ProblemError | None:
         """Why this head can't be trusted to mean the same to everybody who reads it (RFC 9110 and 9112)."""
         version = self.parser.get_http_version()
+        if version not in VERSIONS:
+            return ProblemError("malformed-request", f"HTTP/{version} came; this is a server of HTTP/1.1 and 1.0")
         hosts: list[bytes] = []
         coding: list[bytes] = []
         lengths: list[bytes] = []
@@ -178,18 +190,46 @@ class Connection(HttpToolsProtocol):
             return ProblemError("malformed-request", "a request with a body can't be upgraded; leave Upgrade out")
         return None
 
+    def on_response_complete(self) -> None:
+        is_last = not self.pipeline
+        super().on_response_complete()
+        if is_last and self._due is not None and not self.transport.is_closing():
+            self._tell(self._due)
+
     def _refuse(self, problem: ProblemError) -> None:
+        """Read no more, answer what came before, then `problem`, and close: one answer for each request."""
         self._over = True
         self._wait_no_more()
         self._refused(problem)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()  # it would be read as the answer to the request before
-            return
+        cycle = self.cycle
+        if self._in_body and cycle.response_complete:
+            self._close_gently()  # it has had its answer, before its body was all there
+        elif self._in_body and not self.pipeline:
+            if cycle.response_started:
+                self.transport.close()
+                return
+            cycle.disconnected = True  # what its handler says now goes nowhere
+            cycle.scope[REFUSED] = True  # type: ignore[literal-required]
+            cycle.waiting_for_100_continue = False
+            cycle.message_event.set()
+            self._tell(problem)
+        elif self._in_body:
+            self.pipeline.popleft()  # it waits for an answer to another
+            self._due = problem
+        elif cycle is not None and not cycle.response_complete:
+            self._due = problem
+        else:
+            self._tell(problem)
+
+    def _tell(self, problem: ProblemError) -> None:
         body = problem.body()
         fields = (
             f"content-type: {wire.PROBLEM_CONTENT_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(STATUS_LINE[problem.status] + fields.encode() + body)
+        self._close_gently()
+
+    def _close_gently(self) -> None:
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 

@@ -10,7 +10,7 @@ from plaudit import wire
 from plaudit.reward_service import protocols as compat
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http import tracing
-from plaudit.reward_service.http.request_head import OVER_CONNECTION_LIMIT, head_bytes, head_too_large
+from plaudit.reward_service.http.request_head import OVER_CONNECTION_LIMIT, REFUSED, head_bytes, head_too_large
 from plaudit.reward_service.http.service import CALLER, RESERVATION
 from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.problems import ProblemError
@@ -61,7 +61,8 @@ class AccessMiddleware:
                 counted = path, message["status"]
                 if counted not in self._count:
                     self._count[counted] = self._metrics.responses.labels(*counted).inc
-                self._count[counted]()
+                if REFUSED not in scope:
+                    self._count[counted]()
             await send(message)
 
         problem = self._refusal(scope, headers)

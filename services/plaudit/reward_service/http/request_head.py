@@ -9,6 +9,8 @@ SEPARATORS = len(b": \r\n")
 OVER_CONNECTION_LIMIT = "plaudit.over_connection_limit"
 """In the scope of a request on a connection beyond `--max-connections`: a function that makes its refusal. Health
 routes answer all the same."""
+REFUSED = "plaudit.refused"
+"""In the scope of a request whose body turned out to be malformed: its refusal has been sent and counted already."""
 
 
 def head_too_large() -> ProblemError:

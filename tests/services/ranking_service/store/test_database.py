@@ -148,7 +148,7 @@ def test_a_backup_is_whole_and_replaces_nothing(sqlite: Database, tmp_path: Path
         assert connection.execute("SELECT count(*) FROM audit").fetchone() == (1,)
     with pytest.raises(DatabaseSetupError, match="is there already"):
         backup(sqlite, copy)
-    assert not (tmp_path / "copy.db.part").exists()
+    assert not (tmp_path / ".copy.db.writing").exists()
     assert not (tmp_path / "copy.db-wal").exists()
 
 

@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.batching import Encoded, Logits
-from plaudit.reward_service.engine.scorer import ModelError, TransformersScorer, load_scorer
+from plaudit.reward_service.engine.model_files import ModelError
+from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
 
 SHAPES = [[1], [64], [30, 2], [1, 1, 1], [9] * 17, [64, 1, 33], [2], [63, 64]]

@@ -58,7 +58,7 @@ def configured(directory: Path, **changes: Any) -> Path:
     return directory
 
 
-def with_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def with_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     file = directory / "model.safetensors"
     weights = load_file(file)
     change(weights)

@@ -11,8 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from harness.tiny_judges import MAX_TOKENS, tiny_judge
 from harness.tiny_models import tiny_classifier_dir
-from plaudit.reward_service.engine import packed, scorer, self_check
+from plaudit.reward_service.engine import packed, self_check
 from plaudit.reward_service.engine.batching import Encoded, Logits
+from plaudit.reward_service.engine.loading import Loaded
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
@@ -152,7 +153,7 @@ class Moody:
 
 def found_by(subject: Moody) -> Any:
     tokenizer = type("Tokenizer", (), {"pad_token": None})()
-    loaded = scorer.Loaded(subject, tokenizer, ("LABEL",), 16, 0, ("input_ids", "attention_mask"))
+    loaded = Loaded(subject, tokenizer, ("LABEL",), 16, 0, ("input_ids", "attention_mask"))
     return self_check.check_scores(subject, loaded, Settings(model="moody"), torch.device("cpu"))
 
 
