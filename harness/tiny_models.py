@@ -117,6 +117,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""A chat template without marks of what the assistant writes, as most models have it."""
+
+
+def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` for conversations: a template, and its two tokens beyond the 300."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def tiny_llama2_tokenizer() -> PreTrainedTokenizerFast:
     """As Llama-2's: spaces become a mark, one is put in front and decoding takes it away; bytes; a token in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -154,7 +169,9 @@ def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 def tiny_qwen2(seed: int = 0, **settings: Any) -> Qwen2ForCausalLM:
     """As Llama, with biases and a tied head."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**_SHAPE, num_key_value_heads=1, tie_word_embeddings=True, **settings)).eval()
+    return Qwen2ForCausalLM(
+        Qwen2Config(**_SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True} | settings)
+    ).eval()
 
 
 def tiny_gpt_neox(seed: int = 0, **settings: Any) -> GPTNeoXForCausalLM:

@@ -1,6 +1,5 @@
 """Data: one split for every stage, prompts as the recipe has them, and errors that say what to do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -128,17 +127,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     with pytest.raises(DataError, match=message) as error:
         data.load_texts(DataSettings(str(path)), "train")
     assert str(path) in str(error.value)
-
-
-def test_n_ranked_answers_give_all_n_times_n_minus_1_halves_pairs(tmp_path: Path) -> None:
-    path = tmp_path / "ranked.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "answers": ["a", "b", "c"]}) + "\n")
-    pairs = data.preference_pairs(data.load_ranked_answers(path))
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
-
-
-def test_a_ranking_of_one_answer_is_refused_with_its_row(tmp_path: Path) -> None:
-    path = tmp_path / "ranked.jsonl"
-    path.write_text('{"prompt": "p", "answers": ["a", "b"]}\n{"prompt": "q", "answers": ["a"]}\n')
-    with pytest.raises(DataError, match="row 2"):
-        data.load_ranked_answers(path)

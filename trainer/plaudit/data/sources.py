@@ -1,4 +1,4 @@
-"""Texts, labels, prompts and ranked answers, from the hub, a package or a local file.
+"""Texts, labels and prompts, from the hub, a package or a local file.
 
 What would be wrong here: a text that one stage trains on and another is judged by. The split therefore depends on the
 text alone (a hash of it), so every stage, every source order and every copy of a text agrees about its side.
@@ -10,12 +10,11 @@ import random
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from plaudit.data.tables import DataError, Table, load_table, read_file
+from plaudit.data.tables import DataError, Table, load_table
 from plaudit.errors import ConfigError
 from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
 from plaudit.policy.tokenizer import Tokenizer
@@ -71,14 +70,6 @@ class PromptSchedule:
         start = position * self._batch_size
         chosen = self._order[1][start : start + self._batch_size].tolist()
         return Prompts([self._prompts.token_ids[i] for i in chosen], [self._prompts.texts[i] for i in chosen])
-
-
-@dataclass(frozen=True)
-class RankedAnswers:
-    """One prompt with its answers from best to worst."""
-
-    prompt: str
-    answers: list[str]
 
 
 def load_texts(settings: DataSettings, split: Split) -> list[str]:
@@ -169,59 +160,22 @@ def fingerprint(rows: Iterable[Any]) -> str:
     return f"{count} rows, sha256 {digest.hexdigest()[:16]}"
 
 
-def load_ranked_answers(path: Path) -> list[RankedAnswers]:
-    """Read JSON lines of `{"prompt": ..., "answers": [best, ..., worst]}`.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not of that shape.
-    """
-    table = read_file(path)
-    absent = [None] * len(table)
-    ranked = []
-    rows = zip(table.columns.get("prompt", absent), table.columns.get("answers", absent), strict=True)
-    for number, (prompt, answers) in enumerate(rows, start=1):
-        answers = answers.tolist() if hasattr(answers, "tolist") else answers  # Parquet's lists
-        if (
-            not isinstance(prompt, str)
-            or not isinstance(answers, list)
-            or len(answers) < 2
-            or not all(isinstance(answer, str) for answer in answers)
-        ):
-            raise DataError(
-                f"{path}, row {number}: expected a string `prompt` and a list `answers` of at least two strings, best "
-                f"first; got prompt={prompt!r:.60}, answers={answers!r:.60}"
-            )
-        for text in (prompt, *answers):
-            _require_characters(text, f"{path}, row {number}")
-        ranked.append(RankedAnswers(prompt, answers))
-    return ranked
-
-
-def preference_pairs(ranked: Sequence[RankedAnswers]) -> list[dict[str, str]]:
-    """All pairs of a better and a worse answer, as TRL's RewardTrainer takes them: n answers give n (n - 1) / 2.
-
-    Two equal answers are no pair: neither is better.
-    """
-    return [
-        {"prompt": row.prompt, "chosen": better, "rejected": worse}
-        for row in ranked
-        for i, better in enumerate(row.answers)
-        for worse in row.answers[i + 1 :]
-        if worse != better
-    ]
-
-
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a text belongs to the held-out split: a hash of it, read as a number in [0, 1), is below `fraction`."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
+def shuffled_place(text: str) -> bytes:
+    """What a split is sorted by: a hash of the text."""
+    return hashlib.sha256(b"order" + text.encode("utf-8", "surrogatepass")).digest()
+
+
 def _chosen(texts: Sequence[str], settings: DataSettings, split: Split) -> list[int]:
     wanted = split == "held_out"
     chosen = [i for i, text in enumerate(texts) if is_held_out(text, settings.held_out_fraction) is wanted]
     # By hash, not by position: two files with the same texts in another order give the same order here.
-    chosen.sort(key=lambda i: hashlib.sha256(b"order" + texts[i].encode("utf-8", "surrogatepass")).digest())
+    chosen.sort(key=lambda i: shuffled_place(texts[i]))
     if not chosen:
         raise DataError(
             f"data={settings.data!r} has {len(texts)} texts and none of them falls into the {split} split "

@@ -10,14 +10,14 @@ Quantization = Literal["8bit", "4bit"]
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters on the policy (peft.LoraConfig)."""
+    """Low-rank adapters on the model (peft.LoraConfig)."""
 
     enabled: bool = True
-    """Off trains every parameter; the reference is then a frozen second copy."""
+    """Off trains every parameter; the reference of PPO is then a frozen second copy."""
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    """Recorded with the adapters. PPO itself runs without dropout: a ratio compares two scores of one network."""
+    """Of stages 1 and 2. PPO runs without dropout and records it alone: a ratio compares two scores of one network."""
     target_modules: tuple[str, ...] | None = None
     """Module names to adapt; found by architecture when not given."""
 

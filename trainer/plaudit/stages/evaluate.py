@@ -18,6 +18,7 @@ from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
 from plaudit.policy.generation import Draws, decode_responses, generate
 from plaudit.policy.model import (
+    VALUE_HEAD_FILE,
     ModelNotFound,
     Policy,
     base_of,
@@ -145,7 +146,16 @@ def _before(config: EvaluateConfig) -> str:
         return config.policy
     if not is_adapters(config.after):
         raise ConfigError(f"after={config.after!r} doesn't say what it was trained from: pass --policy")
-    return base_of(config.after)
+    return _adapters_before(config.after) or base_of(config.after)
+
+
+def _adapters_before(after: str) -> str | None:
+    """The adapters of stage 1 that PPO went on training, if it began with some: its reference has them folded in."""
+    file = Path(demo_models.resolve(after)) / CONFIG_FILE
+    policy = json.loads(file.read_text(encoding="utf-8")).get("policy") if file.is_file() else None
+    if not isinstance(policy, str) or not is_adapters(policy):
+        return None
+    return None if (Path(demo_models.resolve(policy)) / VALUE_HEAD_FILE).is_file() else policy
 
 
 def _same(one: str, other: str) -> bool:
