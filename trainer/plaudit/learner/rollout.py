@@ -9,27 +9,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from plaudit.data.sources import Prompts
+from plaudit.data.prompts import Prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.sharding import is_sharded
-from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.endings import Endings
+from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Evaluation, Rollout, Samples
 from plaudit.policy.static_generation import StaticGenerator, supports
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings
+from plaudit.wire import ChatMessage
+
+T = TypeVar("T")
 
 
 class Rewarder(Protocol):
     """Whoever judges completions; `RewardClient` over HTTP."""
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]": ...
+    def submit_components(
+        self,
+        prompts: Sequence[str | Sequence[ChatMessage]],
+        responses: Sequence[str],
+        fields: Mapping[str, Sequence[Any]] | None = None,
+    ) -> "Future[Scores]": ...
 
 
 Sampler = Callable[[Sequence[Sequence[int]], Draws], Samples]
@@ -42,7 +51,12 @@ class Collected:
 
     rollout: Rollout
     prompts: list[str]
+    """As people read them."""
+    fields: dict[str, list[Any]]
+    """Further columns of the prompts' rows, by name."""
     responses: list[str]
+    ended: list[bool]
+    """Whether each response ended by itself."""
     components: dict[str, list[float]]
     """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
     waited_s: float
@@ -55,7 +69,9 @@ class Collected:
         return cls(
             rollout=Evaluation.concatenate([part.rollout for part in parts]).with_scores(scores),
             prompts=[text for part in parts for text in part.prompts],
+            fields=_joined([part.fields for part in parts]),
             responses=[text for part in parts for text in part.responses],
+            ended=[ended for part in parts for ended in part.ended],
             components=_joined([part.components for part in parts]),
             waited_s=max(part.waited_s for part in parts),
         )
@@ -111,24 +127,28 @@ def collect(
     Pass the same `sampler` to every step; what it sets up is used again.
     """
     sample = sample or sampler(stepper.policy, settings, tokenizer)
-    evaluations, pending, responses = [], [], []
+    endings = Endings.of(stepper.policy.language_model, tokenizer, settings)
+    evaluations, pending, responses, ended = [], [], [], []
     for start, stop in _chunks(len(prompts), settings.batch_size):
+        chunk = prompts.rows(start, stop)
         with stepper.policy.generating():
-            samples = sample(prompts.token_ids[start:stop], draws.rows(start, stop))
-        texts = decode_responses(tokenizer, samples)
-        pending.append(rewarder.submit_components(prompts.texts[start:stop], texts))
+            samples = sample(chunk.token_ids, draws.rows(start, stop))
+        texts = endings.texts(samples)
+        pending.append(rewarder.submit_components(chunk.judged, texts, chunk.fields))
         responses += texts
+        ended += endings.ended(samples)
         evaluations.append(stepper.evaluate(samples))
     began_waiting = time.perf_counter()
     judged = [wait(future) for future in pending]
     waited_s = time.perf_counter() - began_waiting
     scores = torch.tensor([score for chunk in judged for score in chunk.totals])
     rollout = Evaluation.concatenate(evaluations).with_scores(scores.to(stepper.policy.device))
-    return Collected(rollout, prompts.texts, responses, _joined([chunk.components for chunk in judged]), waited_s)
+    components = _joined([chunk.components for chunk in judged])
+    return Collected(rollout, prompts.texts, prompts.fields, responses, ended, components, waited_s)
 
 
-def _joined(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
-    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
+def _joined(parts: Sequence[Mapping[str, list[T]]]) -> dict[str, list[T]]:
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from plaudit.data.sources import PromptSchedule, fingerprint, load_prompts
+from plaudit.data.prompts import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
 from plaudit.learner.minibatches import NonFiniteUpdate
@@ -20,16 +20,16 @@ from plaudit.learner.rollout import Collected, Sampler, collect, sampler
 from plaudit.learner.stepper import PPOStepper, Sampling
 from plaudit.parallel.processes import Processes, joined, settle_arithmetic
 from plaudit.parallel.sharding import shard, sharding_for, whole_weights
-from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.generation import Draws
 from plaudit.policy.model import Policy, PolicyWeights, load_policy, load_tokenizer
 from plaudit.policy.samples import Rollout
-from plaudit.policy.texts import end_tokens
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.report.model_card import write_model_card
 from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.metrics import (
+    ENDED_SHARE,
     FILE_NAME,
     REWARD_COMPONENT,
     REWARD_MEAN,
@@ -82,12 +82,12 @@ def run(config: PPOConfig) -> PPOResult:
         tokenizer = load_tokenizer(config.policy)
         policy = load_policy(config.policy, config.lora, config.model, device=device)
         cached = check_policy(policy, config.policy)
-        prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
+        room = room_for_prompts(policy.language_model, config.generation)
+        prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed, room=room)
         check_tokenizer_fits(tokenizer, policy.language_model, config.policy, prompts.texts)
-        longest = max(map(len, prompts.token_ids))
-        check_room(policy.language_model, longest, config.generation, config.policy)
+        check_prompts(tokenizer, policy.language_model, prompts.token_ids, config.generation, config.policy)
         inputs = {
-            "prompts": fingerprint(zip(prompts.token_ids, prompts.texts, strict=True)),
+            "prompts": prompts.fingerprint(),
             "policy": checkpoints.frozen_weights_fingerprint(policy),
         }
         if resumed is not None:
@@ -239,7 +239,7 @@ class _Loop:
             parts = self.processes.together(self._collect_share)
             collected = Collected.concatenate(parts).to(self.policy.device)
         collected_at = time.perf_counter()
-        rollout = penalised(collected.rollout, config.penalties, end_tokens(self.policy.language_model, self.tokenizer))
+        rollout = penalised(collected.rollout, config.penalties, collected.ended)
         try:
             with measuring_peak(self.policy.device) as update_peak:
                 result = self.stepper.update(rollout)
@@ -257,6 +257,7 @@ class _Loop:
             REWARD_MEAN: scores.mean().item(),
             REWARD_STD: scores.std().item() if len(scores) > 1 else 0.0,
             **component_statistics(collected.components),
+            ENDED_SHARE: statistics.fmean(collected.ended),
             **result.statistics,
             "time/rollout_s": collected_at - began,
             "time/reward_wait_s": collected.waited_s,
@@ -281,7 +282,8 @@ class _Loop:
         """This process's rows of the step's batch. Which prompts and draws they get is the batch's business alone."""
         config, step = self.config, self.stepper.steps_done
         prompts = self.schedule.batch(step)
-        draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=step)
+        generation = config.generation.answering(config.prompts.kind)
+        draws = Draws.of(generation, len(prompts), seed=config.seed, step=step)
         rows = self.processes.share(len(prompts))
         collected = collect(
             self.stepper,
@@ -307,11 +309,11 @@ class _Loop:
         )
 
 
-def penalised(rollout: Rollout, penalties: PenaltySettings, ends: Sequence[int]) -> Rollout:
-    """The rollout with what its responses lose for their length and for ending with none of the end tokens."""
+def penalised(rollout: Rollout, penalties: PenaltySettings, ended: Sequence[bool]) -> Rollout:
+    """The rollout with what its responses lose for their length, and for not having ended by themselves."""
     samples = rollout.samples
-    ended = (torch.isin(samples.response_ids, samples.response_ids.new_tensor(ends)) & samples.mask).any(1)
-    scores = penalise_missing_eos(rollout.scores, ended, penalties.missing_eos)
+    by_themselves = torch.tensor(ended, device=rollout.scores.device)
+    scores = penalise_missing_eos(rollout.scores, by_themselves, penalties.missing_eos)
     scores = penalise_length(
         scores,
         samples.response_lengths,
