@@ -37,12 +37,13 @@ from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
+from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
-REPEATABLE = ("--reward.url", "--reward.header")
+REPEATABLE = ("--reward.url", "--reward.header", "--generation.stop", "--prompts.fields", "--stop")
 
 T = TypeVar("T")
 
@@ -104,6 +105,12 @@ COMMANDS = {
         "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
         resume=(),
         resume_needs="--by-people",
+    ),
+    "generate": Command(
+        GenerateConfig,
+        "plaudit.stages.generate",
+        "answer prompts with the policy that a run trained",
+        'plaudit generate runs/ppo "The film was"',
     ),
     "demo": Command(
         DemoConfig,
