@@ -1,1 +1,1 @@
-"""What was measured, and with what. Each module runs alone and says how in its docstring."""
+"""What was measured, and with what: README.md says what each measures, how long it takes and where its result is."""

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from harness.network import Machine
+from harness.machine.network import Machine
 from harness.reward_service import RewardService
 from harness.runs import FORKS, TrainerProcess, weights
 from harness.stub_reward_server import StubRewardServer, stub_reward
 from harness.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
+from plaudit.learner import rollout
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
-from plaudit.stages import ppo
 
 STEPS = 3
 REQUESTS_A_STEP = 2
@@ -222,7 +222,7 @@ class Trial:
 
 def keep_samples(directory: Path, held: Held | None) -> None:
     """In the trainer's process: writes down what enters each update, and stops after the first rollout if told to."""
-    collect = ppo.collect
+    collect = rollout.collect_rollout
 
     def kept(*arguments: Any, **named: Any) -> Any:
         collected = collect(*arguments, **named)
@@ -234,7 +234,7 @@ def keep_samples(directory: Path, held: Held | None) -> None:
             held.stop_here()
         return collected
 
-    ppo.collect = kept  # type: ignore[attr-defined]
+    rollout.collect_rollout = kept
 
 
 def reward_of(prompt: str, response: str) -> float:

@@ -1,16 +1,13 @@
 """The ranking service for tests: rows to rank, people who rank them, and the real program in a process of its own."""
 
-import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 
-from harness.postgres import free_port
+from harness.processes import Program
 from plaudit.wire import rankings as wire
 
 KEY = "the-administrations-key"
@@ -40,52 +37,34 @@ def in_shown_order(task: Mapping[str, Any]) -> dict[str, int]:
     return {answer["id"]: place for place, answer in enumerate(task["answers"], start=1)}
 
 
-class RankingService:
-    """`python -m plaudit.ranking_service serve` on a port that stays the same over restarts."""
+class RankingService(Program):
+    """`python -m plaudit.ranking_service serve` on a port that stays the same; it answers when it is made."""
 
     def __init__(self, database: str, *flags: str) -> None:
-        self.port = free_port()
-        self.url = f"http://localhost:{self.port}"
+        super().__init__(environment=os.environ | {"RANK_API_KEY": KEY, "RANK_DATABASE": database})
         self.database = database
         self._flags = ("--requests-per-minute", "0", "--requests-per-minute-address", "0", *flags)
-        self._process: subprocess.Popen[str] | None = None
+        self.port = 0
         self.start()
 
     @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://localhost:{self.port}"
 
     def start(self) -> None:
         """Start the program and wait until it answers."""
-        assert self._process is None
-        command = [sys.executable, "-m", "plaudit.ranking_service", "serve", "--port", str(self.port)]
-        environment = os.environ | {"RANK_API_KEY": KEY, "RANK_DATABASE": self.database}
-        self._process = subprocess.Popen([*command, *self._flags], stdout=subprocess.PIPE, text=True, env=environment)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert json.loads(line)["event"] == "ready", line
-
-    def send_signal(self, number: int) -> None:
-        """Send the signal and wait for nothing."""
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def wait(self) -> int:
-        """Wait for the end; the exit code."""
-        assert self._process is not None
-        code = self._process.wait(timeout=60)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process = None
-        return code
-
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        """Send the signal and wait for the end; the exit code."""
-        if self._process is None:
-            return 0
-        self.send_signal(number)
-        return self.wait()
+        self.command = [
+            sys.executable,
+            "-m",
+            "plaudit.ranking_service",
+            "serve",
+            "--port",
+            str(self.port),
+            *self._flags,
+        ]
+        self.begin()
+        self.port = int(self.wait_for_event("ready")["url"].rpartition(":")[2])
 
     def admin(self) -> httpx.Client:
         """A client with the administration's key."""

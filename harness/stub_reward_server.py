@@ -1,7 +1,8 @@
 """A reward server that misbehaves on command, in a process of its own; standard library and raw sockets only.
 
-Its reward is a function of the text, so a lost, repeated or reordered reward shows. `python stub_reward_server.py`
-prints one line of JSON with its ports when it listens; `StubRewardServer` starts, scripts, kills and restarts it.
+Its reward is a function of the text, so a lost, repeated or reordered reward shows. `python -m
+harness.stub_reward_server` prints one line of JSON with its ports when it listens; `StubRewardServer` starts, scripts,
+kills and restarts it.
 
 Script: a list of acts, one for each coming scoring request, each `{"do": NAME, "times": N, ...}`; afterwards it answers
 well. An act with `when` is kept for requests that contain this text. `score` (delay_s), `status` (status, headers,
@@ -20,12 +21,13 @@ import hashlib
 import http
 import json
 import ssl
-import subprocess
 import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from harness.processes import Program
 
 MODEL = "stub"
 REVISION = "sha256:stub"
@@ -221,17 +223,16 @@ async def main(host: str, port: int, tls: list[str]) -> None:
     await asyncio.Event().wait()
 
 
-class StubRewardServer:
-    """The server's process, seen from a test."""
+class StubRewardServer(Program):
+    """The server's process, seen from a test. It listens when it is made."""
 
     def __init__(self, *tls: Path, host: str = "127.0.0.1", wrapper: tuple[str, ...] = ()) -> None:
         """`tls`: the files of a certificate and its key, to speak https. `wrapper`: a command to run it under."""
-        self.port = 0
-        self._host = host
+        super().__init__(directory=Path(__file__).parents[1])
+        self._before = [*wrapper, sys.executable, "-m", "harness.stub_reward_server", "--host", host]
+        self._tls = [str(file.resolve()) for file in tls]
         self._address = f"[{host}]" if ":" in host else host
-        self._wrapper = wrapper
-        self._tls = tls
-        self._process: subprocess.Popen[str] | None = None
+        self.port = 0
         self.start()
 
     @property
@@ -240,21 +241,9 @@ class StubRewardServer:
 
     def start(self) -> None:
         """Start, on the same port as before if there was one; returns when it listens."""
-        assert self._process is None
-        command = [*self._wrapper, sys.executable, str(Path(__file__))]
-        command += ["--host", self._host, "--port", str(self.port), "--tls", *map(str, self._tls)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self.port, self._control_port = json.loads(self._process.stdout.readline())
-
-    def kill(self) -> None:
-        """SIGKILL: connections break, nothing is said goodbye to."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
+        self.command = [*self._before, "--port", str(self.port), "--tls", *self._tls]
+        self.begin()
+        self.port, self._control_port = json.loads(self.next_line())
 
     def script(self, acts: list[dict[str, Any]]) -> None:
         """What to do with the coming scoring requests, in order."""
@@ -265,10 +254,10 @@ class StubRewardServer:
 
     def reset(self) -> None:
         """As if just started."""
-        if self._process is None:
-            self.start()
-        else:
+        if self.running:
             self.set(**vars(State()))
+        else:
+            self.start()
 
     @property
     def state(self) -> dict[str, Any]:

@@ -128,11 +128,9 @@ def run(setting: Setting, variant: Variant, url: str, steps: int | None) -> dict
 
 
 def _timing_the_loop(ppo: Any) -> dict[str, float]:
-    """When the training loop begins and ends, once the stage has run; nothing if the stage has no such loop."""
+    """When the training loop begins and ends, once the stage has run."""
     times: dict[str, float] = {}
-    train = getattr(getattr(ppo, "_Loop", None), "train", None)
-    if train is None:
-        return times
+    train = ppo.train
 
     def timed(*arguments: Any, **options: Any) -> Any:
         times["began"] = time.perf_counter()
@@ -142,7 +140,7 @@ def _timing_the_loop(ppo: Any) -> dict[str, float]:
             times["ended"] = time.perf_counter()
             times["training_s"] = times["ended"] - times["began"]
 
-    ppo._Loop.train = timed
+    ppo.train = timed
     return times
 
 

@@ -5,8 +5,6 @@ Graphs are really recorded, classic cases are really replayed. A check that fail
 
 import dataclasses
 import functools
-import importlib.util
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +25,6 @@ from benchmarks.gpu.common import (
     synchronized,
     use_format,
 )
-
-RECORDINGS = Path(__file__).parents[2] / "tests" / "support" / "classic_ppo.py"
 
 
 def measure(setting: Setting, results: Results) -> None:
@@ -289,32 +285,23 @@ def number_formats(setting: Setting) -> list[dict[str, Any]]:
 
 def classic_cases(setting: Setting) -> list[dict[str, Any]]:
     """The recorded runs of the classic trainer on this device: worst differences over three steps."""
+    from harness.classic_ppo import CASES
+
     rows = []
     for number_format in ("fp32", "TF32") if setting.on_gpu else ("fp32",):
         use_format(number_format)
-        for name in recordings().CASES:
+        for name in CASES:
             rows.append({"case": name, "format": number_format, **reproduce(setting, name)})
     return rows
-
-
-@functools.cache
-def recordings() -> Any:
-    """The tests' reader of the recorded runs, by its file: some other package may be called `tests` here."""
-    spec = importlib.util.spec_from_file_location("classic_ppo_recordings", RECORDINGS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def reproduce(setting: Setting, name: str) -> dict[str, float]:
     import torch
 
+    from harness.classic_ppo import KEY_BIAS, Recording
     from plaudit.learner.stepper import PPOStepper
 
-    recording = recordings().Recording(name)
+    recording = Recording(name)
     # Made again on the device: an optimizer looks at where its parameters are.
     stepper = PPOStepper(recording.stepper().policy.to(setting.device), None, recording.config)
     worst = {"intermediates": 0.0, "statistics": 0.0, "kl_coef": 0.0}
@@ -327,7 +314,7 @@ def reproduce(setting: Setting, name: str) -> dict[str, float]:
         worst["kl_coef"] = max(worst["kl_coef"], abs(stepper.kl_coef - recorded["kl_coef_after"]))
     stepper.policy.to("cpu")
     distances = recording.weight_distances(stepper, 2)
-    worst["weights"] = max(d.max().item() for n, d in distances.items() if not n.endswith(recordings().KEY_BIAS))
+    worst["weights"] = max(d.max().item() for n, d in distances.items() if not n.endswith(KEY_BIAS))
     return {column: rounded(value, 3) for column, value in worst.items()}
 
 

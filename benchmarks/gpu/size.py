@@ -115,5 +115,5 @@ def steps(setting: Setting, name: str, load: int) -> dict[str, Any]:
         **{f"{phase}_s": rounded(value, 3) for phase, value in last.items()},
         "samples_per_s": rounded(count / whole, 3),
         "tokens_per_s": rounded(tokens / whole, 3),
-        "samples at once": stepper.fitting.samples,
+        "samples at once": stepper.batch_size_finder.size,
     }

@@ -12,8 +12,8 @@ import platform
 import tempfile
 from pathlib import Path
 
-from harness.postgres import PostgresServer
-from harness.ranking_load import Account, fsync_rate, storm
+from harness.load.rankings import Account, fsync_rate, storm
+from harness.machine.postgres import PostgresServer
 from harness.ranking_service import RankingService
 
 COLUMNS = (

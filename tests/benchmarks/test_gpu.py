@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks.gpu import render, run
-from harness.running import until
+from harness.processes import until
 
 ROOT = Path(__file__).parents[2]
 MARK = "PLAUDIT_GPU_BENCHMARK"

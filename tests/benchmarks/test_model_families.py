@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import model_families
+from benchmarks.service import model_families
 
 
 @pytest.mark.parametrize(("family", "batches"), [("bert", "packed"), ("opt", "padded"), ("xlnet", "by length")])

@@ -9,7 +9,7 @@ import pytest
 
 from harness import chaos
 from harness.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Fault, Replicas, Trial
-from harness.network import why_not
+from harness.machine.network import why_not
 
 WHY_NOT = why_not()
 needs_namespaces = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.network import Machine, why_not
+from harness.machine.network import Machine, why_not
 from harness.stub_reward_server import stub_reward
 from plaudit.rewards import RewardClient, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings

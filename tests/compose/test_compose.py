@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import running
-from harness.balancer import STATISTICS, asking_without_pause, replicas_up_in
-from harness.prometheus import Prometheus, dashboard_queries
-from harness.reward_service import free_port, status_of_a_request
+from harness import processes
+from harness.machine.balancer import STATISTICS, asking_without_pause, replicas_up_in
+from harness.machine.prometheus import Prometheus, dashboard_queries
+from harness.processes import free_port
+from harness.reward_service import status_of_a_request
 
 ROOT = Path(__file__).parents[2]
 RUN_NAME = "compose-test"
@@ -53,7 +54,7 @@ def docker(*arguments: str) -> str:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    running.until(condition, what, wait_s=WAIT_S)
+    processes.until(condition, what, wait_s=WAIT_S)
 
 
 class Stack:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from harness.prometheus import dashboard_queries
+from harness.machine.prometheus import dashboard_queries
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.run.metrics import MetricsLog
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.balancer import asking_without_pause, balancer_file, replicas_up
-from harness.reward_service import RewardService, free_port
-from harness.running import running, until
+from harness.machine.balancer import asking_without_pause, balancer_file, replicas_up
+from harness.processes import free_port, running, until
+from harness.reward_service import RewardService
 from harness.tiny_models import tiny_classifier_dir
 
 pytestmark = [

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.balancer import balancer_file
-from harness.prometheus import Prometheus
-from harness.reward_service import RewardService, free_port, status_of_a_request
-from harness.running import running, until
+from harness.machine.balancer import balancer_file
+from harness.machine.prometheus import Prometheus
+from harness.processes import free_port, running, until
+from harness.reward_service import RewardService, status_of_a_request
 from harness.tiny_models import tiny_classifier_dir, tiny_gpt2_dir
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.reward_service import free_port
+from harness.processes import free_port
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings

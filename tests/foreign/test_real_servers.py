@@ -23,10 +23,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from harness import foreign_servers as foreign
-from harness.reward_service import free_port
+from harness.foreign import stand_ins as foreign
+from harness.processes import free_port
 from harness.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
-from plaudit.learner.rollout import Collected
+from plaudit.learner import rollout
+from plaudit.learner.rollout import CollectedRollout
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import REWARD_MEAN, read_metrics
@@ -88,14 +89,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Trains two steps against an endpoint; gives the texts of both steps and their rewards."""
 
     def run(reward: RewardSettings) -> tuple[list[str], list[float]]:
-        steps: list[Collected] = []
-        collect = ppo.collect
+        steps: list[CollectedRollout] = []
+        collect = rollout.collect_rollout
 
-        def kept(*arguments: Any, **named: Any) -> Collected:
+        def kept(*arguments: Any, **named: Any) -> CollectedRollout:
             steps.append(collect(*arguments, **named))
             return steps[-1]
 
-        monkeypatch.setattr(ppo, "collect", kept)
+        monkeypatch.setattr(rollout, "collect_rollout", kept)
         reviews = tmp_path / "reviews.csv"
         reviews.write_text(
             "text\n" + "\n".join(f"Film {i} is good. " + "The acting is moving. " * 12 for i in range(50))
@@ -137,7 +138,7 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
 
 
 def test_kserves_model_server_gives_every_text_its_logit(tmp_path: Path, train: Any) -> None:
-    script = str(ROOT / "tests" / "support" / "kserve_judge.py")
+    script = str(ROOT / "harness" / "foreign" / "kserve_judge.py")
     with running("PLAUDIT_KSERVE_PYTHON", script, "--port", "PORT", log=tmp_path / "log") as url:
         settings = RewardSettings.of(url=(url,), patience_s=90.0, model="judge", label_index=1)
         with RewardClient(settings) as client:
@@ -153,7 +154,7 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
     config = LlamaConfig(**shape, vocab_size=VOCAB_SIZE, num_labels=1, pad_token_id=0, initializer_range=0.5)
     model = save(LlamaForSequenceClassification(config), tmp_path / "judge")
     flags = ["--reward.model_name_or_path", str(model), "--ds.attn_implementation", "eager", "--data.max_len", "64"]
-    script = str(ROOT / "tests" / "support" / "openrlhf_on_cpu.py")
+    script = str(ROOT / "harness" / "foreign" / "openrlhf_on_cpu.py")
     address = ["--host", "127.0.0.1", "--port", "PORT"]
     with running("PLAUDIT_OPENRLHF_PYTHON", script, *flags, *address, log=tmp_path / "log") as url:
         settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf", label=None)

@@ -5,7 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness.postgres import PostgresServer, programs
+from harness.machine.postgres import PostgresServer, programs
 from harness.ranking_service import KEY, RankingService, rows, upload
 from plaudit.ranking_service.store import batches, people
 from plaudit.ranking_service.store.database import Database, now_ms

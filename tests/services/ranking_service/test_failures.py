@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from harness.disks import fill, small_disk
-from harness.postgres import PostgresServer
+from harness.machine.disks import fill, small_disk
+from harness.machine.postgres import PostgresServer
 from harness.ranking_service import RankingService, in_shown_order, rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness.ranking_load import storm
+from harness.load.rankings import storm
 from harness.ranking_service import RankingService
 
 

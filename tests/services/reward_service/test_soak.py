@@ -1,13 +1,11 @@
-"""The soak of `benchmarks/soak.py`, for seconds instead of minutes."""
+"""The small form of benchmarks/service/soak.py: seconds instead of minutes, and no training run."""
 
-from pathlib import Path
-
-from benchmarks.soak import ATTACKS, service, soak
+from harness.load.siege import ATTACKS, besiege, besieged_service, known_texts
 
 
-def test_clients_that_behave_get_their_rewards_while_everything_is_attacked(tmp_path: Path) -> None:
-    with service(tmp_path) as (port, process):
-        outcome = soak(port, process, 8.0, 0, tmp_path)
+def test_clients_that_behave_get_their_rewards_while_everything_is_attacked() -> None:
+    with besieged_service() as service:
+        outcome = besiege(service, 8.0, known_texts(service.port))
     assert outcome.compared > 0, outcome.said()
     assert outcome.wrong == 0, outcome.said()
     assert not outcome.refused, outcome.said()

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from benchmarks.service_under_load import drain, poison, reload
+from harness.load.rewards import drain, poison, reload
 
 
 def test_a_drain_under_load_answers_all_that_was_accepted_and_refuses_the_rest(classifier_dir: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from harness.tiny_models import ARCHITECTURES
 from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.objective import STATISTICS, measure
+from plaudit.learner.step_statistics import STATISTICS, measure
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.samples import Samples
 from plaudit.settings.ppo import PPOHyperparameters
@@ -33,7 +33,8 @@ def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2",
         group["fused"] = True  # what looks at `found_inf`
     engine = stepper._engine
     engine._updates = UpdateGraphs(engine.parameters(), engine._learn)
-    stepper._evaluations = Graphs(stepper._think)
+    evaluator = stepper._evaluator
+    evaluator._graphs = Graphs(evaluator._forward_flat)
     return stepper
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plaudit.learner.memory import Fitting, measuring_peak
+from plaudit.learner.memory import BatchSizeFinder, measuring_peak
 from tests.trainer.learner.test_stepper import CONFIG, QUERIES, RESPONSES, SCORES, make_stepper, weights
 
 
@@ -29,10 +29,10 @@ def test_a_full_memory_halves_what_is_tried_at_once_until_it_fits_and_for_good(e
             raise error
         return samples
 
-    fitting = Fitting(12)
+    finder = BatchSizeFinder(12)
     with pytest.warns(UserWarning, match="out of memory: from now on [36] samples"):
-        assert fitting.run(work) == 3
-    assert fitting.run(work) == 3
+        assert finder.run(work) == 3
+    assert finder.run(work) == 3
     assert tried == [12, 6, 3, 3]
 
 
@@ -44,9 +44,9 @@ def test_one_sample_that_does_not_fit_and_every_other_error_are_raised() -> None
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Fitting(1).run(full)
+        BatchSizeFinder(1).run(full)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        Fitting(8).run(broken)
+        BatchSizeFinder(8).run(broken)
 
 
 def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_number(
@@ -69,7 +69,7 @@ def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_numbe
     monkeypatch.setattr(disturbed.policy, "forward", forward_with_little_memory)
     with pytest.warns(UserWarning, match="out of memory"):
         result = disturbed.step(QUERIES, RESPONSES, SCORES)
-    assert disturbed.fitting.samples == 1
+    assert disturbed.batch_size_finder.size == 1
     for name, value in expected.statistics.items():
         assert result.statistics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     for name, weight in weights(undisturbed).items():

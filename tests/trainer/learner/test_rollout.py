@@ -8,8 +8,8 @@ import torch
 
 from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
 from plaudit.data.prompts import Prompts
-from plaudit.learner.rollout import collect
-from plaudit.learner.stepper import PPOStepper, Sampling
+from plaudit.learner.rollout import collect_rollout
+from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws, decode_responses
 from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.texts import prompt_texts
@@ -40,15 +40,15 @@ class LengthRewarder:
         return future
 
 
-def stepper(**sampling: Any) -> PPOStepper:
+def stepper() -> PPOStepper:
     policy = Policy(add_lora(tiny_gpt2(), LoraSettings()))
-    return PPOStepper(policy, None, PPOHyperparameters(batch_size=4, mini_batch_size=2), sampling=Sampling(**sampling))
+    return PPOStepper(policy, None, PPOHyperparameters(batch_size=4, mini_batch_size=2))
 
 
 def test_scores_belong_to_their_own_responses_across_chunks() -> None:
     prompts = Prompts(QUERIES, TOKENIZER.batch_decode(QUERIES))
     rewarder = LengthRewarder()
-    collected = collect(stepper(), TOKENIZER, prompts, draws(), SETTINGS, rewarder)
+    collected = collect_rollout(stepper(), TOKENIZER, prompts, draws(), SETTINGS, rewarder)
     assert [len(asked[0]) for asked in rewarder.asked] == [2, 2, 1]
     assert collected.responses == [text for _, responses in rewarder.asked for text in responses]
     assert collected.rollout.scores.tolist() == [float(len(text)) for text in collected.responses]
@@ -64,7 +64,7 @@ def test_the_judge_gets_what_was_written_to_the_space_between_prompt_and_respons
     one = PPOStepper(policy, None, PPOHyperparameters(batch_size=4, mini_batch_size=2))
     rewarder = LengthRewarder()
     prompts = Prompts(queries, prompt_texts(tokenizer, queries))
-    samples = collect(one, tokenizer, prompts, draws(), SETTINGS, rewarder).rollout.samples
+    samples = collect_rollout(one, tokenizer, prompts, draws(), SETTINGS, rewarder).rollout.samples
     asked = [prompt + response for chunk in rewarder.asked for prompt, response in zip(*chunk, strict=True)]
     written = [
         [*query, *row[:length]]
@@ -76,7 +76,7 @@ def test_the_judge_gets_what_was_written_to_the_space_between_prompt_and_respons
 
 def test_the_kl_is_zero_before_the_first_update() -> None:
     prompts = Prompts(QUERIES, TOKENIZER.batch_decode(QUERIES))
-    rollout = collect(stepper(), TOKENIZER, prompts, draws(), SETTINGS, LengthRewarder()).rollout
+    rollout = collect_rollout(stepper(), TOKENIZER, prompts, draws(), SETTINGS, LengthRewarder()).rollout
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
 
 
@@ -88,4 +88,4 @@ def test_a_reward_that_fails_fails_the_step() -> None:
             return future
 
     with pytest.raises(ConnectionError, match="gone"):
-        collect(stepper(), TOKENIZER, Prompts(QUERIES, ["x"] * 5), draws(), SETTINGS, Failing())
+        collect_rollout(stepper(), TOKENIZER, Prompts(QUERIES, ["x"] * 5), draws(), SETTINGS, Failing())

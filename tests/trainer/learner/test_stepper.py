@@ -16,10 +16,10 @@ from harness.tiny_models import ARCHITECTURES, tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.adam import learning_rate_factor
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.stepper import PPOStepper, Sampling
+from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Rollout, Samples
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOHyperparameters
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
@@ -190,14 +190,23 @@ def test_a_resumed_stepper_keeps_its_own_way_to_compute(tmp_path: Path) -> None:
 
 
 # Defect 11: temperature and truncation missing from the log-probabilities made the KL negative.
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.5), Sampling(top_k=20), Sampling(1.3, 50, 0.9)])
-def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    "generation",
+    [
+        GenerationSettings(temperature=0.5),
+        GenerationSettings(top_k=20),
+        GenerationSettings(temperature=1.3, top_k=50, top_p=0.9),
+    ],
+)
+def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(
+    generation: GenerationSettings,
+) -> None:
     count = 4000
     config = replace(CONFIG, batch_size=count, mini_batch_size=1000, kl_penalty="full")
-    stepper = PPOStepper(make_policy(), None, config, sampling=sampling)
+    stepper = PPOStepper(make_policy(), None, config, generation=generation)
     one = Samples.from_lists([QUERIES[0]], [[0]], pad_token_id=0)
-    options = {"temperature": sampling.temperature}
-    support = stepper.policy.support(one, top_k=sampling.top_k, top_p=sampling.top_p, **options)
+    options = {"temperature": generation.temperature}
+    support = stepper.policy.support(one, top_k=generation.top_k, top_p=generation.top_p, **options)
     probabilities = stepper.policy.policy_logits(one, support=support, **options).softmax(-1)[0]
     # What the padding token adds to the support of `one` has probability in no row: it is not sampled below.
     if support is not None:
@@ -275,7 +284,7 @@ def test_an_entropy_bonus_spreads_the_distribution() -> None:
     def entropy_after(coefficient: float) -> float:
         config = replace(CONFIG, entropy_coef=coefficient, ppo_epochs=1, mini_batch_size=4, learning_rate=1e-2)
         # Cold, so that there is entropy to gain: at temperature 1 a random model is close to uniform.
-        stepper = make_stepper(config, sampling=Sampling(temperature=0.05))
+        stepper = make_stepper(config, generation=GenerationSettings(temperature=0.05))
         for _ in range(3):
             stepper.step(QUERIES, RESPONSES, [0.0, 0.0, 0.0, 0.0])
         with torch.no_grad():

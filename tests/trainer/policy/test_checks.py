@@ -9,7 +9,7 @@ import transformers
 
 from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
-from plaudit.parallel.processes import device_named
+from plaudit.parallel.devices import device_named
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import ModelNotFound, Policy, add_lora, load_causal_lm, load_policy, load_tokenizer

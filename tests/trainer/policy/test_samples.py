@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plaudit.policy.samples import Evaluation, Samples
+from plaudit.policy.samples import EvaluatedSamples, Samples
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
@@ -55,16 +55,18 @@ def test_an_empty_query_or_response_is_named() -> None:
 
 
 def test_evaluations_of_chunks_line_up_by_token_and_scores_make_them_a_rollout() -> None:
-    def evaluation(samples: Samples) -> Evaluation:
+    def evaluation(samples: Samples) -> EvaluatedSamples:
         tensors = samples.response_ids.float()
         support = torch.nn.functional.one_hot(samples.response_ids, 9).bool()
-        return Evaluation(samples=samples, logprobs=tensors, values=tensors, ref_logprobs=tensors, support=support)
+        return EvaluatedSamples(
+            samples=samples, logprobs=tensors, values=tensors, ref_logprobs=tensors, support=support
+        )
 
     parts = [
         Samples.from_lists([[1]], [[5, 6, 7]], pad_token_id=0),
         Samples.from_lists([[1, 2]], [[8]], pad_token_id=0),
     ]
-    whole = Evaluation.concatenate([evaluation(part) for part in parts])
+    whole = EvaluatedSamples.concatenate([evaluation(part) for part in parts])
     assert whole.logprobs.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert whole.full_kl is None
     assert whole.support is not None

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from harness import foreign_servers as foreign
+from harness.foreign import stand_ins as foreign
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.rewards.settings import RewardSettings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.disks import fill, small_disk
+from harness.machine.disks import fill, small_disk
 from harness.runs import assert_same
 from harness.tiny_models import tiny_gpt2
 from plaudit.errors import ConfigError

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from harness.disks import fill, small_disk
+from harness.machine.disks import fill, small_disk
 from plaudit.errors import ConfigError
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
 from plaudit.run.storage import NotWritten

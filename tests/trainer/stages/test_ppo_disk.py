@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.disks import fill, small_disk
+from harness.machine.disks import fill, small_disk
 from harness.runs import TrainerProcess, assert_same_run, single_threaded, start_ranks
 from plaudit.run.checkpoint import list_checkpoints
 from plaudit.settings.ppo import PPOConfig

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from harness import foreign_servers as foreign
-from plaudit.learner.rollout import Collected
+from harness.foreign import stand_ins as foreign
+from plaudit.learner import rollout
+from plaudit.learner.rollout import CollectedRollout
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import REWARD_MEAN, read_metrics
 from plaudit.settings.data import DataSettings
@@ -19,14 +20,14 @@ def test_every_sample_is_trained_on_the_logit_of_its_text(
     kind: str, policy_dir: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, changes = foreign.SPOKEN[kind]
-    steps: list[Collected] = []
-    collect = ppo.collect
+    steps: list[CollectedRollout] = []
+    collect = rollout.collect_rollout
 
-    def kept(*arguments: Any, **named: Any) -> Collected:
+    def kept(*arguments: Any, **named: Any) -> CollectedRollout:
         steps.append(collect(*arguments, **named))
         return steps[-1]
 
-    monkeypatch.setattr(ppo, "collect", kept)
+    monkeypatch.setattr(rollout, "collect_rollout", kept)
     with foreign.serving(server) as url:
         config = PPOConfig(
             policy=str(policy_dir),

@@ -24,7 +24,8 @@ from harness.stub_reward_server import StubRewardServer
 from plaudit.data.prompts import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
-from plaudit.parallel.processes import Processes, joined
+from plaudit.parallel.launch import process_group
+from plaudit.parallel.processes import Processes
 from plaudit.policy.model import load_policy, load_tokenizer
 from plaudit.run.runtime import StopRequested
 from plaudit.settings.policy import GenerationSettings, LoraSettings
@@ -143,7 +144,7 @@ def test_alone_an_error_is_raised_as_it_is() -> None:
         raise StopRequested(signal.SIGTERM)
 
     with pytest.raises(StopRequested) as caught:
-        Processes().together(fail)
+        Processes().on_all(fail)
     assert not hasattr(caught.value, "__notes__")
 
 
@@ -154,5 +155,5 @@ def test_a_mini_batch_smaller_than_the_processes_is_refused(policy_dir: Path) ->
 
 
 def test_the_device_is_the_one_that_was_asked_for(config: PPOConfig) -> None:
-    with joined("meta", timeout_s=1.0) as (processes, device):
+    with process_group(dataclasses.replace(config, device="meta")) as (processes, device):
         assert (processes, device) == (Processes(), torch.device("meta"))

@@ -26,8 +26,9 @@ from harness.runs import (
 )
 from harness.stub_reward_server import StubRewardServer
 from plaudit.errors import ConfigError
-from plaudit.learner.memory import Fitting
-from plaudit.parallel.sharding import Sharding, sharding_for
+from plaudit.learner.memory import BatchSizeFinder
+from plaudit.parallel.launch import sharding_for
+from plaudit.parallel.sharding import Sharding
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
@@ -245,5 +246,5 @@ def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        Fitting(8, fixed=True).run(full)
+        BatchSizeFinder(8, fixed=True).run(full)
     assert caught.value.__notes__ == ["8 samples at once are too many: give --ppo.micro-batch-size less"]

@@ -17,7 +17,7 @@ import transformers
 import trl
 from safetensors.torch import load_file
 
-from harness.disks import fill, small_disk
+from harness.machine.disks import fill, small_disk
 from harness.runs import TrainerProcess
 from harness.tiny_models import save, tiny_classifier_dir, tiny_gpt2, tiny_wordpiece_tokenizer
 from plaudit import cli

@@ -1,6 +1,6 @@
 """One PPO step: a rollout in, weights moved. `PPOStepper` is the step API for rewards from any source."""
 
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.stepper import PPOStepper, Sampling, StepResult
+from plaudit.learner.stepper import PPOStepper, StepResult
 
-__all__ = ["NonFiniteUpdate", "PPOStepper", "Sampling", "StepResult"]
+__all__ = ["NonFiniteUpdate", "PPOStepper", "StepResult"]

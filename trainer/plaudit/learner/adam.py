@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plaudit.parallel.sharding import as_split, for_files, is_sharded
+from plaudit.parallel.processes import Processes
 from plaudit.policy.model import Policy
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
 
@@ -18,8 +18,8 @@ OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
 """Of an optimizer's options, those that a checkpoint does not decide: how it computes, and the rate, set each step."""
 
 
-def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Adam:
-    """Adam without weight decay over everything that learns. The values may have a learning rate of their own."""
+def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Processes) -> torch.optim.Adam:
+    """Adam without weight decay over everything that learns. The value head may have its own learning rate."""
     modules = [policy.v_head] if policy.value_model is None else [policy.v_head, policy.value_model]
     head = {id(parameter) for module in modules for parameter in module.parameters()}
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -30,8 +30,8 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Ad
             {"params": [p for p in learning if id(p) not in head], "lr": rate, "initial_lr": rate},
             {"params": [p for p in learning if id(p) in head], "lr": head_rate, "initial_lr": head_rate},
         ]
-    # One kernel for all parameters; split ones have none.
-    fused = True if policy.device.type == "cuda" and not is_sharded(policy) else None
+    # One kernel for all parameters; sharded ones have none.
+    fused = True if policy.device.type == "cuda" and not processes.is_sharded else None
     if fused:
         for group in groups:
             group["lr"] = torch.tensor(group["lr"], device=policy.device)
@@ -42,7 +42,7 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters) -> torch.optim.Ad
 def learning_rate_factor(
     step: int, schedule: LearningRateSchedule, *, warmup_steps: int = 0, total_steps: int | None = None
 ) -> float:
-    """What multiplies the learning rate in step `step` (from 0): rising over the warm-up, then by the schedule."""
+    """The learning rate's factor in step `step` (from 0): linear warm-up, then the schedule."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
@@ -53,7 +53,7 @@ def learning_rate_factor(
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Each group's initial rate times `factor`; the first group's."""
+    """Sets each group's rate to its initial rate times `factor`; returns the first group's."""
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):
@@ -63,20 +63,25 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float
     return float(optimizer.param_groups[0]["initial_lr"] * factor)
 
 
-def state_for_files(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state with whole tensors. With sharded weights all processes call this, and the first gets it."""
+def state_for_files(optimizer: torch.optim.Optimizer, processes: Processes) -> dict[str, Any]:
+    """The optimizer's state with full tensors. All processes call this; if sharded, only rank 0 gets the tensors."""
     state = optimizer.state_dict()
     return {
-        "state": _tensors(state["state"], lambda _, moment: for_files(moment)),
+        "state": _tensors(state["state"], lambda _, moment: processes.full_tensor_on_main(moment)),
         "param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]],
     }
 
 
 def restore_state(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], saved: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    saved: Mapping[str, Any],
+    processes: Processes,
 ) -> None:
-    """Goes on from `state_for_files`."""
-    own = _tensors(saved["state"], lambda i, moment: as_split(moment, parameters[i]) if moment.ndim else moment)
+    """Puts back what `state_for_files` gave; `parameters` in the optimizer's order."""
+    own = _tensors(
+        saved["state"], lambda i, moment: processes.own_shard(moment, parameters[i]) if moment.ndim else moment
+    )
     # How steps are computed is this process's business, not that of the one which wrote the file.
     pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
     groups = [group | {name: current[name] for name in OWN_OPTIONS} for group, current in pairs]

@@ -23,30 +23,36 @@ LARGEST_KEPT_MIB = 256
 """Larger blocks go back at once: there are few, and they would leave holes."""
 
 
-class Fitting:
-    """Runs work on as many samples at once as memory takes. Halves their number whenever it runs out, for good.
+class BatchSizeFinder:
+    """Finds the largest batch that fits into memory: halves the size whenever memory runs out, for good.
 
-    Not if `fixed`: then the error is raised, and says which setting to change.
+    A `fixed` size is not halved: the error is raised, and says which setting to change.
     """
 
-    def __init__(self, at_most: int, *, fixed: bool = False) -> None:
-        self.samples = at_most
+    def __init__(self, size: int, *, fixed: bool = False) -> None:
+        """Starts at `size`, in samples."""
+        self.size = size
+        """Samples that go through the model at once."""
         self._fixed = fixed
 
     def run(self, work: Callable[[int], T]) -> T:
-        """What `work(samples at once)` gives. It is started again from nothing after running out of memory."""
+        """Returns `work(size)`. `work` starts again from the beginning after it ran out of memory.
+
+        Raises:
+            RuntimeError: whatever `work` failed with, if that was no lack of memory or one sample didn't fit.
+        """
         while True:
             try:
-                return work(self.samples)
+                return work(self.size)
             except RuntimeError as error:
-                if self.samples == 1 or not is_out_of_memory(error):
+                if self.size == 1 or not is_out_of_memory(error):
                     raise
                 if self._fixed:
-                    error.add_note(f"{self.samples} samples at once are too many: give --ppo.micro-batch-size less")
+                    error.add_note(f"{self.size} samples at once are too many: give --ppo.micro-batch-size less")
                     raise
-                self.samples = (self.samples + 1) // 2
+                self.size = (self.size + 1) // 2
                 warnings.warn(
-                    f"out of memory: from now on {self.samples} samples go through the model at once", stacklevel=2
+                    f"out of memory: from now on {self.size} samples go through the model at once", stacklevel=2
                 )
             # Outside the handler, where the traceback no longer holds the tensors of the failed attempt.
             gc.collect()

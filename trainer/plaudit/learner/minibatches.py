@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from plaudit.errors import PlauditError
 from plaudit.learner.adam import make_optimizer
+from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
-from plaudit.learner.memory import Fitting
-from plaudit.learner.objective import STATISTICS, measure, token_losses
+from plaudit.learner.memory import BatchSizeFinder
+from plaudit.learner.objective import token_losses
+from plaudit.learner.step_statistics import STATISTICS, averaged, measure
 from plaudit.parallel.processes import Processes
-from plaudit.parallel.sharding import is_sharded, whole
 from plaudit.policy.model import Policy, ResponseOutputs
-from plaudit.policy.samples import Rollout, Samples, on_device, stack_rows
+from plaudit.policy.samples import Samples, on_device, stack_rows
 from plaudit.ppo.masked import masked_sum
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -50,10 +51,18 @@ class Minibatch:
     support: Tensor | None
 
     @classmethod
-    def of(cls, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor) -> "Minibatch":
-        """These rows of a rollout."""
-        whole = cls(rollout.samples, rollout.logprobs, rollout.values, advantages, returns, rollout.support)
-        return whole.rows(rows)
+    def of(cls, experience: Experience, rows: Tensor) -> "Minibatch":
+        """These rows of the experience."""
+        rollout = experience.rollout
+        batch = cls(
+            samples=rollout.samples,
+            logprobs=rollout.logprobs,
+            values=rollout.values,
+            advantages=experience.advantages,
+            returns=experience.returns,
+            support=rollout.support,
+        )
+        return batch.rows(rows)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -104,12 +113,13 @@ class MinibatchEngine:
     ) -> None:
         """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
         self.policy, self.config, self.processes = policy, config, processes
-        self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, one process that tried again would be out of step with the others.
         share = processes.largest_share(config.mini_batch_size)
-        self.fitting = Fitting(min(config.micro_batch_size or share, share), fixed=is_sharded(policy))
-        self.step = 0
-        """Number of the step, for messages."""
+        self.batch_size_finder = BatchSizeFinder(
+            min(config.micro_batch_size or share, share), fixed=processes.is_sharded
+        )
+        self._step = 0
         self._temperature = temperature
         self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
 
@@ -118,15 +128,16 @@ class MinibatchEngine:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def run(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, orders: Iterable[Tensor]
+        self, experience: Experience, orders: Iterable[Tensor], *, step: int = 0
     ) -> tuple[dict[str, float], list[list[int]]]:
-        """One epoch for each of the `ppo_epochs` orders of samples, unless one stops early.
+        """One epoch for each of the `ppo_epochs` orders of samples, unless early stopping ends them.
 
-        Gives the mini-batches' statistics, averaged, and the orders that were taken.
+        Returns the mini-batches' statistics, averaged, and the orders that were taken. `step` is for messages.
 
-        Raises `NonFiniteUpdate`; no weight has seen the number.
+        Raises:
+            NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
         """
-        config = self.config
+        config, self._step = self.config, step
         self.policy.train()
         history: list[dict[str, float]] = []
         recorded: list[_Recorded] = []
@@ -134,52 +145,44 @@ class MinibatchEngine:
         for epoch, order in enumerate(orders):
             taken.append(order.tolist())
             for group in torch.split(order, config.mini_batch_size * config.gradient_accumulation_steps):
-                done = self._recorded_step(rollout, advantages, returns, group, epoch=epoch)
+                done = self._recorded_step(experience, group, epoch=epoch)
                 if done is None:
-                    history += self._optimizer_step(rollout, advantages, returns, group, epoch=epoch)
+                    history += self._optimizer_step(experience, group, epoch=epoch)
                 else:
                     recorded.append(done)
             if config.early_stopping or epoch == config.ppo_epochs - 1:
                 # One look at the device for all of them.
-                history += self._read(recorded, rollout)
+                history += self._read(recorded, experience)
                 recorded.clear()
             if config.early_stopping and history[-1]["ppo/policy/policykl"] > 1.5 * config.target_kl:
                 break
         self.policy.eval()
-        statistics = {name: sum(entry[name] for entry in history) / len(history) for name in history[0]}
-        spread = statistics["ppo/returns/var"]
-        statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / spread if spread > 0 else 0.0
-        statistics["ppo/policy/ratio_drift"] = history[0]["ppo/policy/ratio_drift"]
-        return statistics, taken
+        return averaged(history), taken
 
-    def _optimizer_step(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
-    ) -> list[dict[str, float]]:
+    def _optimizer_step(self, experience: Experience, rows: Tensor, *, epoch: int) -> list[dict[str, float]]:
         """Accumulates the gradients of a group of mini-batches and moves the weights once, if any of them counted."""
         config = self.config
         history = [
-            self._accumulate(rollout, advantages, returns, minibatch, epoch=epoch)
+            self._accumulate(experience, minibatch, epoch=epoch)
             for minibatch in torch.split(rows, config.mini_batch_size)
         ]
         if all(statistics["ppo/skipped"] for statistics in history):
             return history
-        self.processes.sum_gradients(self.parameters())
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters(), config.max_grad_norm or math.inf))
+        self.processes.all_reduce_gradients(self.parameters())
+        norm = self.processes.full_tensor(nn.utils.clip_grad_norm_(self.parameters(), config.max_grad_norm or math.inf))
         if not bool(norm.isfinite()):
-            raise self._non_finite(f"gradient norm is {norm.item()}", rollout, rows, epoch)
+            raise self._non_finite(f"gradient norm is {norm.item()}", experience, rows, epoch)
         for statistics in history:
             statistics["ppo/grad_norm"] = norm.item()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return history
 
-    def _recorded_step(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
-    ) -> "_Recorded | None":
+    def _recorded_step(self, experience: Experience, rows: Tensor, *, epoch: int) -> "_Recorded | None":
         """The same for one mini-batch, by a recorded graph, unread; None where there is none."""
         if self._updates is None:
             return None
-        minibatch = Minibatch.of(rollout, advantages, returns, rows)
+        minibatch = Minibatch.of(experience, rows)
         flat = FlatMinibatch.of(
             minibatch.samples,
             self.policy.mask_dtype,
@@ -221,7 +224,7 @@ class MinibatchEngine:
             del told.grad_scale, told.found_inf
         return torch.stack([*measured.values(), norm])
 
-    def _read(self, recorded: Sequence["_Recorded"], rollout: Rollout) -> list[dict[str, float]]:
+    def _read(self, recorded: Sequence["_Recorded"], experience: Experience) -> list[dict[str, float]]:
         """The statistics of recorded updates. Raises `NonFiniteUpdate` for one whose weights did not move for that."""
         history: list[dict[str, float]] = []
         if not recorded:
@@ -233,25 +236,23 @@ class MinibatchEngine:
             if not skipped:
                 if not math.isfinite(statistics["ppo/loss/total"]):
                     what = f"loss is {statistics['ppo/loss/total']}"
-                    raise self._non_finite(what, rollout, done.rows, done.epoch)
+                    raise self._non_finite(what, experience, done.rows, done.epoch)
                 if not math.isfinite(norm):
-                    raise self._non_finite(f"gradient norm is {norm}", rollout, done.rows, done.epoch)
+                    raise self._non_finite(f"gradient norm is {norm}", experience, done.rows, done.epoch)
                 statistics["ppo/grad_norm"] = norm
             history.append(statistics)
         return history
 
-    def _accumulate(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, rows: Tensor, *, epoch: int
-    ) -> dict[str, float]:
+    def _accumulate(self, experience: Experience, rows: Tensor, *, epoch: int) -> dict[str, float]:
         """Adds a mini-batch's gradient to the parameters', unless its mean ratio says that the policy has left."""
-        old = Minibatch.of(rollout, advantages, returns, rows)
+        old = Minibatch.of(experience, rows)
         before = [parameter.grad for parameter in self.parameters()]
         own = self.processes.share(len(rows))
-        outputs = self.fitting.run(lambda size: self._backward(old, own, size))
-        new = ResponseOutputs(*self.processes.complete(outputs, own, old.mask.shape))
+        outputs = self.batch_size_finder.run(lambda size: self._backward(old, own, size))
+        new = ResponseOutputs(*self.processes.all_gather_rows(outputs, own, old.mask.shape))
         statistics, skipped = self._statistics(old, new)
         if not skipped and not math.isfinite(statistics["ppo/loss/total"]):
-            raise self._non_finite(f"loss is {statistics['ppo/loss/total']}", rollout, rows, epoch)
+            raise self._non_finite(f"loss is {statistics['ppo/loss/total']}", experience, rows, epoch)
         for parameter, earlier in zip(self.parameters(), before, strict=True):
             if skipped or parameter.grad is None:
                 parameter.grad = earlier
@@ -270,7 +271,7 @@ class MinibatchEngine:
         for start in range(0, self.processes.largest_share(len(minibatch)), size):
             rows = own[start : start + size]
             if not rows:
-                if is_sharded(self.policy):
+                if self.processes.is_sharded:
                     self._idle_pass(minibatch)
                 continue
             group = minibatch.rows(rows)
@@ -309,6 +310,7 @@ class MinibatchEngine:
             statistics |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
         return statistics | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}, skipped
 
-    def _non_finite(self, what: str, rollout: Rollout, rows: Tensor, epoch: int) -> NonFiniteUpdate:
+    def _non_finite(self, what: str, experience: Experience, rows: Tensor, epoch: int) -> NonFiniteUpdate:
         self.optimizer.zero_grad()
-        return NonFiniteUpdate(what, step=self.step, epoch=epoch, rows=rows, samples=rollout.samples.select(rows))
+        samples = experience.rollout.samples.select(rows)
+        return NonFiniteUpdate(what, step=self._step, epoch=epoch, rows=rows, samples=samples)

@@ -1,4 +1,4 @@
-"""One PPO step on samples that have been scored: token rewards, advantages, updates, the KL coefficient.
+"""The learner's state, and the PPO step that moves it: token rewards, advantages, updates, the KL coefficient.
 
 This is also the classic step API: `PPOStepper(policy, reference, config).step(queries, responses, scores)` with rewards
 from any source. Failure mode: an advantage or coefficient computed from other samples than those that were scored.
@@ -12,27 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from plaudit.errors import ConfigError
+from plaudit.learner import step_statistics
 from plaudit.learner.adam import learning_rate_factor, restore_state, set_learning_rates, state_for_files
-from plaudit.learner.graphs import FlatSamples, Graphs, warn_of_no_graphs
-from plaudit.learner.memory import Fitting
+from plaudit.learner.evaluator import Evaluator
+from plaudit.learner.experience import Experience, make_experience
+from plaudit.learner.memory import BatchSizeFinder
 from plaudit.learner.minibatches import MinibatchEngine
 from plaudit.parallel.processes import Processes
-from plaudit.policy.model import Policy, ResponseOutputs
-from plaudit.policy.samples import Evaluation, Rollout, Samples
+from plaudit.policy.model import Policy
+from plaudit.policy.samples import EvaluatedSamples, Rollout, Samples
 from plaudit.ppo import kl, rewards
-from plaudit.ppo.advantages import gae
-from plaudit.ppo.masked import masked_mean, masked_sum, scale, whiten
+from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOHyperparameters
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses were drawn; log-probabilities are those of this distribution."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,9 +53,10 @@ class PPOStepper:
     """The optimizer, KL coefficient and running moments of a run, and the step that moves them.
 
     `reference` is a frozen model, or None to hold the policy to the reference it brings (its own weights with the
-    adapters off, or a frozen copy). `total_steps` is needed by learning-rate schedules that end. With several
-    `processes`, each calls `update` with the same rollout of the whole batch. On a GPU, updates are recorded as CUDA
-    graphs where that is possible, unless `graphs` is off.
+    adapters off, or a frozen copy). Of `generation`, temperature, top-k and top-p say which distribution the responses
+    were drawn from: log-probabilities are those of that distribution. `total_steps` is needed by learning-rate
+    schedules that end. With several `processes`, each calls `update` with the same rollout of the whole batch. On a
+    GPU, updates are recorded as CUDA graphs where that is possible, unless `graphs` is off.
     """
 
     def __init__(
@@ -73,12 +65,17 @@ class PPOStepper:
         reference: nn.Module | None,
         config: PPOHyperparameters,
         *,
-        sampling: Sampling | None = None,
+        generation: GenerationSettings | None = None,
         total_steps: int | None = None,
         seed: int = 0,
         processes: Processes | None = None,
         graphs: bool = True,
     ) -> None:
+        """`seed` draws the order of samples in each epoch.
+
+        Raises:
+            ConfigError: the schedule needs `total_steps`, or a mini-batch has fewer samples than there are processes.
+        """
         if config.lr_schedule != "constant" and total_steps is None:
             raise ConfigError(f"lr_schedule={config.lr_schedule} needs to know the number of steps")
         if reference is not None:
@@ -88,17 +85,19 @@ class PPOStepper:
         self.processes = processes or Processes()
         if config.mini_batch_size < self.processes.count:
             raise ConfigError(f"mini_batch_size={config.mini_batch_size} is less than {self.processes.count} processes")
-        self.sampling = sampling or Sampling()
+        generation = generation or GenerationSettings()
         self.total_steps = total_steps
         self.kl_coef = config.init_kl_coef
         self.moments = rewards.RunningMoments()
         self.steps_done = 0
         self._shuffles = torch.Generator().manual_seed(seed)
-        record = graphs and self._can_record()
+        record = graphs and _can_record(policy, config, generation, self.processes)
         self._engine = MinibatchEngine(
-            policy, config, temperature=self.sampling.temperature, processes=self.processes, record=record
+            policy, config, temperature=generation.temperature, processes=self.processes, record=record
         )
-        self._evaluations = Graphs(self._think) if record else None
+        self._evaluator = Evaluator(
+            policy, generation, self.batch_size_finder, full_kl=config.kl_penalty == "full", record=record
+        )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -110,22 +109,9 @@ class PPOStepper:
         self._engine.optimizer = optimizer
 
     @property
-    def fitting(self) -> Fitting:
+    def batch_size_finder(self) -> BatchSizeFinder:
         """How many samples go through the model at once."""
-        return self._engine.fitting
-
-    def _can_record(self) -> bool:
-        """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU."""
-        return (
-            self.policy.device.type == "cuda"
-            and self.processes.count == 1
-            and self.policy.packs
-            and self.config.gradient_accumulation_steps == 1
-            and self.config.micro_batch_size is None
-            and not getattr(self.policy.language_model, "is_gradient_checkpointing", False)
-            and self.sampling.top_k == 0
-            and self.sampling.top_p == 1.0
-        )
+        return self._engine.batch_size_finder
 
     def step(
         self,
@@ -137,118 +123,79 @@ class PPOStepper:
         """One PPO step on token lists and one score for each, from any source.
 
         `minibatch_permutations` gives each epoch's order of samples; without it they are drawn.
+
+        Raises:
+            ValueError: the counts differ from each other or from `batch_size`, or a score is not finite.
+            NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
         """
         samples = Samples.from_lists(queries, responses, pad_token_id=0, device=self.policy.device)
         scores = torch.stack([torch.as_tensor(score, dtype=torch.float32).reshape(()) for score in scores])
         rollout = self.evaluate(samples).with_scores(scores.to(self.policy.device))
         return self.update(rollout, minibatch_permutations)
 
-    @torch.no_grad()
-    def evaluate(self, samples: Samples) -> Evaluation:
+    def evaluate(self, samples: Samples) -> EvaluatedSamples:
         """Log-probabilities and values of the policy as it is now, and the reference's log-probabilities."""
-        self.policy.eval()
-        return self.fitting.run(
-            lambda size: Evaluation.concatenate([self._evaluate(chunk) for chunk in samples.chunks(size)])
-        )
-
-    def _think(self, flat: FlatSamples) -> Tensor:
-        """[3, N]: log-probabilities and values of the policy, and log-probabilities of the reference."""
-        temperature = self.sampling.temperature
-        own = self.policy.score(flat.given, flat.tokens, temperature=temperature, entropy=False)
-        reference = self.policy.reference_score(flat.given, flat.tokens, temperature=temperature)
-        return torch.stack([own.logprobs, own.values, reference])
-
-    def _recorded_evaluation(self, samples: Samples) -> Evaluation | None:
-        """`_evaluate` by a recorded graph; None where there is none."""
-        if self._evaluations is None or self.config.kl_penalty == "full":
-            return None
-        try:
-            thought = self._evaluations.run(FlatSamples.of(samples, self.policy.mask_dtype))
-        except RuntimeError as error:
-            self._evaluations = None
-            warn_of_no_graphs("evaluations", error)
-            return None
-        logprobs, values, reference = (samples.spread(row[: len(samples.cells)]) for row in thought)
-        return Evaluation(samples=samples, logprobs=logprobs, values=values, ref_logprobs=reference)
-
-    def _evaluate(self, samples: Samples) -> Evaluation:
-        recorded = self._recorded_evaluation(samples)
-        if recorded is not None:
-            return recorded
-        temperature = self.sampling.temperature
-        support = self.policy.support(
-            samples, temperature=temperature, top_k=self.sampling.top_k, top_p=self.sampling.top_p
-        )
-        own: ResponseOutputs = self.policy(samples, temperature=temperature, support=support, entropy=False)
-        full = None
-        if self.config.kl_penalty == "full":
-            full = samples.spread(
-                kl.full_kl(
-                    self.policy.policy_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-                    self.policy.reference_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-                )
-            )
-        return Evaluation(
-            samples=samples,
-            logprobs=own.logprobs,
-            values=own.values,
-            ref_logprobs=self.policy.reference_logprobs(samples, temperature=temperature, support=support),
-            full_kl=full,
-            support=support,
-        )
+        return self._evaluator.evaluate(samples)
 
     def update(self, rollout: Rollout, minibatch_permutations: Sequence[Sequence[int]] | None = None) -> StepResult:
-        """Token rewards, advantages, then epochs x mini-batches of clipped updates, then the KL coefficient."""
-        config, mask = self.config, rollout.samples.mask
-        if len(rollout) != config.batch_size:
-            raise ValueError(f"{len(rollout)} samples in a step with batch_size={config.batch_size}")
+        """The step on a rollout: `make_experience`, then `learn`. Raises as `step` does."""
+        return self.learn(self.make_experience(rollout), minibatch_permutations)
+
+    def make_experience(self, rollout: Rollout) -> Experience:
+        """Token rewards and advantages, with the current KL coefficient.
+
+        With score scaling, the scores enter the running moments: call this once a step.
+
+        Raises:
+            ValueError: the rollout has not `batch_size` samples, or a score is not finite.
+        """
+        if len(rollout) != self.config.batch_size:
+            raise ValueError(f"{len(rollout)} samples in a step with batch_size={self.config.batch_size}")
         if not bool(rollout.scores.isfinite().all()):
             raise ValueError(f"scores must be finite: {rollout.scores.tolist()}")
-
         scores = self._prepare_scores(rollout.scores)
-        kls = rollout.full_kl
-        if kls is None:
-            kls = kl.ESTIMATORS[config.kl_penalty](rollout.logprobs, rollout.ref_logprobs)
-        token_rewards, non_score = rewards.token_rewards(scores, kls, mask, kl_coef=self.kl_coef)
-        earned = scale(token_rewards, mask) if config.whiten_rewards else token_rewards
-        advantages, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-        advantages = whiten(advantages, mask)
+        return make_experience(rollout, scores, self.config, kl_coef=self.kl_coef)
 
+    def learn(
+        self, experience: Experience, minibatch_permutations: Sequence[Sequence[int]] | None = None
+    ) -> StepResult:
+        """Epochs x mini-batches of clipped updates, then the KL coefficient of the next step.
+
+        Raises:
+            ValueError: `minibatch_permutations` has too few epochs, or one that is no permutation of the samples.
+            NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
+        """
+        config, rollout = self.config, experience.rollout
         learning_rate = self._set_learning_rates()
-        self._engine.step = self.steps_done
         # Drawn as they are taken: epochs that early stopping leaves out draw nothing.
         orders = (self._order(epoch, minibatch_permutations) for epoch in range(config.ppo_epochs))
-        minibatches, permutations = self._engine.run(rollout, advantages, returns, orders)
-        mean_kl = masked_sum(kls, mask, dim=1).mean().item()
+        minibatches, permutations = self._engine.run(experience, orders, step=self.steps_done)
         statistics = {
-            "objective/kl": mean_kl,
-            "objective/kl_coef": self.kl_coef,
-            "objective/entropy": masked_sum(-rollout.logprobs, mask, dim=1).mean().item(),
-            "ppo/mean_non_score_reward": masked_mean(non_score, mask).item(),
-            "ppo/mean_scores": scores.mean().item(),
-            "ppo/std_scores": _std(scores),
-            **_length_statistics("queries", rollout.samples.query_lengths),
-            **_length_statistics("responses", rollout.samples.response_lengths),
+            **step_statistics.of_experience(experience, kl_coef=self.kl_coef),
             **minibatches,
             "ppo/learning_rate": learning_rate,
         }
         if config.adap_kl_ctrl:
             self.kl_coef = kl.adapt_coefficient(
-                self.kl_coef, mean_kl, target=config.target, horizon=config.horizon, samples=config.batch_size
+                self.kl_coef,
+                statistics["objective/kl"],
+                target=config.target,
+                horizon=config.horizon,
+                samples=config.batch_size,
             )
         self.steps_done += 1
         return StepResult(
             statistics=statistics,
-            mask=mask,
+            mask=rollout.samples.mask,
             logprobs=rollout.logprobs,
             ref_logprobs=rollout.ref_logprobs,
             values=rollout.values,
-            kls=kls,
-            scores=scores,
-            non_score_rewards=non_score,
-            rewards=token_rewards,
-            advantages=advantages,
-            returns=returns,
+            kls=experience.kls,
+            scores=experience.scores,
+            non_score_rewards=experience.non_score_rewards,
+            rewards=experience.rewards,
+            advantages=experience.advantages,
+            returns=experience.returns,
             minibatch_permutations=permutations,
         )
 
@@ -260,7 +207,7 @@ class PPOStepper:
         return scores if config.score_clip is None else scores.clamp(-config.score_clip, config.score_clip)
 
     def _set_learning_rates(self) -> float:
-        """For the step to come; the first group's."""
+        """Sets the rates of the step to come; returns the first group's."""
         factor = learning_rate_factor(
             self.steps_done,
             self.config.lr_schedule,
@@ -282,10 +229,10 @@ class PPOStepper:
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights that the next step depends on.
 
-        Where those are sharded, all processes must call this, and the first gets it.
+        All processes call this; if weights are sharded, rank 0 gets whole tensors and the others empty ones.
         """
         return {
-            "optimizer": state_for_files(self.optimizer),
+            "optimizer": state_for_files(self.optimizer, self.processes),
             "kl_coef": self.kl_coef,
             "moments": (self.moments.count, self.moments.mean, self.moments.var),
             "steps_done": self.steps_done,
@@ -293,18 +240,25 @@ class PPOStepper:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken, to the bit."""
-        restore_state(self.optimizer, self._engine.parameters(), state["optimizer"])
+        """Continues from `state_dict`: the next steps are bit-identical."""
+        restore_state(self.optimizer, self._engine.parameters(), state["optimizer"], self.processes)
         self.kl_coef = state["kl_coef"]
         self.moments = rewards.RunningMoments(*state["moments"])
         self.steps_done = state["steps_done"]
         self._shuffles.set_state(state["shuffles"].cpu())
 
 
-def _std(values: Tensor) -> float:
-    return values.std().item() if values.numel() > 1 else 0.0
-
-
-def _length_statistics(name: str, lengths: Tensor) -> dict[str, float]:
-    lengths = lengths.float()
-    return {f"tokens/{name}_len_mean": lengths.mean().item(), f"tokens/{name}_len_std": _std(lengths)}
+def _can_record(
+    policy: Policy, config: PPOHyperparameters, generation: GenerationSettings, processes: Processes
+) -> bool:
+    """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU."""
+    return (
+        policy.device.type == "cuda"
+        and processes.count == 1
+        and policy.packs
+        and config.gradient_accumulation_steps == 1
+        and config.micro_batch_size is None
+        and not getattr(policy.language_model, "is_gradient_checkpointing", False)
+        and generation.top_k == 0
+        and generation.top_p == 1.0
+    )

@@ -1,1 +1,1 @@
-"""One process or several, with whole or split weights."""
+"""One process or several, with replicated or sharded weights: `parallel.processes.Processes` answers for all three."""

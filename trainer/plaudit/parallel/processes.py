@@ -1,44 +1,56 @@
-"""Several processes, one run: each takes a share of every batch, and computes the same numbers.
+"""The processes of one run. Each takes a share of every batch, and all compute the same numbers.
+
+`Processes` is the one object that knows whether a run has one process or several, and whether weights are replicated
+or sharded. Everything that depends on it takes it as an argument and calls it in either case; alone, it does nothing.
 
 What would be wrong here: an average of averages where one process has one average, so rows are put together before
 anything is computed from them; or a process that waits for one that has failed, so whoever fails says so to the others.
 """
 
-import os
+import functools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from plaudit.errors import ConfigError, PlauditError
+from plaudit.parallel import sharding as fsdp
+from plaudit.parallel.sharding import Sharding
+from plaudit.policy.model import Policy, PolicyWeights
 
+P = ParamSpec("P")
 T = TypeVar("T")
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many processes there are."""
-
-
-class ProcessLost(PlauditError, RuntimeError):
-    """Another process of the run has died, or did not answer within the timeout."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all that make one run. Alone, everything here does nothing."""
+    """This process among all that make one run, and how they hold the weights.
+
+    Every method but `share` and `largest_share` is a collective operation: all processes call it, in the same order.
+    """
 
     rank: int = 0
     count: int = 1
+    """The world size."""
+    sharding: Sharding | None = None
+    """How weights are split (FSDP); None for a replica in every process."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and talks to people."""
+        """Whether this is rank 0, the process that writes files and talks to people."""
         return self.rank == 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of every weight."""
+        return self.sharding is not None
+
+    # Rows of a batch
 
     def share(self, rows: int) -> range:
         """This process's part of so many rows; parts are consecutive and differ by one row at most."""
@@ -50,16 +62,31 @@ class Processes:
         """How many of so many rows the process with the most of them has."""
         return -(-rows // self.count)
 
-    def together(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gave in each process, in their order. If it failed in one, all of them raise that one's error.
+    def all_gather_rows(self, own: Tensor, rows: range, shape: Sequence[int]) -> Tensor:
+        """All-gather: [N, B, T] of all processes' rows, `own` [N, b, t] being `rows` of this one, and `shape` (B, T).
 
-        Results are pickled: tensors must be on the CPU.
+        The result is 0 beyond each process's t, and has no gradient.
         """
         if self.count == 1:
-            return [work()]
+            return own
+        gathered = own.new_zeros(own.shape[0], *shape)
+        gathered[:, rows.start : rows.stop, : own.shape[2]] = own
+        # Every row is one process's and zero in the others, so an all-reduce of the sum is an exact all-gather.
+        dist.all_reduce(gathered)
+        return gathered
+
+    # Work whose errors all processes raise
+
+    def on_all(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        """All-gather of objects (`all_gather_object`): what `work` returned in each process, by rank.
+
+        Results are pickled: tensors must be on the CPU. If `work` failed in one process, all of them raise its error.
+        """
+        if self.count == 1:
+            return [work(*args, **kwargs)]
         outcome: T | _Failed
         try:
-            outcome = work()
+            outcome = work(*args, **kwargs)
         except Exception as error:
             outcome = _Failed.of(error)
         outcomes: list[Any] = [None] * self.count
@@ -71,23 +98,26 @@ class Processes:
                 raise failure
         return outcomes
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gave in the main process, the only one that does it; its error in all of them if it failed."""
-        result: Any = self.together(lambda: work() if self.is_main else None)[0]
-        return result  # type: ignore[no-any-return]
+    def on_main(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Broadcast of an object: only rank 0 does the work; all get its result, or raise its error."""
+        own: Callable[[], Any] = functools.partial(work, *args, **kwargs) if self.is_main else _no_work
+        result: T = self.on_all(own)[0]
+        return result
 
-    def complete(self, own: Tensor, rows: range, shape: Sequence[int]) -> Tensor:
-        """[N, B, T] of all processes' rows, `own` [N, b, t] being `rows` of this one. 0 beyond t, and no gradient."""
+    # Weights and gradients
+
+    def broadcast(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Broadcast: gives every process rank 0's parameters, in place."""
         if self.count == 1:
-            return own
-        whole = own.new_zeros(own.shape[0], *shape)
-        whole[:, rows.start : rows.stop, : own.shape[2]] = own
-        # Every row is somebody's and zero elsewhere, so the sum is exact.
-        dist.all_reduce(whole)
-        return whole
+            return
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up each parameter's gradient over the processes, in place. Those of sharded ones are sums already."""
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """All-reduce: adds up each parameter's gradient over the processes, in place.
+
+        Gradients of sharded parameters are left alone: FSDP's backward pass has already reduce-scattered their sum.
+        """
         if self.count == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
@@ -98,57 +128,71 @@ class Processes:
         for gradient, total in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    def copy_from_main(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every process the main one's parameters."""
-        if self.count == 1:
-            return
-        for parameter in parameters:
-            dist.broadcast(parameter.data, src=0)
+    def shard(self, policy: Policy) -> None:
+        """Splits the weights of the policy and its reference over the processes, in place, if the run is sharded.
 
+        Every process must hold the same weights. Build the optimizer afterwards: the parameters are other objects.
 
-def device_named(name: str | None) -> torch.device:
-    """The device of this name; without one, the GPU if there is one. Raises `ConfigError` if it isn't there."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if there else "cpu"))
-        if device.type != "cuda":
-            torch.empty(1, device=device)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ConfigError(f"device={name!r} can't be used here ({' '.join(str(error).split()):.120})") from error
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise ConfigError(
-            f"device={name!r}: torch {torch.__version__} finds {there} GPUs here; pass --device cpu, or leave it out"
+        Raises:
+            ConfigError: the policy has no modules of the classes that `sharding.blocks` names.
+        """
+        if self.sharding is not None:
+            fsdp.shard(policy, self.sharding)
+
+    def gathered_weights(self, policy: Policy) -> AbstractContextManager[None]:
+        """All-gather of sharded weights, for the length of the block: each process then generates at its own pace."""
+        return nullcontext() if self.sharding is None else fsdp.gathered_weights(policy, self.sharding)
+
+    def weights_line(self, policy: Policy) -> str:
+        """How much of the sharded weights this process holds, for people; empty if each has a replica."""
+        return "" if self.sharding is None else fsdp.memory_line(policy)
+
+    def full_tensor(self, tensor: Tensor) -> Tensor:
+        """All-gather of a sharded tensor, on its device; any other tensor as it is."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def full_tensor_on_main(self, tensor: Tensor) -> Tensor:
+        """Gather of a sharded tensor to rank 0's CPU, as files hold it; the other ranks get an empty tensor.
+
+        Any other tensor is returned as it is.
+        """
+        if not isinstance(tensor, DTensor):
+            return tensor
+        everything = tensor.full_tensor()
+        return everything.cpu() if self.is_main else everything.new_empty(0)
+
+    def own_shard(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """This process's part of a full tensor that all of them hold, split as `like` is. Nothing is sent.
+
+        If `like` is not sharded, the tensor as it is.
+        """
+        if not isinstance(like, DTensor):
+            return tensor
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    def full_weights_on_main(self, policy: Policy) -> PolicyWeights | None:
+        """Gather of the weights that `policy.save` writes to rank 0's CPU; None if each process has a replica."""
+        if self.sharding is None:
+            return None
+
+        def of(module: nn.Module, *, learning: bool = False) -> dict[str, Tensor]:
+            held = module.state_dict(keep_vars=True)
+            # Tied weights stay one tensor, which is written once.
+            once = {
+                id(t): self.full_tensor_on_main(t.detach()) for t in held.values() if t.requires_grad or not learning
+            }
+            return {name: once[id(tensor)] for name, tensor in held.items() if id(tensor) in once}
+
+        return PolicyWeights(
+            # Of a model with adapters, its base is not written.
+            model=of(policy.model, learning=policy.has_adapters),
+            value_head=of(policy.v_head),
+            value_model={} if policy.value_model is None else of(policy.value_model),
         )
-    return device
 
 
-def settle_arithmetic(*, tf32: bool = False) -> None:
-    """How GPUs of this process compute: matrix products in TF32 if asked for, and attention without cuDNN.
-
-    cuDNN's attention, torch's first choice on recent GPUs, is not deterministic, and makes a plan for each new shape.
-    """
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-@contextmanager
-def joined(device: str | None, *, timeout_s: float) -> Iterator[tuple[Processes, torch.device]]:
-    """The processes that `accelerate launch` or `torchrun` started, and this one's device; else this one alone.
-
-    `device` None is the GPU if there is one. Nothing waits longer than `timeout_s` for another process. Raises
-    `ProcessLost` when one doesn't answer.
-    """
-    chosen = device_named(device)
-    if max(int(os.environ.get(name, "1")) for name in WORLD_SIZES) == 1:
-        yield Processes(), chosen
-        return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=chosen.type == "cpu", timeout=timedelta(seconds=timeout_s))
-    with _naming_lost_processes():
-        yield Processes(state.process_index, state.num_processes), state.device
-    # Not after an error: one that has died would be waited for.
-    state.destroy_process_group()
+def _no_work() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,18 +209,3 @@ class _Failed:
             # Some errors can't be built again from their arguments; their text can.
             return cls(RuntimeError(f"{type(error).__name__}: {error}"))
         return cls(error)
-
-
-@contextmanager
-def _naming_lost_processes() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # gloo has no error of its own.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise ProcessLost(
-            f"another process of this run has ended or does not answer ({reason:.120}); see its message, and go on "
-            "with the same command and --resume auto"
-        ) from error

@@ -363,7 +363,7 @@ class Policy(nn.Module):
     def save(self, directory: Path, weights: PolicyWeights | None = None) -> None:
         """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head.
 
-        `weights` are its own; give them where it holds only a part of each (`sharding.whole_weights`).
+        `weights` are its own; give them where it holds only a part of each (`Processes.full_weights_on_main`).
         """
         self.model.save_pretrained(directory, state_dict=weights and weights.model)
         if self.value_model is not None:

@@ -152,8 +152,8 @@ def _pad(rows: Sequence[Tensor | Sequence[int]], pad_token_id: int, *, left: boo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Samples with what the policy that drew them, and the reference, thought of each token."""
+class EvaluatedSamples:
+    """Samples with their tokens' log-probabilities and values, under the policy that drew them and the reference."""
 
     samples: Samples
     logprobs: Tensor
@@ -171,8 +171,8 @@ class Evaluation:
         return len(self.samples)
 
     @classmethod
-    def concatenate(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
-        """One evaluation of all rows, padded to the widest part. Either every part has an optional field or none."""
+    def concatenate(cls, parts: Sequence["EvaluatedSamples"]) -> "EvaluatedSamples":
+        """All rows in order, padded to the widest part. Either every part has an optional field or none."""
         samples = Samples.concatenate([part.samples for part in parts])
         fields = {}
         for name in ("logprobs", "values", "ref_logprobs", "full_kl", "support"):
@@ -195,7 +195,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout(Evaluation):
+class Rollout(EvaluatedSamples):
     """Everything an update needs to know about the moment its samples were drawn."""
 
     scores: Tensor

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
-from plaudit.parallel.sharding import as_split, for_files, is_sharded
 from plaudit.policy.model import Policy
 from plaudit.run.storage import sync, writing
 from plaudit.settings.plain import comparable, to_dict
@@ -78,7 +77,7 @@ def save_checkpoint(
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    inputs = dict(inputs or {})
+    processes, inputs = stepper.processes, dict(inputs or {})
     manifest = {
         "format": FORMAT,
         "step": stepper.steps_done,
@@ -86,7 +85,9 @@ def save_checkpoint(
         "reward_revision": reward_revision,
         "inputs": inputs,
     }
-    weights = {name: for_files(parameter.detach()).contiguous() for name, parameter in _trainable(policy)}
+    weights = {
+        name: processes.full_tensor_on_main(parameter.detach()).contiguous() for name, parameter in _trainable(policy)
+    }
     state = stepper.state_dict()
     checkpoint = Checkpoint(
         root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision, inputs
@@ -98,7 +99,7 @@ def save_checkpoint(
         with (beside / STATE).open("wb") as file:
             torch.save(state, file)
 
-    stepper.processes.on_main(lambda: write_checkpoint(checkpoint.directory, manifest, fill, keep=keep))
+    processes.on_main(write_checkpoint, checkpoint.directory, manifest, fill, keep=keep)
     return checkpoint
 
 
@@ -170,9 +171,15 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None:
-    """Put policy and stepper into the saved state, to the bit."""
-    # Of sharded weights, the whole need not fit on the device.
-    saved = load_file(checkpoint.directory / WEIGHTS, device="cpu" if is_sharded(policy) else str(policy.device))
+    """Puts policy and stepper into the saved state, bit for bit. All processes call this.
+
+    Raises:
+        ConfigError: the checkpoint holds other parameters than the policy trains.
+    """
+    processes = stepper.processes
+    # Sharded weights may not fit on one device as a whole.
+    device = "cpu" if processes.is_sharded else str(policy.device)
+    saved = load_file(checkpoint.directory / WEIGHTS, device=device)
     trainable = dict(_trainable(policy))
     if saved.keys() != trainable.keys():
         differing = sorted(saved.keys() ^ trainable.keys())
@@ -181,9 +188,10 @@ def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None
         )
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(as_split(saved[name], parameter))
-    # Several processes of one machine that each need a part read it off the disk as they go.
-    state = torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu", mmap=is_sharded(policy))
+            parameter.copy_(processes.own_shard(saved[name], parameter))
+    # Memory-mapped, so that several processes of one machine, each of which needs a part, share the pages.
+    mmap = processes.is_sharded
+    state = torch.load(checkpoint.directory / STATE, weights_only=True, map_location="cpu", mmap=mmap)
     stepper.load_state_dict(state)
 
 

@@ -2,16 +2,37 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.rollout import Collected
-from plaudit.run.storage import write_text
+from plaudit.learner.rollout import CollectedRollout
+from plaudit.parallel.processes import Processes
+from plaudit.run.storage import NotWritten, write_text
 
 
-def save_non_finite_batch(error: NonFiniteUpdate, collected: Collected, directory: Path) -> Path:
+@contextmanager
+def keeping_non_finite_batch(collected: CollectedRollout, directory: Path, processes: Processes) -> Iterator[None]:
+    """Around an update on `collected`: if it fails with `NonFiniteUpdate`, the main process writes the samples.
+
+    The error then says where they are.
+    """
+    try:
+        yield
+    except NonFiniteUpdate as error:
+        if processes.is_main:
+            try:
+                path = save_non_finite_batch(error, collected, directory)
+                error.add_note(f"its samples are in {path}; the checkpoints are from before this step")
+            except NotWritten as unsaved:
+                error.add_note(str(unsaved))
+        raise
+
+
+def save_non_finite_batch(error: NonFiniteUpdate, collected: CollectedRollout, directory: Path) -> Path:
     """Writes the samples of the mini-batch that gave no finite loss or gradient. Raises `NotWritten`."""
 
     def numbers(row: torch.Tensor) -> list[float | str]:

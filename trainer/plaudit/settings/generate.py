@@ -23,8 +23,8 @@ class GenerateConfig:
     messages_column: str | None = None
     """The file's column of conversations."""
     chat: bool | None = None
-    """Put each prompt into the chat template, as the user's message. Not given: if the run's prompts were conversations;
-    of a model that no run says anything about, if it has a chat template."""
+    """Put each prompt into the chat template, as the user's message. Not given: where the run's prompts were
+    conversations; for a model without a run's settings, where it has a chat template."""
     system: str | None = None
     """System message in front of each prompt that has none."""
     chat_template: Path | None = None

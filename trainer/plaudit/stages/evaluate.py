@@ -13,7 +13,7 @@ from torch import Tensor
 from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
-from plaudit.parallel.processes import device_named, settle_arithmetic
+from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
@@ -48,7 +48,7 @@ from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
 from plaudit.stages import by_people
 from plaudit.stages.by_people import BothAnswers, PeopleResult
-from plaudit.stages.ppo import CONFIG_FILE
+from plaudit.stages.ppo_setup import CONFIG_FILE
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.csv"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from plaudit.data.conversations import as_text, messages_of, with_system
 from plaudit.data.tables import DataError, Table, kind_of, read_file
 from plaudit.errors import ConfigError
-from plaudit.parallel.processes import device_named, settle_arithmetic
+from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.chat import render, use_chat_template
 from plaudit.policy.checks import check_policy, room_for_prompts
 from plaudit.policy.endings import Endings
@@ -33,7 +33,8 @@ from plaudit.settings.files import from_dict
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo import CONFIG_FILE, MERGED
+from plaudit.stages.ppo import MERGED
+from plaudit.stages.ppo_setup import CONFIG_FILE
 from plaudit.wire import ChatMessage
 
 Prompt = str | list[ChatMessage]

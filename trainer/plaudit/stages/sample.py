@@ -20,7 +20,7 @@ from rich.console import Console
 from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.data.tables import DataError
 from plaudit.errors import ConfigError
-from plaudit.parallel.processes import device_named, settle_arithmetic
+from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.checks import room_for_prompts
 from plaudit.policy.generation import Draws
 from plaudit.policy.writer import Writer, load_writer

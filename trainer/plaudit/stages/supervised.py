@@ -5,7 +5,6 @@ that says "saved" and can't be loaded. So the directory is tried first, every gr
 weight, and what was written is loaded again and must give its own figures before anybody is told.
 """
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
-from plaudit.learner.memory import Fitting, is_out_of_memory
-from plaudit.parallel.processes import WORLD_SIZES
+from plaudit.learner.memory import BatchSizeFinder, is_out_of_memory
+from plaudit.parallel.launch import world_size
 from plaudit.policy.model import require_finite
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.runtime import StopRequested, StopSignal, exclusive
@@ -60,7 +59,7 @@ def begun(config: SFTConfig | RewardModelConfig) -> Iterator[Run]:
         NotWritten: the directory can't be written to; or later, what did not find room, and where to go on from.
         StopRequested: after a signal, with the checkpoint that was written.
     """
-    count = max(int(os.environ.get(name, "1")) for name in WORLD_SIZES)
+    count = world_size()
     if count > 1:
         raise ConfigError(f"this stage runs in one process, and a launcher started {count}: start it without one")
     with exclusive(config.output_dir), StopSignal().listening() as stop:
@@ -299,7 +298,7 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._fitting = Fitting(self.args.per_device_train_batch_size)
+            self._batch_size_finder = BatchSizeFinder(self.args.per_device_train_batch_size)
             self._share = 1.0
 
         def _get_train_sampler(self, *args: Any) -> Any:
@@ -334,7 +333,7 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
                 return sum(losses)
 
             try:
-                return self._fitting.run(in_parts)
+                return self._batch_size_finder.run(in_parts)
             finally:
                 self._share = 1.0
 

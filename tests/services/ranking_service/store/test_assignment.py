@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import select, text
 
-from harness.postgres import PostgresServer
+from harness.machine.postgres import PostgresServer
 from harness.ranking_service import rows, upload
 from plaudit.ranking_service.store import assignment as leases
 from plaudit.ranking_service.store import batches, people, submissions

@@ -13,8 +13,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import insert, inspect, select, text
 
-from harness.disks import fill, small_disk
-from harness.postgres import PostgresServer
+from harness.machine.disks import fill, small_disk
+from harness.machine.postgres import PostgresServer
 from plaudit.ranking_service.store import files
 from plaudit.ranking_service.store.backup import backup
 from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError

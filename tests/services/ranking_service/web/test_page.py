@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from harness.browser import browser as running_browser
+from harness.machine.browser import browser as running_browser
 from harness.ranking_service import RankingService, rows
 from plaudit.wire import rankings as wire
 from plaudit.wire.rankings import Turn

@@ -156,7 +156,7 @@ def test_a_reload_by_signal_does_not_hold_up_the_end(endless_reload: "subprocess
 
 def test_a_log_that_nobody_reads_does_not_change_the_end(classifier_dir: Path) -> None:
     service = RewardService(classifier_dir, "--label", "POSITIVE")
-    service.close_log()
+    service.close_output()
     assert service.kill(signal.SIGTERM) == 0
 
 

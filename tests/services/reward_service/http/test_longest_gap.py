@@ -11,7 +11,7 @@ import httpx
 import msgpack
 import pytest
 
-from harness.large_bodies import bodies
+from harness.load.large_bodies import bodies
 from plaudit.reward_service.engine.batching import Encoded, Engine
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.http import garbage_collection

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from harness.collector import Collector, attributes, collector
+from harness.machine.collector import Collector, attributes, collector
 from harness.reward_service import RewardService
 from harness.scorers import FakeScorer
 from plaudit import wire

@@ -1,0 +1,92 @@
+"""The published recipe as it was run with trl 0.11.4, timed: what `benchmarks.ppo.step` compares with.
+
+Runs in an environment of its own, since that version needs older libraries:
+
+    python3.11 -m venv classic
+    classic/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 peft==0.13.2 accelerate==0.34.2 \\
+        datasets==2.21.0 numpy==1.26.4 'pyarrow<18'
+
+One sample is generated at a time, policy and reference are two copies, the classifier runs in the same process. Imports
+nothing of Plaudit. Prints a JSON line for each step: seconds a phase, and samples.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+
+
+def tokenizer_of(directory: str, **special: str) -> Any:
+    return PreTrainedTokenizerFast(tokenizer_file=str(Path(directory) / "tokenizer.json"), **special)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", required=True, help="directory of a causal LM")
+    parser.add_argument("--reward-model", required=True, help="directory of a sequence classifier")
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON list of token lists")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lora-r", type=int, default=0, help="0 trains every parameter, as the recipe does")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+
+    torch.manual_seed(0)
+    end = "<|endoftext|>"
+    tokenizer = tokenizer_of(arguments.policy, eos_token=end, pad_token=end)
+    lora = LoraConfig(r=arguments.lora_r, lora_alpha=2 * arguments.lora_r, task_type="CAUSAL_LM", fan_in_fan_out=True)
+    options = {"peft_config": lora} if arguments.lora_r else {}
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy, **options)
+    reference = None if arguments.lora_r else AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy)
+    config = PPOConfig(batch_size=arguments.batch_size, mini_batch_size=arguments.batch_size, learning_rate=1.41e-5)
+    trainer = PPOTrainer(config, model, reference, tokenizer)
+    judge = pipeline(
+        "text-classification",
+        model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model),
+        tokenizer=tokenizer_of(
+            arguments.reward_model, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+        ),
+        device=arguments.device,
+    )
+    judge.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    lengths = torch.Generator().manual_seed(0)
+    prompts = [torch.tensor(prompt, device=arguments.device) for prompt in json.loads(arguments.prompts.read_text())]
+    sampling = {"min_length": -1, "top_k": 0, "top_p": 1.0, "do_sample": True, "pad_token_id": tokenizer.eos_token_id}
+    for step in range(arguments.steps):
+        offset = step * arguments.batch_size
+        queries = [prompts[(offset + i) % len(prompts)] for i in range(arguments.batch_size)]
+        began = time.perf_counter()
+        responses = []
+        for query in queries:
+            length = int(torch.randint(4, 17, (), generator=lengths))
+            response = trainer.generate(query, max_new_tokens=length, **sampling)
+            responses.append(response.squeeze()[-length:])
+        generated = time.perf_counter()
+        texts = [tokenizer.decode(torch.cat(pair)) for pair in zip(queries, responses)]  # noqa: B905
+        outputs = judge(texts, top_k=None, function_to_apply="none", batch_size=16, truncation=True)
+        scores = [torch.tensor(max(label["score"] for label in output)) for output in outputs]
+        judged = time.perf_counter()
+        statistics = trainer.step(queries, responses, scores)
+        ended = time.perf_counter()
+        update = statistics["time/ppo/optimize_step"]
+        record = {
+            "generate": generated - began,
+            "reward": judged - generated,
+            "evaluate": ended - judged - update,
+            "update": update,
+            "step": ended - began,
+            "samples": arguments.batch_size,
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

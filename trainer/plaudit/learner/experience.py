@@ -1,0 +1,54 @@
+"""From a rollout to what an update learns from: token rewards, advantages and returns.
+
+Failure mode: an advantage computed from other samples, or another KL coefficient, than those of the rollout.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from plaudit.policy.samples import Rollout
+from plaudit.ppo import kl, rewards
+from plaudit.ppo.advantages import gae
+from plaudit.ppo.masked import scale, whiten
+from plaudit.settings.ppo import PPOHyperparameters
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with its token rewards and advantages. All tensors are [B, T] by response token but `scores` [B]."""
+
+    rollout: Rollout
+    scores: Tensor
+    """As used: after scaling, normalising and clipping."""
+    kls: Tensor
+    """Estimated KL from the reference at each token, in nats."""
+    non_score_rewards: Tensor
+    """The KL penalty alone."""
+    rewards: Tensor
+    """KL penalty at every token, and the score at the last one; before whitening."""
+    advantages: Tensor
+    """Whitened over the batch."""
+    returns: Tensor
+
+
+def make_experience(rollout: Rollout, scores: Tensor, config: PPOHyperparameters, *, kl_coef: float) -> Experience:
+    """Token rewards (`ppo.rewards.token_rewards`), then generalised advantage estimation (`ppo.advantages.gae`).
+
+    `scores` [B] take the place of the rollout's own.
+    """
+    mask, kls = rollout.samples.mask, rollout.full_kl
+    if kls is None:
+        kls = kl.ESTIMATORS[config.kl_penalty](rollout.logprobs, rollout.ref_logprobs)
+    token_rewards, non_score = rewards.token_rewards(scores, kls, mask, kl_coef=kl_coef)
+    earned = scale(token_rewards, mask) if config.whiten_rewards else token_rewards
+    advantages, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+    return Experience(
+        rollout=rollout,
+        scores=scores,
+        kls=kls,
+        non_score_rewards=non_score,
+        rewards=token_rewards,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+    )

@@ -1,0 +1,66 @@
+"""Where the metrics of a PPO run's steps go: files, TensorBoard, trackers, and a person who watches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from plaudit.learner.rollout import CollectedRollout
+from plaudit.parallel.processes import Processes
+from plaudit.run.metrics import MetricsLog, open_tracker
+from plaudit.run.progress import StepProgress
+from plaudit.settings.plain import to_dict
+from plaudit.settings.ppo import PPOConfig
+
+
+class StepLog:
+    """The log of a run's steps. All processes call it and only the main one writes; all raise what it fails with."""
+
+    def __init__(self, config: PPOConfig, processes: Processes, progress: StepProgress) -> None:
+        self._config, self._processes, self._progress = config, processes, progress
+        self._log: MetricsLog
+        """In the main process, once opened."""
+
+    @contextmanager
+    def opened(self, steps_done: int) -> Iterator["StepLog"]:
+        """Opens files and trackers for the steps after `steps_done`, for the length of the block.
+
+        Raises:
+            ConfigError: there is no tracker of this name, or its package is not installed.
+            NotWritten: a file can't be written.
+        """
+        self._processes.on_main(self._open, steps_done)
+        try:
+            yield self
+        finally:
+            if self._processes.is_main:
+                self._log.close()
+
+    def showing(self) -> AbstractContextManager[object]:
+        """Shows progress for the length of the block, in the main process."""
+        return self._progress.showing() if self._processes.is_main else nullcontext()
+
+    def write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
+        """The metrics of one step, and now and then some of its samples.
+
+        Raises:
+            NotWritten: a file can't be written.
+        """
+        self._processes.on_main(self._write, step, metrics, collected)
+        if self._processes.is_main:
+            self._progress.step(metrics)
+
+    def _open(self, steps_done: int) -> None:
+        config, directory = self._config, self._config.output_dir
+        others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
+        tensorboard = "tensorboard" in config.trackers
+        self._log = MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
+
+    def _write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
+        self._log.write(step, metrics)
+        if self._config.log_samples_every and step % self._config.log_samples_every == 0:
+            self._log.write_samples(step, sample_table(collected))
+
+
+def sample_table(collected: CollectedRollout, rows: int = 8) -> Sequence[tuple[str, str, float]]:
+    """The first prompts, responses and scores of a step."""
+    scores = collected.rollout.scores[:rows].tolist()
+    return list(zip(collected.prompts[:rows], collected.responses[:rows], scores, strict=True))

@@ -1,0 +1,225 @@
+"""What stage 3 sets up before its first step, and how it continues from a checkpoint.
+
+What would be wrong here: a run that finds a mistake in its settings, or a policy that can't be trained, after the first
+step; or one that overwrites another run.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plaudit.data.prompts import Prompts, PromptSchedule, load_prompts
+from plaudit.errors import ConfigError
+from plaudit.learner.memory import keep_freed_memory
+from plaudit.learner.rollout import RolloutCollector, sampler
+from plaudit.learner.stepper import PPOStepper
+from plaudit.parallel.devices import settle_arithmetic
+from plaudit.parallel.launch import process_group
+from plaudit.parallel.processes import Processes
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
+from plaudit.policy.model import Policy, load_policy, load_tokenizer
+from plaudit.rewards import RewardClient, RewardRejected
+from plaudit.run import checkpoint as checkpoints
+from plaudit.run.metrics import FILE_NAME, forget_steps_after
+from plaudit.run.progress import StepProgress, WaitingLine
+from plaudit.run.runtime import StopSignal, exclusive
+from plaudit.run.step_log import StepLog
+from plaudit.run.storage import NotWritten, write_text
+from plaudit.settings.plain import to_dict
+from plaudit.settings.ppo import PPOConfig
+
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of stage 3 that is ready for its next step. Policy and processes are the stepper's."""
+
+    config: PPOConfig
+    total_steps: int
+    stepper: PPOStepper
+    rollouts: RolloutCollector
+    client: RewardClient
+    log: StepLog
+    stop: StopSignal
+    inputs: Mapping[str, str]
+    """Fingerprints of what the run reads, for its checkpoints."""
+
+    def save_checkpoint(self) -> checkpoints.Checkpoint:
+        """Writes the state after the last whole step. All processes call this. Raises `NotWritten`."""
+        return checkpoints.save_checkpoint(
+            self.config.output_dir / CHECKPOINTS,
+            self.stepper.policy,
+            self.stepper,
+            config=to_dict(self.config),
+            reward_revision=self.client.revision,
+            keep=self.config.keep_checkpoints,
+            inputs=self.inputs,
+        )
+
+
+@contextmanager
+def set_up(config: PPOConfig) -> Iterator[Training]:
+    """Everything that a step needs, for the length of the block: checked, loaded, connected, and resumed if asked for.
+
+    Raises:
+        ConfigError: settings, model, tokenizer, prompts and checkpoint don't go together.
+        RewardUnavailable, RewardRejected: the reward service does not answer, or not as it should.
+        NotWritten: a file can't be written; with a note on the newest checkpoint.
+        ProcessLost: another process of the run has died.
+    """
+    if not config.reward.says_whom_to_ask:
+        raise ConfigError(
+            "reward.url is missing: start a service with `plaudit-reward --model DIR` and pass --reward.url"
+        )
+    torch.manual_seed(config.seed)
+    keep_freed_memory()
+    settle_arithmetic(tf32=config.model.tf32)
+    with (
+        _naming_the_newest_checkpoint(config.output_dir / CHECKPOINTS),
+        process_group(config) as (processes, device),
+        ExitStack() as held,
+        StopSignal().listening() as stop,
+    ):
+        resumed = processes.on_main(_hold_directory, config, held)
+        tokenizer = load_tokenizer(config.policy)
+        policy = load_policy(config.policy, config.lora, config.model, device=device)
+        cached = check_policy(policy, config.policy)
+        prompts = _load_prompts(config, tokenizer, policy)
+        inputs = _fingerprints(prompts, policy)
+        if resumed is not None:
+            checkpoints.check_same_inputs(resumed, inputs)
+        _distribute_weights(policy, processes)
+        schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
+        total_steps = config.steps if config.steps is not None else schedule.steps_per_epoch
+        stepper = PPOStepper(
+            policy,
+            None,
+            config.ppo,
+            generation=config.generation,
+            total_steps=total_steps,
+            seed=config.seed,
+            processes=processes,
+            graphs=config.model.cuda_graphs,
+        )
+        if resumed is not None:
+            checkpoints.restore(resumed, policy, stepper)
+        progress = StepProgress(total_steps, stepper.steps_done, held.enter_context(WaitingLine()))
+        client = held.enter_context(RewardClient(config.reward, on_wait=progress.waiting))
+        _connect(client, config, resumed, stop, processes)
+        sample = sampler(policy, config.generation, tokenizer, cached=cached, processes=processes)
+        generation = config.generation.answering(config.prompts.kind)
+        rollouts = RolloutCollector(
+            stepper, tokenizer, schedule, generation, client, sample, wait=stop.wait, seed=config.seed
+        )
+        processes.on_main(_prepare_directory, config, stepper.steps_done)
+        log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
+        if processes.is_main:
+            print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
+            if not cached:
+                print("sampling without a key-value cache, since this model keeps none: right, and slow")
+        yield Training(config, total_steps, stepper, rollouts, client, log, stop, inputs)
+
+
+@contextmanager
+def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
+    """Adds to a failed write what is left of the run."""
+    try:
+        yield
+    except NotWritten as error:
+        existing = checkpoints.list_checkpoints(root)
+        whole = f"the newest whole checkpoint is {existing[-1].directory}" if existing else "there is no checkpoint yet"
+        error.add_note(f"{whole}; then go on with --resume auto")
+        raise
+
+
+def _hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
+    """Locks the output directory against other runs; returns the checkpoint to continue from."""
+    held.enter_context(exclusive(config.output_dir))
+    root = config.output_dir / CHECKPOINTS
+    existing = checkpoints.list_checkpoints(root)
+    if config.resume is None:
+        if existing:
+            raise ConfigError(
+                f"output_dir={config.output_dir} holds a run with checkpoints up to step {existing[-1].step}; "
+                "go on with --resume auto, or give another --output-dir"
+            )
+        return None
+    if config.resume == "auto":
+        if not existing:
+            return None
+        chosen = existing[-1]
+    else:
+        chosen = checkpoints.read_checkpoint(Path(config.resume))
+    for line in checkpoints.check_same_run(chosen.config, to_dict(config)):
+        print(f"resuming with {line}")
+    print(f"resuming after step {chosen.step} from {chosen.directory}")
+    return chosen
+
+
+def _load_prompts(config: PPOConfig, tokenizer: Any, policy: Policy) -> Prompts:
+    """The prompts to train on, all of which the policy can read and respond to."""
+    model = policy.language_model
+    room = room_for_prompts(model, config.generation)
+    prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed, room=room)
+    check_tokenizer_fits(tokenizer, model, config.policy, prompts.texts)
+    check_prompts(tokenizer, model, prompts.token_ids, config.generation, config.policy)
+    return prompts
+
+
+def _fingerprints(prompts: Prompts, policy: Policy) -> dict[str, str]:
+    return {
+        "prompts": prompts.fingerprint(),
+        "policy": checkpoints.frozen_weights_fingerprint(policy),
+    }
+
+
+def _distribute_weights(policy: Policy, processes: Processes) -> None:
+    """Gives all processes the same weights to train (a value head starts at random), and shards them if asked for."""
+    processes.broadcast(parameter for parameter in policy.parameters() if parameter.requires_grad)
+    processes.shard(policy)
+    if processes.is_main and processes.is_sharded:
+        print(processes.weights_line(policy))
+
+
+def _connect(
+    client: RewardClient,
+    config: PPOConfig,
+    resumed: checkpoints.Checkpoint | None,
+    stop: StopSignal,
+    processes: Processes,
+) -> None:
+    """Waits for the reward service, and makes sure that all processes and the checkpoint have the same reward model."""
+
+    def revision() -> str:
+        try:
+            stop.wait(client.connecting())
+        except RewardRejected as error:
+            error.leave_in(config.output_dir)
+            raise
+        before = None if resumed is None else resumed.reward_revision
+        if config.reward.allow_revision_change or before in (None, client.revision):
+            return client.revision
+        raise RewardRejected(
+            f"the reward model has changed since the checkpoint: {before} then, {client.revision} now; serve the "
+            "same model, or pass --reward.allow-revision-change if the change is meant"
+        )
+
+    revisions = sorted(set(processes.on_all(revision)))
+    if len(revisions) > 1 and not config.reward.allow_revision_change:
+        raise RewardRejected(f"the processes see different reward models: {', '.join(revisions)}")
+
+
+def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
+    """Writes the settings of this run, and drops what is there of steps that it is about to take."""
+    directory = config.output_dir
+    write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
+    forget_steps_after(directory / FILE_NAME, steps_done)
+    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
+        print(f"dropped {dropped}: its steps are taken again")
