@@ -31,6 +31,7 @@ FORMAT = 1
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
+    "check",
     "steps",
     "checkpoint_every",
     "keep_checkpoints",

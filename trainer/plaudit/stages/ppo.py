@@ -22,6 +22,7 @@ from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
 from plaudit.run.storage import NotWritten, files_of
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
 from plaudit.stages.ppo_setup import Training, set_up
 
 MERGED = "merged"
@@ -39,9 +40,13 @@ class PPOResult:
 def run(config: PPOConfig) -> PPOResult:
     """Trains from the start or from a checkpoint, and writes everything to `config.output_dir`.
 
+    With `config.check` nothing is trained (see `check`).
+
     Raises:
         PlauditError: the exception says what to do, and whether `--resume auto` goes on from a checkpoint.
     """
+    if config.check:
+        return check(config)
     with set_up(config) as training:
         metrics = train(training)
         save_results(training)
@@ -72,6 +77,21 @@ def train(training: Training) -> dict[str, float]:
                 error.add_note(f"no checkpoint of the last step: {unsaved}")
             raise
     return metrics
+
+
+def check(config: PPOConfig) -> PPOResult:
+    """Takes one step in memory and throws it away: says what a run would do, and what it would take.
+
+    Raises:
+        PlauditError: what `run` would raise before its second step, or too little room on the disk.
+    """
+    with tried_out(config) as training:
+        tell_prompt(training)
+        done = training.stepper.steps_done
+        tell_rewards(training.rollouts.collect(done))
+        metrics = take_step(training)
+        tell_estimates(config, training, metrics, steps=training.total_steps - done)
+    return PPOResult(config.output_dir, done, metrics)
 
 
 def take_step(training: Training) -> dict[str, float]:

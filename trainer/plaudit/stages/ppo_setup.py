@@ -87,7 +87,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         ExitStack() as held,
         StopSignal().listening() as stop,
     ):
-        resumed = processes.on_main(_hold_directory, config, held)
+        resumed = processes.on_main(hold_directory, config, held)
         tokenizer = load_tokenizer(config.policy)
         policy = load_policy(config.policy, config.lora, config.model, device=device)
         cached = check_policy(policy, config.policy)
@@ -139,7 +139,7 @@ def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
         raise
 
 
-def _hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
+def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
     """Locks the output directory against other runs; returns the checkpoint to continue from."""
     held.enter_context(exclusive(config.output_dir))
     root = config.output_dir / CHECKPOINTS
