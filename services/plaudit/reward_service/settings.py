@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     label: str | None = None
     """The label whose logit is the reward when a request names none."""
     join: wire.Join = "concat"
-    """How prompt and response meet: one string, or the tokenizer's own pair encoding."""
+    """How prompt and response meet: one string, the tokenizer's own pair encoding, or turns in its chat template."""
+    chat_template: Path | None = None
+    """File with the chat template (jinja) of --join chat; the tokenizer's own unless given."""
     truncation_side: Literal["left", "right"] = "right"
     """Which end of a text that is too long is cut off."""
     max_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -97,6 +99,12 @@ class Settings(BaseSettings):
                 f"--max-held-bytes {self.max_held_bytes} is less than --max-body-bytes {self.max_body_bytes}: not even "
                 "one body would fit"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_template_is_for_chats(self) -> "Settings":
+        if self.chat_template is not None and self.join != "chat":
+            raise ValueError(f"--chat-template goes with --join chat, and --join is {self.join}")
         return self
 
     @model_validator(mode="after")

@@ -45,6 +45,11 @@ class RewardComponent:
     """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
     accept_probabilities: bool = False
     """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
+    render: str | None = None
+    """Make texts of conversations here, for endpoints that take nothing else: the judge's tokenizer (directory or hub
+    id), or a file with its chat template (jinja). Needs plaudit[render]."""
+    label_field: str = "label"
+    """Column that goes along as the row's label, for protocols that have a place for it (openrlhf, slime)."""
     header: tuple[str, ...] = ()
     """Further request header, for example "X-Tenant: blue"."""
     api_key_file: Path | None = None
@@ -53,7 +58,8 @@ class RewardComponent:
     ca_file: Path | None = None
     """PEM file of the certificate authority that signed an https endpoint's certificate."""
     function: str | None = None
-    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async."""
+    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async. It
+    gets the columns that its further parameters name."""
 
     def __post_init__(self) -> None:
         for url in self.url:

@@ -22,8 +22,21 @@ from typing import Protocol
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.reward_service.problems import RETRY_AFTER_DRAIN_S, ProblemError, draining
 
-Text = tuple[str, str | None]
+Turn = tuple[str, str]
+"""A role and what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation whose last turn is the response to judge."""
+
+    turns: tuple[Turn, ...]
+
+
+Plain = tuple[str, str | None]
 """One text to judge, or a pair that the tokenizer joins."""
+Text = Plain | Chat
+"""What may be judged: a text, a pair, or a conversation, which the judge's chat template writes out."""
 Logits = tuple[float, ...]
 """One row of the model's output, a number for each label."""
 
@@ -49,6 +62,8 @@ class Encoded:
     ids: Sequence[int]
     type_ids: Sequence[int] | None = None
     truncated: bool = False
+    refused: str | None = None
+    """Why the chat template makes nothing of it, if it doesn't."""
 
 
 class Scorer(Protocol):
@@ -523,6 +538,10 @@ class Engine:
             self._settle([(job, _scoring_failed(error, None))])
             return []
         for index, encoded in enumerate(encodings, part.start):
+            if encoded.refused is not None:
+                problem = ProblemError("template-refused", f"items[{index}]: {encoded.refused}", item=index)
+                self._settle([(job, problem)])
+                return []
             if not encoded.ids:
                 problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
                 self._settle([(job, problem)])
@@ -665,14 +684,20 @@ def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
 
 
 def _estimated_tokens(text: Text, max_tokens: int) -> int:
-    first, second = text
-    if first.isascii() and (second is None or second.isascii()):
+    if all(part.isascii() for part in _parts(text)):
         return min(max_tokens, 2 + _chars(text) // CHARS_PER_TOKEN_ESTIMATE)
     return min(max_tokens, 2 + _chars(text))
 
 
 def _chars(text: Text) -> int:
-    return len(text[0]) + len(text[1] or "")
+    return sum(map(len, _parts(text)))
+
+
+def _parts(text: Text) -> Sequence[str]:
+    if isinstance(text, Chat):
+        return [content for _, content in text.turns]
+    first, second = text
+    return (first,) if second is None else (first, second)
 
 
 def _scoring_failed(error: Exception, index: int | None) -> ProblemError:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plaudit.reward_service.engine.batching import Logits, Scored, Scorer, Text
+from plaudit.reward_service.engine.batching import Chat, Logits, Scored, Scorer, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,13 @@ class ScoreCache:
 
 
 def _key(revision: str, text: Text) -> bytes:
-    first, second = text
     digest = hashlib.blake2b(digest_size=16)
+    if isinstance(text, Chat):
+        digest.update(f"{revision}\0{len(text.turns)} turns\0".encode())
+        for role, content in text.turns:
+            digest.update(f"{len(role)}\0{len(content)}\0{role}{content}".encode())
+        return digest.digest()
+    first, second = text
     # The length of the first part keeps ("ab", "c") and ("a", "bc") apart.
     digest.update(f"{revision}\0{len(first)}\0{second is None}\0".encode())
     digest.update(first.encode())

@@ -316,7 +316,7 @@ def _max_tokens(model: Any, tokenizer: Any, settings: Settings) -> int:
     wanted = settings.max_tokens
     if wanted is not None and wanted > limit and limits:
         raise ModelError(f"--max-tokens {wanted} is more than the model takes ({limit})")
-    added = tokenizer.num_special_tokens_to_add(settings.join == "pair")
+    added = 0 if settings.join == "chat" else tokenizer.num_special_tokens_to_add(settings.join == "pair")
     if (wanted or limit) <= added:
         raise ModelError(
             f"--max-tokens {wanted or limit} leaves no room for text beside the {added} tokens that the tokenizer of "

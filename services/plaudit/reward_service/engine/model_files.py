@@ -124,6 +124,12 @@ def content_revision(*directories: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def with_template(revision: str, template: str) -> str:
+    """The revision of a model that is given this chat template in place of its own."""
+    digest = hashlib.sha256(f"{revision}\0chat template\0{template}".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def file_stamps(*directories: Path) -> list[tuple[str, int, int, int]]:
     """Name, inode, size and time of each file that makes the revision: equal twice, nothing changed between."""
     stamps = ((path.name, path.stat()) for directory in directories for path in model_files(directory))

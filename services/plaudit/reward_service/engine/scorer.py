@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
 from plaudit.reward_service.engine.batching import (
     CHARS_PER_TOKEN_LIMIT,
+    Chat,
     Encoded,
     Logits,
     OutOfMemoryNow,
+    Plain,
     ScorerLostError,
     Text,
 )
+from plaudit.reward_service.engine.chat import ChatTemplate
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
-from plaudit.reward_service.engine.model_files import ModelError, content_revision
+from plaudit.reward_service.engine.model_files import ModelError, content_revision, with_template
 from plaudit.reward_service.engine.model_source import ModelOrigins, held
 from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
@@ -49,6 +53,9 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
         with held(source) as files:
             revision = content_revision(*files.directories)
             loaded = read_model(files, settings)
+            if settings.chat_template is not None:
+                loaded.tokenizer.chat_template = template = _template_in(settings.chat_template)
+                revision = with_template(revision, template)
     except (OSError, KeyError) as error:
         raise ModelError(f"{settings.model} can't be read: {one_line(error)}") from error
     if settings.label is not None and settings.label not in loaded.labels:
@@ -80,7 +87,14 @@ class TransformersScorer:
         self._deterministic = settings.deterministic
         self._takes_type_ids = "token_type_ids" in loaded.takes
         self.tokenizer = loaded.tokenizer
+        self._template: ChatTemplate | None = None
+        if settings.join == "chat":
+            self._template = ChatTemplate(
+                loaded.tokenizer, self.id, max_tokens=self.max_tokens, truncation_side=self.truncation_side
+            )
         self._backend = self._fast_backend()
+        if self._template is not None:
+            self._template.require_room(self._tokenized, self.id)
         self._loaded: Loaded | None = loaded
         self._models: list[Any] = []
         # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
@@ -140,7 +154,15 @@ class TransformersScorer:
             raise ModelError(f"{self.id} loads but does not run: {one_line(error)}") from error
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        """Token ids with the tokenizer's own special tokens, cut to `max_tokens` and marked where that happened."""
+        """Token ids with the tokenizer's own special tokens, or the chat template's in their place.
+
+        They are cut to `max_tokens` and marked where that happened.
+        """
+        if self._template is not None:
+            return self._template.encode(texts, self._tokenized)
+        return self._tokenized([text for text in texts if not isinstance(text, Chat)])
+
+    def _tokenized(self, texts: Sequence[Plain]) -> list[Encoded]:
         limit = self.max_tokens * CHARS_PER_TOKEN_LIMIT
         cut = [_cut(text, limit, self.truncation_side) for text in texts]
         if self._backend is None:
@@ -149,16 +171,17 @@ class TransformersScorer:
             inputs = [first if second is None else (first, second) for (first, second), _ in cut]
             encodings = [
                 Encoded(encoding.ids, encoding.type_ids if self._takes_type_ids else None, bool(encoding.overflowing))
-                for encoding in self._backend.encode_batch_fast(inputs)
+                for encoding in self._backend.encode_batch_fast(inputs, add_special_tokens=self._template is None)
             ]
         return [
             Encoded(encoded.ids, encoded.type_ids, True) if shortened else encoded
             for encoded, (_, shortened) in zip(encodings, cut, strict=True)
         ]
 
-    def _encode_slowly(self, text: Text) -> Encoded:
-        full = self.tokenizer(*text, verbose=False)["input_ids"]
-        encoding = self.tokenizer(*text, truncation=True, max_length=self.max_tokens)
+    def _encode_slowly(self, text: Plain) -> Encoded:
+        specials = self._template is None
+        full = self.tokenizer(*text, add_special_tokens=specials, verbose=False)["input_ids"]
+        encoding = self.tokenizer(*text, add_special_tokens=specials, truncation=True, max_length=self.max_tokens)
         type_ids = encoding["token_type_ids"] if self._takes_type_ids else None
         return Encoded(encoding["input_ids"], type_ids, len(full) > self.max_tokens)
 
@@ -203,7 +226,7 @@ class TransformersScorer:
         if backend is None:
             return None
         specials = " ".join(map(str, self.tokenizer.all_special_tokens))
-        texts: list[Text] = [(text, None) for text in ("", f"The film {specials} was good.", " ".join(WORDS) * 2)]
+        texts: list[Plain] = [(text, None) for text in ("", f"The film {specials} was good.", " ".join(WORDS) * 2)]
         texts += [(first, "It was  not bad ") for first, _ in texts] if self._settings.join == "pair" else []
         try:
             by_transformers = [self._encode_slowly(text) for text in texts]
@@ -215,7 +238,7 @@ class TransformersScorer:
         except BaseException as error:  # the library panics
             raise ModelError(f"--max-tokens {self.max_tokens} leaves no room for text: {error}") from error
         self._backend = backend
-        if by_transformers != self.encode(texts):
+        if by_transformers != self._tokenized(texts):
             return None
         return backend
 
@@ -253,7 +276,14 @@ def _type_ids(encoded: Encoded) -> Sequence[int]:
     return encoded.type_ids if encoded.type_ids is not None else [0] * len(encoded.ids)
 
 
-def _cut(text: Text, limit: int, side: str) -> tuple[Text, bool]:
+def _template_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"--chat-template {file} can't be read: {one_line(error)}") from error
+
+
+def _cut(text: Plain, limit: int, side: str) -> tuple[Plain, bool]:
     first, second = text
     if len(first) <= limit and (second is None or len(second) <= limit):
         return text, False

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from plaudit.reward_service.engine.batching import Encoded, Logits, OutOfMemoryNow, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import Chat, Encoded, Logits, OutOfMemoryNow, ScorerLostError, Text
 from plaudit.reward_service.engine.loading import Loaded, one_line
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.settings import Settings
@@ -165,6 +165,8 @@ def probes_of(subject: Subject, settings: Settings, tokenizer: Any) -> Probes:
     """Texts that show what can be wrong. Raises `ModelError` when different words give the same tokens."""
 
     def encode(texts: Sequence[str]) -> list[Encoded]:
+        if settings.join == "chat":
+            return subject.encode([Chat((("user", WORDS[0]), ("assistant", text))) for text in texts])
         if settings.join == "pair":
             return subject.encode([(text, text[::-1]) for text in texts])
         return subject.encode([(text, None) for text in texts])

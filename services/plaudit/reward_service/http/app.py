@@ -42,6 +42,8 @@ MAX_REPORTED_ERRORS = 10
 MAX_PATH_CHARS = 200
 REQUEST_FIELDS = frozenset(wire.RewardRequest.model_fields)
 ITEM_FIELDS = frozenset(wire.RewardItem.model_fields)
+NEITHER = "a string or a list of messages is needed here"
+MESSAGE_FIELDS = frozenset(wire.ChatMessage.model_fields)
 MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
 METRICS_PATH = "/metrics"
 DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
@@ -118,12 +120,12 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
     )
     async def model(request: Request) -> Response:
-        return _message(service.info(_request_id(request)))
+        return _message(service.info(_request_id(request)), told_version=wire.WIRE_HEADER in request.headers)
 
     @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
     async def reload(request: Request) -> Response:
         await service.load_again()
-        return _message(service.info(_request_id(request)))
+        return _message(service.info(_request_id(request)), told_version=wire.WIRE_HEADER in request.headers)
 
     @app.get(wire.LIVEZ_PATH, summary="The process answers")
     async def livez() -> dict[str, str]:
@@ -152,7 +154,7 @@ async def answer_rewards(service: Service, request: Request) -> Response:
     wanted = await read_rewards_request(body, service.limits, packed=content_type in MSGPACK_TYPES)
     del body
     index = service.label_index(service.engine.scorer, wanted.label)
-    scored = await service.score([service.text(item.prompt, item.response) for item in wanted.items], request)
+    scored = await service.score(service.texts(wanted.items), request)
     answer = wire.RewardResponse(
         rewards=[row[index] for row in scored.logits],
         model=scored.scorer.id,
@@ -169,14 +171,21 @@ async def answer_rewards(service: Service, request: Request) -> Response:
     return _message(answer, headers)
 
 
-def _message(answer: wire.RewardResponse | wire.ModelInfo, headers: dict[str, str] | None = None) -> Response:
-    body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
+def _message(
+    answer: wire.RewardResponse | wire.ModelInfo,
+    headers: dict[str, str] | None = None,
+    *,
+    told_version: bool = True,
+) -> Response:
+    """`told_version`: whether the client said which version of the wire it speaks."""
+    unasked = _unasked_fields(answer) | (set() if told_version else {"wire", "fields"})
+    body = answer.__pydantic_serializer__.to_json(answer, exclude=unasked or None)
     return Response(body, media_type=JSON_TYPE, headers=headers)
 
 
-def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str] | None:
+def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str]:
     """Fields that older clients don't know, and refuse: they didn't ask for them."""
-    return {"request_id"} if answer.request_id is None else None
+    return {"request_id"} if answer.request_id is None else set()
 
 
 def _request_id(request: Request) -> str | None:
@@ -207,9 +216,13 @@ async def read_rewards_request(body: bytes, limits: ServiceLimits, *, packed: bo
         raise too_many(len(request.items), limits)
     if limits.max_text_chars < wire.MAX_TEXT_CHARS:
         for index, item in enumerate(request.items):
-            if max(len(item.prompt), len(item.response)) > limits.max_text_chars:
+            if max(_chars(item.prompt), len(item.response)) > limits.max_text_chars:
                 raise too_long(index, limits)
     return request
+
+
+def _chars(prompt: str | list[wire.ChatMessage]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(message.content) for message in prompt)
 
 
 def _refuse_what_cannot_be(value: object, limits: ServiceLimits) -> None:
@@ -224,12 +237,38 @@ def _refuse_what_cannot_be(value: object, limits: ServiceLimits) -> None:
         for index, item in enumerate(items):
             if isinstance(item, dict):
                 _refuse_unknown(item, ITEM_FIELDS, ("items", index), index)
+                if isinstance(item.get("prompt"), list):
+                    _refuse_messages(item["prompt"], index, limits)
+
+
+def _refuse_messages(messages: list[Any], item: int, limits: ServiceLimits) -> None:
+    chars = 0
+    for index, message in enumerate(messages[: wire.MAX_MESSAGES + 1]):
+        where = ("items", item, "prompt", index)
+        if not isinstance(message, dict):
+            raise _invalid_item(where, "a message is an object with role and content", item)
+        _refuse_unknown(message, MESSAGE_FIELDS, where, item)
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise _invalid_item((*where, name), "a string is needed here", item)
+        chars += len(message["content"])
+    if len(messages) > wire.MAX_MESSAGES:
+        raise _invalid_item(
+            ("items", item, "prompt"), f"more than {wire.MAX_MESSAGES} messages; send the newest of them", item
+        )
+    if chars > limits.max_text_chars:
+        raise too_long(item, limits)
+
+
+def _invalid_item(where: tuple[int | str, ...], message: str, item: int) -> ProblemError:
+    errors = [{"path": _path(where), "message": message}]
+    return ProblemError("invalid-request", f"{_path(where)}: {message}", item=item, errors=errors)
 
 
 def _refuse_unknown(
     value: dict[Any, Any], known: frozenset[str], where: tuple[int | str, ...], item: int | None
 ) -> None:
-    if len(value) <= len(known):
+    if known.issuperset(value):
         return
     unknown = [_path((*where, str(key))) for key in value if key not in known][:MAX_REPORTED_ERRORS]
     message = "Extra inputs are not permitted"
@@ -237,8 +276,27 @@ def _refuse_unknown(
     raise ProblemError("invalid-request", f"{unknown[0]}: {message}", item=item, errors=errors)
 
 
+def _errors(error: ValidationError) -> list[dict[str, Any]]:
+    """Pydantic's list. A prompt that is neither a text nor a conversation has one error in place of one for each."""
+    found: list[dict[str, Any]] = []
+    for reported in error.errors(include_url=False, include_context=True, include_input=False):
+        location, message, kind = reported["loc"], reported["msg"].removeprefix("Value error, "), reported["type"]
+        if len(location) > 3 and location[0] == "items" and location[2] == "prompt":
+            # The fourth place says which of the two was tried.
+            if len(location) == 4 and kind in ("string_type", "list_type"):
+                message = NEITHER
+            location = (*location[:3], *location[4:])
+        found.append({"loc": location, "msg": message, "type": kind, "ctx": reported.get("ctx", {})})
+    nearer = {each["loc"][:3] for each in found if each["msg"] != NEITHER}
+    whole: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in found:
+        if each["msg"] != NEITHER or each["loc"] not in nearer:
+            whole.setdefault((each["loc"], each["msg"]), each)
+    return list(whole.values())
+
+
 def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> ProblemError:
-    errors = error.errors(include_url=False, include_context=True, include_input=False)
+    errors = _errors(error)
     first = errors[0]
     if first["type"] == "json_invalid":
         # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
@@ -246,7 +304,7 @@ def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> Prob
         try:
             wire.RewardRequest.model_validate(json.loads(body))
         except ValidationError as second:
-            errors = second.errors(include_url=False, include_context=True, include_input=False)
+            errors = _errors(second)
             first = errors[0]
         except (ValueError, RecursionError):
             return ProblemError("malformed-body", first["msg"])
@@ -256,7 +314,9 @@ def _invalid(error: ValidationError, body: bytes, limits: ServiceLimits) -> Prob
     if location == ("items",) and first["type"] == "too_long":
         return too_many(first["ctx"]["actual_length"], limits)
     item = location[1] if len(location) > 1 and location[0] == "items" and isinstance(location[1], int) else None
-    name = "text-too-long" if first["type"] == "string_too_long" else "invalid-request"
+    # Of a prompt as a whole, only its length is checked by a function of ours.
+    too_long = first["type"] == "string_too_long" or (first["type"], location[2:]) == ("value_error", ("prompt",))
+    name = "text-too-long" if too_long else "invalid-request"
     return ProblemError(
         name,
         f"{_path(location)}: {first['msg']}",

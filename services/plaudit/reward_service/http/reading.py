@@ -19,7 +19,7 @@ from plaudit.reward_service.problems import ProblemError
 SMALL_BYTES = 32 * 1024
 """What is parsed in one go, if it has no more than `SMALL_PARTS` commas and brackets: a millisecond or two."""
 SMALL_PARTS = 1500
-MAX_PARTS = 16 * wire.MAX_ITEMS_PER_REQUEST + 2048
+MAX_PARTS = wire.MAX_VALUES_PER_REQUEST
 """Values and keys of a body: enough for any of the protocols' requests, and for some things that we don't know."""
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 64

@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from plaudit import wire
-from plaudit.reward_service.engine.batching import Engine, Job, Scored, Scorer, Text
+from plaudit.reward_service.engine.batching import Chat, Engine, Job, Plain, Scored, Scorer, Text
 from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.http import garbage_collection as collector
@@ -68,9 +68,21 @@ class Service:
     def __post_init__(self) -> None:
         object.__setattr__(self, "held", HeldBytes(self.limits.max_held_bytes))
 
-    def text(self, prompt: str, response: str) -> Text:
-        """Prompt and response as the model wants them."""
-        return (prompt, response) if self.join == "pair" else (prompt + response, None)
+    def texts(self, items: Sequence[wire.RewardItem]) -> list[Text]:
+        """Prompts and responses as the model wants them. Raises `ProblemError` for messages that it doesn't take."""
+        if self.join == "chat":
+            return [conversation(item.prompt, item.response) for item in items]
+        texts: list[Text] = []
+        for index, item in enumerate(items):
+            if not isinstance(item.prompt, str):
+                raise ProblemError(
+                    "strings-only",
+                    f"items[{index}].prompt is a list of messages: this service was started with --join {self.join} "
+                    "and takes strings; start it with --join chat",
+                    item=index,
+                )
+            texts.append((item.prompt, item.response) if self.join == "pair" else (item.prompt + item.response, None))
+        return texts
 
     async def read_body(self, request: Request) -> bytes:
         """The body, refused as soon as it is known to be too large."""
@@ -169,7 +181,7 @@ class Service:
             # A failure remembers this frame, and these remember the failure.
             del job, client, watch, timer
 
-    def check(self, texts: Sequence[Text]) -> None:
+    def check(self, texts: Sequence[Plain]) -> None:
         """Hold texts that came by a foreign protocol to the same limits."""
         if not texts:
             raise ProblemError("empty-items", "the request holds no text")
@@ -211,6 +223,7 @@ class Service:
             default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
             join=self.join,
             dtype=scorer.dtype,
+            wire=wire.WIRE_VERSION,
             limits=wire.Limits(
                 max_items=self.limits.max_items,
                 max_text_chars=self.limits.max_text_chars,
@@ -238,6 +251,12 @@ class Service:
                 labels=list(scorer.labels),
             )
         return scorer.labels.index(wanted)
+
+
+def conversation(prompt: str | list[wire.ChatMessage], response: str) -> Chat:
+    """The prompt's turns, of which a plain text is the user's, and the response as the assistant's."""
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn.role, turn.content) for turn in prompt]
+    return Chat((*turns, ("assistant", response)))
 
 
 async def _in_thread(load: Callable[[], Scorer]) -> Scorer:

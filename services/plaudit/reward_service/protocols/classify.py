@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, Field
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
@@ -101,7 +101,7 @@ def openai_error(problem: ProblemError) -> Response:
     return JSONResponse({"error": error}, status, headers=problem.headers())
 
 
-def as_texts(value: str | list[str]) -> list[Text]:
+def as_texts(value: str | list[str]) -> list[Plain]:
     return [(text, None) for text in ([value] if isinstance(value, str) else value)]
 
 
@@ -132,7 +132,7 @@ async def _answer_vllm(service: Service, wanted: VllmRequest, request: Request) 
 
 async def _answer_sglang(service: Service, wanted: SglangRequest, request: Request) -> Any:
     single = isinstance(wanted.text, str)
-    texts: list[Text] = []
+    texts: list[Plain] = []
     for index, text in enumerate([wanted.text] if isinstance(wanted.text, str) else wanted.text):
         parts = [text] if isinstance(text, str) else text
         if not 1 <= len(parts) <= 2:

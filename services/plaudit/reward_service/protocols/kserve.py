@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from plaudit.reward_service.engine.batching import Text
+from plaudit.reward_service.engine.batching import Plain
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.reading import read_json
 from plaudit.reward_service.http.service import Service, ServiceLimits
@@ -137,7 +137,7 @@ async def _infer(service: Service, model: str, request: Request) -> Response:
     del body, header, tail
     if len({len(column) for column in columns}) != 1:
         raise ProblemError("invalid-request", "the two inputs differ in length")
-    texts: list[Text] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
+    texts: list[Plain] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
     service.check(texts)
     scored = await service.score(texts, request)
     values = [logit for row in scored.logits for logit in row]

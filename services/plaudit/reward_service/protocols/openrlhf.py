@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service, stay_away, timeout_of
 from plaudit.reward_service.problems import ProblemError
@@ -52,7 +52,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
-    texts: list[Text] = [(query, None) for query in queries]
+    texts: list[Plain] = [(query, None) for query in queries]
     service.check(texts)
     service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
     scored = await _score_patiently(service, texts, request)
@@ -60,7 +60,7 @@ async def _rewards(service: Service, queries: list[str], request: Request) -> li
     return [row[index] for row in scored.logits]
 
 
-async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
+async def _score_patiently(service: Service, texts: list[Plain], request: Request) -> Scored:
     timeout_s = timeout_of(request)
     give_up_at = time.monotonic() + (DOOR_WAIT_S if timeout_s is None else min(timeout_s, DOOR_WAIT_S))
     while True:

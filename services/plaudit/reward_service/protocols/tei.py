@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
@@ -124,11 +124,11 @@ async def _answer_tei(service: Service, wanted: PredictRequest, request: Request
     return predictions if batched else predictions[0]
 
 
-def _texts(inputs: str | list[str] | list[list[str]]) -> list[Text]:
+def _texts(inputs: str | list[str] | list[list[str]]) -> list[Plain]:
     if isinstance(inputs, str):
         return [(inputs, None)]
     groups = [inputs] if inputs and isinstance(inputs[0], str) else inputs
-    texts: list[Text] = []
+    texts: list[Plain] = []
     for group in groups:
         if not 1 <= len(group) <= 2:
             raise ProblemError("invalid-request", f"inputs: a text is [text] or [text, pair], not {len(group)} strings")
@@ -137,7 +137,7 @@ def _texts(inputs: str | list[str] | list[list[str]]) -> list[Text]:
 
 
 async def _answer_hub(service: Service, wanted: HubRequest, request: Request) -> list[Any]:
-    texts: list[Text] = [
+    texts: list[Plain] = [
         (text, None) for text in ([wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs)
     ]
     service.check(texts)

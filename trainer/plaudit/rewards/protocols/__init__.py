@@ -15,10 +15,10 @@ from plaudit.rewards.protocols.tei import TEI
 from plaudit.rewards.protocols.vllm import VLLMClassify, VLLMPooling
 from plaudit.rewards.settings import RewardComponent
 
-DIALECTS: dict[str, type[Dialect]] = {
-    dialect.name: dialect
-    for dialect in (Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe)
-}
+_ALL: tuple[type[Dialect], ...] = (
+    *(Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe),
+)
+DIALECTS: dict[str, type[Dialect]] = {dialect.name: dialect for dialect in _ALL}
 
 _TELLTALES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "/v1/model": ("plaudit", lambda about: "limits" in about),

@@ -6,6 +6,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     joined,
@@ -20,7 +21,7 @@ from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 ALL_LABELS = 1000
 
 
-class HFInference:
+class HFInference(TextsAlone):
     name = "hf-inference"
     retried_statuses: frozenset[int] = frozenset()
 

@@ -10,6 +10,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     joined,
@@ -22,7 +23,7 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class KServe:
+class KServe(TextsAlone):
     name = "kserve"
     retried_statuses: frozenset[int] = frozenset()
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from plaudit.rewards.protocols.base import (
     Call,
     Get,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     joined,
     model_info,
+    prompt_text,
     response,
     to_json,
 )
@@ -16,9 +18,10 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class OpenRLHF:
+class OpenRLHF(TextsAlone):
     name = "openrlhf"
     retried_statuses: frozenset[int] = frozenset()
+    adds_first_token = False
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
@@ -32,10 +35,13 @@ class OpenRLHF:
         # It has no route for health or for the model.
         return model_info(self._component.model or "openrlhf")
 
+    def takes(self, info: ModelInfo) -> Sequence[str]:
+        return (self._component.label_field,)
+
     def encode(self, items: Sequence[RewardItem]) -> Call:
-        prompts = [item.prompt for item in items]
-        # `labels` are reference answers, which PPO on prompts has none of.
-        body = {"query": joined(items), "prompts": prompts, "labels": [""] * len(items)}
+        prompts = [prompt_text(item) for item in items]
+        labels = [item.fields.get(self._component.label_field, "") for item in items]
+        body = {"query": joined(items), "prompts": prompts, "labels": labels}
         return Call("/get_reward", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:

@@ -5,14 +5,14 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from plaudit.rewards.protocols.base import BrokenBody, Call, Get, UnusableAnswer
+from plaudit.rewards.protocols.base import BrokenBody, Call, Get, TextsAlone, UnusableAnswer
 from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import MODEL_PATH, READYZ_PATH, REWARDS_PATH, ModelInfo, RewardItem, RewardRequest, RewardResponse
 
 Message = TypeVar("Message", bound=BaseModel)
 
 
-class Plaudit:
+class Plaudit(TextsAlone):
     name = "plaudit"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -23,9 +23,18 @@ class Plaudit:
         await get(READYZ_PATH)
         return _parse(ModelInfo, await get(MODEL_PATH))
 
+    def no_conversations(self, info: ModelInfo) -> str | None:
+        if info.wire < 2:
+            return "it is a reward service from before conversations; update it"
+        return None if info.join == "chat" else f"it was started with --join {info.join}; start it with --join chat"
+
+    def needs(self, info: ModelInfo) -> Sequence[str]:
+        return info.fields
+
     def encode(self, items: Sequence[RewardItem]) -> Call:
         request = RewardRequest(items=list(items), label=self._component.label)
-        return Call(REWARDS_PATH, request.model_dump_json().encode())
+        # Older services refuse `fields`, which the items have only where the service asks for some.
+        return Call(REWARDS_PATH, request.model_dump_json(exclude_defaults=True).encode())
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
         return _parse(RewardResponse, body)

@@ -6,6 +6,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     joined,
@@ -18,7 +19,7 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class SGLang:
+class SGLang(TextsAlone):
     name = "sglang"
     retried_statuses: frozenset[int] = frozenset()
 

@@ -11,6 +11,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     in_index_order,
@@ -24,8 +25,9 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class _VLLM:
+class _VLLM(TextsAlone):
     retried_statuses: frozenset[int] = frozenset()
+    conversations_per_request = 1
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
@@ -42,6 +44,18 @@ class _VLLM:
                 raise UnusableAnswer(f"/v1/models lists no model: {models!r:.80}") from error
         return model_info(self._model)
 
+    def no_conversations(self, info: ModelInfo) -> str | None:
+        return None
+
+    def _input(self, items: Sequence[RewardItem]) -> dict[str, Any]:
+        """Texts, or the one conversation that a request may hold, which the server renders."""
+        if all(isinstance(item.prompt, str) for item in items):
+            return {"input": joined(items)}
+        [item] = items
+        messages = [message.model_dump() for message in item.prompt if not isinstance(message, str)]
+        answer = {"role": "assistant", "content": item.response}
+        return {"messages": [*messages, answer], "add_generation_prompt": False}
+
     def _entries(self, body: bytes) -> list[dict[str, Any]]:
         answer = from_json(body)
         return in_index_order(answer.get("data") if isinstance(answer, dict) else answer)
@@ -52,7 +66,7 @@ class VLLMClassify(_VLLM):
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
         # `activation` is the older name of `use_activation`; either version ignores the other's.
-        body = {"model": self._model, "input": joined(items), "use_activation": False, "activation": False}
+        body = {"model": self._model, **self._input(items), "use_activation": False, "activation": False}
         return Call("/classify", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
@@ -77,7 +91,7 @@ class VLLMPooling(_VLLM):
     def encode(self, items: Sequence[RewardItem]) -> Call:
         body = {
             "model": self._model,
-            "input": joined(items),
+            **self._input(items),
             "task": "classify",
             "encoding_format": "float",
             "use_activation": False,
