@@ -56,7 +56,7 @@ def _message(value: Any, where: str) -> ChatMessage:
             raise DataError(f"{where}: its {name} is {held!r:.60} and no text; write it as a string, or remove the row")
         require_characters(held, where)
     try:
-        return ChatMessage(role=role, content=content)
+        return ChatMessage.model_validate({"role": role, "content": content})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise DataError(

@@ -198,7 +198,7 @@ def _from_disk(path: Path, split: str) -> Table:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{path} could not be read: {(str(error) or repr(error)).splitlines()[0]}") from error
     if isinstance(loaded, datasets.DatasetDict):
         _require_split(str(path), split, [str(name) for name in loaded])

@@ -17,7 +17,7 @@ import torch
 
 from plaudit.errors import ConfigError
 from plaudit.learner.rollout import CollectedRollout
-from plaudit.parallel.processes import WORLD_SIZES
+from plaudit.parallel.launch import world_size
 from plaudit.policy.texts import decode
 from plaudit.rewards import RewardRejected
 from plaudit.run import checkpoint as checkpoints
@@ -36,9 +36,8 @@ def tried_out(config: PPOConfig) -> Iterator[Training]:
     Raises:
         ConfigError: as `set_up` does; or the run's own directory is in use, or holds another run.
     """
-    count = max(int(os.environ.get(name, "1")) for name in WORLD_SIZES)
-    if count > 1:
-        raise ConfigError(f"--check runs in one process, and a launcher started {count}: start it without one")
+    if world_size() > 1:
+        raise ConfigError(f"--check runs in one process, and a launcher started {world_size()}: start it without one")
     there = config.output_dir.exists()
     try:
         with ExitStack() as held:

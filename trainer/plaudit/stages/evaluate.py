@@ -83,7 +83,10 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
         prompts = held_out_prompts(config, policy, tokenizer)
         cached = _check_all(config, policy, tokenizer, prompts)
         answer = functools.partial(_answer, policy, tokenizer, prompts, _draws(config, len(prompts)))
-        with WaitingLine() as waiting, RewardClient(config.reward, on_wait=waiting) as client:
+        with (
+            WaitingLine() as waiting,
+            RewardClient(config.reward, fields=config.prompts.fields, on_wait=waiting) as client,
+        ):
             try:
                 client.connect()
                 before = answer(config.generation, client, as_reference=True, cached=cached)

@@ -103,7 +103,7 @@ def _writer(config: GenerateConfig, trained: PPOConfig | None) -> Writer:
     return Writer(config.run, model, load_tokenizer(trained.policy), cached, revision_of(checkpoint.directory))
 
 
-def prompts_of(config: GenerateConfig, trained: PPOConfig | None, lines: Iterator[str] | None = None) -> list[Prompt]:
+def prompts_of(config: GenerateConfig, trained: PPOConfig | None) -> list[Prompt]:
     """The prompts: the arguments, the file's, or the lines of the standard input.
 
     Raises:
@@ -115,15 +115,19 @@ def prompts_of(config: GenerateConfig, trained: PPOConfig | None, lines: Iterato
     elif config.texts:
         prompts = list(config.texts)
     else:
-        if lines is None and sys.stdin.isatty():
+        if _from_a_terminal():
             print("prompts, one a line; Ctrl-D ends them", file=sys.stderr)
-        prompts = [line for line in (text.rstrip("\r\n") for text in lines or iter(sys.stdin)) if line.strip()]
+        prompts = [line for line in (text.rstrip("\r\n") for text in sys.stdin) if line.strip()]
     for number, prompt in enumerate(prompts, start=1):
         if isinstance(prompt, str) and not prompt.strip():
             raise DataError(f"prompt {number} is empty")
     if not prompts:
         raise DataError("there is no prompt: give some as arguments, with --file FILE, or on the standard input")
     return prompts
+
+
+def _from_a_terminal() -> bool:
+    return sys.stdin.isatty()
 
 
 def _in_file(config: GenerateConfig, trained: PPOConfig | None, table: Table) -> list[Prompt]:
@@ -166,7 +170,7 @@ def _tokens(
     system = config.system if config.system is not None else (of_run.system if of_run is not None else None)
     if not chat:
         if config.system is not None:
-            raise ConfigError(f"system={config.system!r:.60} needs a chat template: add --chat")
+            raise ConfigError(f"system={config.system!r:.60} needs a chat template: give --chat True")
         in_front = tokens_in_front(tokenizer)
         return [[*in_front, *ids] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
     use_chat_template(tokenizer, template, config.run)

@@ -111,7 +111,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         if resumed is not None:
             checkpoints.restore(resumed, policy, stepper)
         progress = StepProgress(total_steps, stepper.steps_done, held.enter_context(WaitingLine()))
-        client = held.enter_context(RewardClient(config.reward, on_wait=progress.waiting))
+        client = held.enter_context(RewardClient(config.reward, fields=config.prompts.fields, on_wait=progress.waiting))
         _connect(client, config, resumed, stop, processes)
         sample = sampler(policy, config.generation, tokenizer, cached=cached, processes=processes)
         generation = config.generation.answering(config.prompts.kind)
