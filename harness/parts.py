@@ -12,8 +12,8 @@ import plaudit
 
 PARTS = {
     "client": ("plaudit.wire", "plaudit.errors", "plaudit.rewards"),
-    "rank": ("plaudit.console", "plaudit.listening", "plaudit.ranking_service", "plaudit.wire"),
-    "reward": ("plaudit.console", "plaudit.listening", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
+    "rank": ("plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
+    "reward": ("plaudit.console", "plaudit.serving", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
     "trainer": (
         "plaudit.cli",
         "plaudit.console",

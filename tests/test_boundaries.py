@@ -33,7 +33,7 @@ def test_the_reward_service_imports_nothing_of_the_trainer() -> None:
     imported = imported_by(*modules_of("reward"))
     ours = set(below("plaudit", imported)) - {"plaudit"}
     assert {
-        name for name in ours if not name.startswith((*SHARED, "plaudit.listening", "plaudit.reward_service"))
+        name for name in ours if not name.startswith((*SHARED, "plaudit.serving", "plaudit.reward_service"))
     } == set()
 
 
@@ -46,7 +46,7 @@ def test_the_ranking_service_imports_nothing_of_the_others_and_no_torch() -> Non
     imported = imported_by(*modules_of("rank"))
     ours = set(below("plaudit", imported)) - {"plaudit"}
     assert {
-        name for name in ours if not name.startswith((*SHARED, "plaudit.listening", "plaudit.ranking_service"))
+        name for name in ours if not name.startswith((*SHARED, "plaudit.serving", "plaudit.ranking_service"))
     } == set()
     assert not {"torch", "transformers", "numpy"} & imported
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from plaudit.reward_service.engine.batching import Encoded, Engine, Logits, Text
 from plaudit.reward_service.http.app import create_app
-from plaudit.reward_service.http.garbage_collection import settle
+from plaudit.reward_service.http.garbage_collection import freeze
 from plaudit.reward_service.http.server import Hooks, Server
 
 
@@ -38,5 +38,5 @@ async def _nothing() -> None:
 if __name__ == "__main__":
     engine = Engine(NullScorer(), batch_tokens=1024, max_queue_tokens=262_144).start()
     app = create_app(engine, default_label="POSITIVE")
-    hooks = Hooks(ready=settle, reload=_nothing, log=lambda event, **details: None)
+    hooks = Hooks(ready=freeze, reload=_nothing, log=lambda event, **details: None)
     Server(app, 5.0, hooks).run(sockets=[socket.create_server(("127.0.0.1", int(sys.argv[1])))])

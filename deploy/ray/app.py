@@ -11,14 +11,14 @@ from fastapi import FastAPI
 from ray import serve
 
 from plaudit.reward_service.__main__ import api_keys
-from plaudit.reward_service.assembly import assemble
+from plaudit.reward_service.app_factory import app_from_settings
 from plaudit.reward_service.settings import Settings
 
 
 def reward_app() -> FastAPI:
     """Called once in every replica, where the model is loaded."""
     settings = Settings()
-    return assemble(settings, api_keys(settings), reloads=False)
+    return app_from_settings(settings, api_keys(settings), reloads=False)
 
 
 @serve.deployment

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 from sqlalchemy import select
 
-from plaudit.listening import StartError, bound_socket, log_event, url_of, write_ready_file
 from plaudit.ranking_service import exchange
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.settings import Backup, Export, Import, InviteCommand, Secrets, Serve
@@ -24,6 +23,7 @@ from plaudit.ranking_service.store import batches, files, people
 from plaudit.ranking_service.store.backup import backup
 from plaudit.ranking_service.store.database import Database, DatabaseSetupError, StoreUnavailableError, now_ms
 from plaudit.ranking_service.store.schema import batches as batches_table
+from plaudit.serving.listening import StartError, bound_socket, log_event, url_of, write_ready_file
 from plaudit.wire import rankings as wire
 
 PROGRAM = "plaudit-rank"
@@ -183,7 +183,7 @@ def import_file(arguments: list[str]) -> int:
             except ValueError as error:
                 raise DataError(f"{settings.source}: {error}; nothing was taken") from None
         with database.write() as connection:
-            added = files.take_in(database, connection, rows, now_ms(), only=settings.batch)
+            added = files.import_rows(database, connection, rows, now_ms(), only=settings.batch)
     print(f"{PROGRAM}: {added} rankings added, {len(rows) - added} were there", file=sys.stderr)
     return 0
 

@@ -1,6 +1,6 @@
-"""What can go wrong with a request, as RFC 9457 problem documents. A refusal names its kind, and what is at fault."""
+"""The problems with which the ranking service refuses a request (RFC 9457)."""
 
-from typing import Any
+from plaudit.serving.problems import ProblemDetailsError
 
 STATUS = {
     "malformed-body": 400,
@@ -31,37 +31,13 @@ STATUS = {
     "draining": 503,
     "not-ready": 503,
 }
-"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429 and 503."""
+"""The HTTP status of every problem, by the name in its `type`. Clients retry 408, 429 and 503."""
 
-CONTENT_TYPE = "application/problem+json"
 RETRY_AFTER_S = 5
-"""When to come again after the database was locked, full or gone."""
+"""Seconds after which to retry when the database was locked, full or unreachable."""
 
 
-class ProblemError(Exception):
-    """A refusal on its way to whoever asked. `extra` becomes further members of the document."""
+class ProblemError(ProblemDetailsError):
+    """A refusal of the ranking service."""
 
-    def __init__(self, name: str, detail: str, *, retry_after_s: int | None = None, **extra: Any) -> None:
-        super().__init__(detail)
-        self.name = name
-        self.status = STATUS[name]
-        self.detail = detail
-        self.retry_after_s = retry_after_s
-        self.extra = extra
-
-    def document(self) -> dict[str, Any]:
-        return {
-            "type": f"urn:plaudit:problem:{self.name}",
-            "title": self.name.replace("-", " ").capitalize(),
-            "status": self.status,
-            "detail": self.detail,
-            **self.extra,
-        }
-
-    def headers(self) -> dict[str, str]:
-        headers = {}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(self.retry_after_s)
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return headers
+    statuses = STATUS

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 from pydantic import SecretStr, ValidationError
 
-from plaudit.listening import StartError, bound_socket, log_event, url_of, write_ready_file
-from plaudit.reward_service.keys import KeyFileError, Keys, keys_in, require_usable
+from plaudit.reward_service.keys import KeyFileError, Keys, read_keys, require_usable
 from plaudit.reward_service.settings import Secrets, Settings
+from plaudit.serving.listening import StartError, bound_socket, log_event, url_of, write_ready_file
 
 EXIT_USAGE = 2
 PROGRAM = "plaudit-reward"
@@ -59,7 +59,7 @@ def api_keys(settings: Settings) -> list[str]:
     try:
         keys = _key_in_environment("REWARD_API_KEY", Secrets().api_key)
         if settings.api_key_file is not None:
-            keys += keys_in(settings.api_key_file, "--api-key-file")
+            keys += read_keys(settings.api_key_file, "--api-key-file")
     except KeyFileError as error:
         raise StartError(str(error)) from None
     return keys
@@ -102,22 +102,22 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
         raise StartError(str(error)) from None
 
     # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
-    from plaudit.reward_service.assembly import assemble
+    from plaudit.reward_service.app_factory import app_from_settings
     from plaudit.reward_service.engine.scorer import TransformersScorer
-    from plaudit.reward_service.http import garbage_collection as collector
+    from plaudit.reward_service.http import garbage_collection
     from plaudit.reward_service.http.server import Hooks, Server
     from plaudit.reward_service.http.tracing import TracingError, finish
     from plaudit.reward_service.problems import ProblemError
 
     try:
-        app = assemble(settings, keys, origins=origins)
+        app = app_from_settings(settings, keys, origins=origins)
     except (ModelError, TracingError) as error:
         raise StartError(str(error)) from None
     engine = app.state.service.engine
     url = url_of(settings.host, listener.getsockname()[1])
 
     def announce() -> None:
-        collector.settle()
+        garbage_collection.freeze()
         if settings.ready_file is not None:
             try:
                 write_ready_file(settings.ready_file, url)
@@ -133,9 +133,9 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
         log_event("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
 
     async def reload() -> None:
-        keys.look_again()
+        keys.refresh()
         try:
-            reloaded = await app.state.service.load_again()
+            reloaded = await app.state.service.reload_model()
             assert isinstance(reloaded, TransformersScorer)
             log_event("reloaded", revision=reloaded.revision, checked=reloaded.checked)
         except ProblemError as problem:

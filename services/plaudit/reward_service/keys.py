@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LOOK_AGAIN_S = 1.0
+REFRESH_S = 1.0
 """How long a key that has been taken out of its file may still be right."""
 
 Log = Callable[..., None]
@@ -31,7 +31,7 @@ class Caller:
     may_administer: bool
 
 
-def keys_in(path: Path, flag: str) -> list[str]:
+def read_keys(path: Path, flag: str) -> list[str]:
     """The keys in the file, one a line; empty lines and lines that begin with # are none. Raises `KeyFileError`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -64,7 +64,7 @@ class _Keys:
     digests: list[bytes] = field(default_factory=list)
     seen: tuple[int, int, int] | None = None
 
-    def look(self) -> bool:
+    def read_if_changed(self) -> bool:
         """Read the file if it has changed; whether it had. Raises `KeyFileError` and leaves the keys as they were."""
         if self.file is None:
             changed = not self.digests and bool(self.fixed)
@@ -78,7 +78,7 @@ class _Keys:
         if stamp == self.seen:
             return False
         self.seen = stamp
-        self.digests = [_digest(key.encode()) for key in [*self.fixed, *keys_in(self.file, self.flag)]]
+        self.digests = [_digest(key.encode()) for key in [*self.fixed, *read_keys(self.file, self.flag)]]
         return True
 
 
@@ -101,7 +101,7 @@ class Keys:
         self._looked_at = time.monotonic()
         self._complained: str | None = None
         for kind in (self._callers, self._admins):
-            kind.look()
+            kind.read_if_changed()
             if kind.file is not None and kind.file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
                 mode = stat.S_IMODE(kind.file.stat().st_mode)
                 log(
@@ -112,10 +112,10 @@ class Keys:
                 )
         self.required = bool(self._callers.digests or self._admins.digests)
 
-    def who(self, header: bytes) -> Caller | None:
+    def authenticate(self, header: bytes) -> Caller | None:
         """Whose key an `Authorization` header holds; None if it is nobody's."""
-        if time.monotonic() > self._looked_at + LOOK_AGAIN_S:
-            self.look_again()
+        if time.monotonic() > self._looked_at + REFRESH_S:
+            self.refresh()
         scheme, _, key = header.partition(b" ")
         presented = _digest(key.strip())
         # Every key is compared, so that the time taken says nothing about which one came close.
@@ -125,12 +125,12 @@ class Keys:
             return None
         return Caller(presented[:8].hex(), any(as_admin))
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Read the files if they have changed. What can't be used is logged once, and changes nothing."""
         self._looked_at = time.monotonic()
         for kind in (self._callers, self._admins):
             try:
-                if kind.look():
+                if kind.read_if_changed():
                     self._log("keys-read", file=str(kind.file), keys=len(kind.digests))
                     self._complained = None
             except KeyFileError as error:

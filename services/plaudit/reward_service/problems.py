@@ -1,8 +1,6 @@
-"""What can go wrong with a request, as RFC 9457 problem documents. A refusal names its kind, and the item at fault."""
+"""The problems with which the reward service refuses a request (RFC 9457)."""
 
-from typing import Any
-
-from plaudit import wire
+from plaudit.serving.problems import ProblemDetailsError
 
 STATUS = {
     "malformed-request": 400,
@@ -37,49 +35,20 @@ STATUS = {
     "too-many-connections": 503,
     "deadline-exceeded": 504,
 }
-"""Every problem there is, by the name in its `type`, with its HTTP status. Clients retry 408, 429, 503, 504; what
-`wire.FINAL_PROBLEMS` names comes again with the same request."""
+"""The HTTP status of every problem, by the name in its `type`.
+
+Clients retry 408, 429, 503 and 504. The same request fails again with the problems in `wire.FINAL_PROBLEMS`.
+"""
 
 RETRY_AFTER_DRAIN_S = 1
-MAX_DETAIL_CHARS = 2000
-"""A detail may quote the request, which may have put megabytes there."""
 
 
-class ProblemError(Exception):
-    """A refusal on its way to the client. `extra` becomes further members of the document."""
+class ProblemError(ProblemDetailsError):
+    """A refusal of the reward service."""
 
-    def __init__(
-        self, name: str, detail: str, *, item: int | None = None, retry_after_s: int | None = None, **extra: Any
-    ) -> None:
-        if len(detail) > MAX_DETAIL_CHARS:
-            detail = f"{detail[:MAX_DETAIL_CHARS]}…"
-        super().__init__(detail)
-        self.name = name
-        self.status = STATUS[name]
-        self.detail = detail
-        self.item = item
-        self.retry_after_s = retry_after_s
-        self.extra = extra
-
-    def document(self) -> wire.Problem:
-        return wire.Problem(
-            type=wire.problem_type(self.name),
-            title=self.name.replace("-", " ").capitalize(),
-            status=self.status,
-            detail=self.detail,
-            item=self.item,
-            **self.extra,
-        )
-
-    def headers(self) -> dict[str, str]:
-        headers = {}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(self.retry_after_s)
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return headers
+    statuses = STATUS
 
 
 def draining() -> ProblemError:
-    """What is said to whoever comes, or still waits, while the service shuts down."""
+    """The refusal of new and of unanswered requests during shutdown."""
     return ProblemError("draining", "the service is shutting down", retry_after_s=RETRY_AFTER_DRAIN_S)

@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from harness.scorers import FakeScorer
-from plaudit.listening import StartError
 from plaudit.reward_service import keys as keys_module
 from plaudit.reward_service.__main__ import api_keys, parse_settings
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.keys import KeyFileError, Keys
+from plaudit.serving.listening import StartError
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def write(file: Path, text: str) -> None:
 
 
 def right(keys: Keys, key: str) -> bool:
-    return keys.who(f"Bearer {key}".encode()) is not None
+    return keys.authenticate(f"Bearer {key}".encode()) is not None
 
 
 def test_comments_and_empty_lines_are_no_keys(tmp_path: Path, log: list[Any]) -> None:
@@ -61,7 +61,7 @@ def test_a_key_that_no_header_can_carry_is_refused_at_the_start(key: str, monkey
 def test_a_key_that_is_taken_out_of_the_file_is_refused_without_a_restart(
     tmp_path: Path, log: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_module, "LOOK_AGAIN_S", -1.0)
+    monkeypatch.setattr(keys_module, "REFRESH_S", -1.0)
     write(tmp_path / "keys", "old\nkept\n")
     keys = keys_of(tmp_path / "keys", log)
     assert right(keys, "old")
@@ -73,7 +73,7 @@ def test_a_key_that_is_taken_out_of_the_file_is_refused_without_a_restart(
 def test_a_file_that_cannot_be_used_for_a_while_changes_nothing_and_is_told_once(
     tmp_path: Path, log: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_module, "LOOK_AGAIN_S", -1.0)
+    monkeypatch.setattr(keys_module, "REFRESH_S", -1.0)
     write(tmp_path / "keys", "one\n")
     keys = keys_of(tmp_path / "keys", log)
     (tmp_path / "keys").unlink()

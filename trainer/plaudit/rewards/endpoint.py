@@ -14,9 +14,9 @@ import httpx
 from pydantic import ValidationError
 
 from plaudit.rewards.answers import Unreadable, break_if_more_came, read, without
-from plaudit.rewards.errors import KEPT_HEADERS, Exchange, RewardRejected, shown
+from plaudit.rewards.errors import KEPT_HEADERS, Exchange, NoScore, RewardRejected, shown
 from plaudit.rewards.protocols import DIALECTS, recognise
-from plaudit.rewards.protocols.base import BrokenBody, Dialect, UnusableAnswer
+from plaudit.rewards.protocols.base import BrokenBody, Dialect, NoVerdict, UnusableAnswer
 from plaudit.rewards.proxies import Proxy
 from plaudit.rewards.rendering import Rendering
 from plaudit.rewards.rows import Row
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429})
 """The refusals that pass with time. So does every 5xx but 501, 505 and those that say they don't."""
+OWN_WRITING = frozenset({"plaudit", "chat-judge"})
+"""Kinds that write conversations out in the judge's own way, so that there is nothing to render wherever they can."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
 MAX_NAME_CHARS = 1000
@@ -74,6 +76,8 @@ class Endpoint:
     ) -> None:
         self.url = without_credentials(url).rstrip("/")
         """As messages and files may show it."""
+        if component.kind == "chat-judge":
+            self.url = self.url.removesuffix("/v1")  # as the clients of that API are given it
         self.places = asyncio.Semaphore(max_in_flight)
         """One for each request that may be under way."""
         self.info: ModelInfo | None = None
@@ -155,9 +159,9 @@ class Endpoint:
         return self._dialect.conversations_per_request
 
     def _renders(self, info: ModelInfo | None) -> bool:
-        """Whether conversations go there as texts: where they must, or a foreign server's own template isn't wanted."""
+        """Whether conversations go there as texts: where they must, or the server's own template isn't wanted."""
         assert self._dialect is not None
-        asked = self._rendering is not None and self._dialect.name != "plaudit"
+        asked = self._rendering is not None and self._dialect.name not in OWN_WRITING
         return asked or info is None or self._dialect.no_conversations(info) is not None
 
     def _sent(self, row: Row, info: ModelInfo) -> RewardItem:
@@ -189,6 +193,8 @@ class Endpoint:
             answer = self._dialect.decode(body, info)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
+        except NoVerdict as error:
+            raise NoScore(f"{self.url}: {error}", answered) from error
         except UnusableAnswer as error:
             raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
         if answer.request_id != request_id and (answer.request_id, info.request_id) != (None, None):

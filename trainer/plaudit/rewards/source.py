@@ -20,7 +20,7 @@ from typing import TypeVar
 import stamina
 
 from plaudit.rewards.endpoint import Endpoint, Trouble
-from plaudit.rewards.errors import Exchange, RewardRejected, RewardUnavailable, shown
+from plaudit.rewards.errors import Exchange, NoScore, RewardRejected, RewardUnavailable, shown
 from plaudit.rewards.rows import Row, check_names, rows_of
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.wire import MAX_VALUES_PER_REQUEST, ModelInfo, RewardResponse
@@ -90,7 +90,7 @@ class Source:
     async def score(self, rows: Sequence[Row]) -> RewardResponse:
         """The rewards of one chunk. Raises `RewardUnavailable` or `RewardRejected`."""
         async with self._in_flight:
-            return await self._patiently(lambda: self._attempt(rows))
+            return await self._until_scored(lambda: self._patiently(lambda: self._attempt(rows)))
 
     def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
         """The rows in pieces, each of which every endpoint takes in one request."""
@@ -120,10 +120,30 @@ class Source:
                 # Who asks for fields can't judge probes, which have none; who takes one text at a time mixes none up.
                 if self._settings.check_order and not endpoint.needs and info.limits.max_items > 1:
                     await _check_order(endpoint)
+                if self._component.kind == "chat-judge":
+                    await self._probe(endpoint)
             except BaseException:
                 endpoint.info = None
                 raise
             return info
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """A first question to a judge: its answer shows whether the server does what is asked of it. As `score`."""
+        prompt, response = ORDER_PROBES[0]
+        probe = rows_of([prompt], [response], {name: ["none"] for name in endpoint.needs})
+        await self._until_scored(lambda: endpoint.score(probe))
+
+    async def _until_scored(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Ask again while a judge names no score. Raises `RewardRejected` after the tries that the settings give it."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return await work()
+            except NoScore as error:
+                if tries == self._component.judge.tries:
+                    said = f"{error} (asked {tries} times, reward.judge.tries)"
+                    raise RewardRejected(said, error.exchange) from error
 
     async def _attempt(self, rows: Sequence[Row]) -> RewardResponse:
         first = self._choose()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from plaudit import presets
 from plaudit.errors import ConfigError
-from plaudit.rewards.settings import RewardComponent, RewardSettings
+from plaudit.rewards.settings import JudgeSettings, RewardComponent, RewardSettings
 
 OLD_REWARD_KEYS: dict[str, Any] = {"function_weight": float, "also": tuple[RewardComponent, ...]}
 """What `reward.components` was written as before it was one list."""
@@ -88,6 +88,8 @@ def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
     also, function_weight = values.pop("also", ()), values.pop("function_weight", 1.0)
     if not own and not also:
         return values
+    if "judge" in own:
+        own["judge"] = JudgeSettings(**own["judge"])
     if "components" in values:
         raise ConfigError(f"{path}: reward.components and reward.{next(iter(own), 'also')} can't both be given")
     try:

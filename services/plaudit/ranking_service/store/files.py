@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select, text, update
 
-from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store import leases
 from plaudit.ranking_service.store.batches import (
     add_tasks,
     answer_of,
@@ -62,7 +62,7 @@ def export(
         after = found[-1].seq
 
 
-def take_in(
+def import_rows(
     database: Database, connection: Connection, rows: Sequence[wire.RankingRow], now: int, *, only: str | None = None
 ) -> int:
     """Add rows of a rankings file, with their batches, tasks and annotators; how many were new. All of them, or none.
@@ -89,7 +89,7 @@ def take_in(
         ids.add(row.id)
         added += 1
     for task in sorted(touched):
-        leases.settle(connection, leases.lock_task(connection, task), leases.standing(connection, task))
+        leases.update_task_state(connection, leases.lock_task(connection, task), leases.standing(connection, task))
     note_in_audit(connection, "import", only or "all", now, rows=added)
     return added
 

@@ -70,7 +70,7 @@ def new_link(connection: Connection, pseudonym: str, now: int, *, actor: int | N
     return token
 
 
-def forget(connection: Connection, pseudonym: str, now: int, *, actor: int | None = None) -> None:
+def delete_person(connection: Connection, pseudonym: str, now: int, *, actor: int | None = None) -> None:
     """Delete a person. The rankings stay, under a fresh pseudonym that nothing connects with the old one.
 
     Name, token, sessions, drafts and free-text notes go; leases that are held come free.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.store import assignment as leases
+from plaudit.ranking_service.store import leases
 from plaudit.ranking_service.store.batches import stamp
 from plaudit.ranking_service.store.database import Database
 from plaudit.ranking_service.store.schema import answers, assignments, batches, drafts, ranks, submissions, tasks
@@ -33,7 +33,7 @@ _FORGET_DRAFT = delete(drafts).where(drafts.c.assignment == bindparam("assignmen
 
 
 @dataclass(frozen=True)
-class Word:
+class Judgement:
     """What a person says about a task."""
 
     kind: Kind
@@ -45,7 +45,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownTask:
     """A task as one person sees it, and what they have said about it so far."""
 
     assignment: str
@@ -57,9 +57,9 @@ class Shown:
     answers: list[wire.ShownAnswer]
     version: int
     lease_until: int
-    current: Word | None
+    current: Judgement | None
     """The newest version, unless it takes back what was there."""
-    draft: Word | None
+    draft: Judgement | None
 
     @property
     def key(self) -> str:
@@ -70,7 +70,7 @@ class Shown:
 class ConflictError(ProblemError):
     """Somebody, most likely the same person in another tab, has said something else in the meantime."""
 
-    def __init__(self, name: str, detail: str, shown: Shown, theirs: Word) -> None:
+    def __init__(self, name: str, detail: str, shown: ShownTask, theirs: Judgement) -> None:
         recorded = shown.current
         super().__init__(
             name,
@@ -83,14 +83,14 @@ class ConflictError(ProblemError):
         self.theirs = theirs
 
 
-def show(connection: Connection, annotator: int, assignment: str) -> Shown:
+def show(connection: Connection, annotator: int, assignment: str) -> ShownTask:
     """One of the person's own assignments."""
     row = _assignment(connection, annotator, assignment)
     task = connection.execute(_TASK, {"task": row.task}).one()
     by_position = {a.position: a for a in _shown_answers(connection, row.task)}
     current = _version(connection, row, row.version) if row.version else None
     draft = connection.execute(_DRAFT, {"assignment": row.id}).first()
-    return Shown(
+    return ShownTask(
         assignment=row.id,
         state=row.state,
         task=task.id,
@@ -104,7 +104,7 @@ def show(connection: Connection, annotator: int, assignment: str) -> Shown:
         version=row.version,
         lease_until=row.lease_until,
         current=None if current is None or current.kind == "withdraw" else current,
-        draft=None if draft is None else Word("ranking", json.loads(draft.ranks), note=draft.note),
+        draft=None if draft is None else Judgement("ranking", json.loads(draft.ranks), note=draft.note),
     )
 
 
@@ -115,7 +115,7 @@ def submit(
     assignment: str,
     key: str,
     version: int,
-    word: Word,
+    word: Judgement,
     now: int,
 ) -> wire.Accepted:
     """Record one more version of what this person says about the task.
@@ -169,7 +169,7 @@ def submit(
         changed |= {"lease_until": now + leases.LEASE_MS, "started_at": now}
         _keep_as_draft(connection, row, now)
     connection.execute(update(assignments).where(assignments.c.id == row.id).values(changed))
-    leases.settle(connection, task, {**there, row.id: (state, 0)})
+    leases.update_task_state(connection, task, {**there, row.id: (state, 0)})
     return wire.Accepted(assignment=row.id, version=row.version + 1, status=status, replayed=False)
 
 
@@ -218,21 +218,21 @@ def _shown_answers(connection: Connection, task: int) -> list[Row[Any]]:
     return list(connection.execute(_SHOWN_ANSWERS, {"task": task}))
 
 
-def _version(connection: Connection, row: Row[Any], version: int) -> Word:
+def _version(connection: Connection, row: Row[Any], version: int) -> Judgement:
     found = connection.execute(
         select(submissions).where(submissions.c.assignment == row.id, submissions.c.version == version)
     ).one()
     given = connection.execute(
         select(answers.c.id, ranks.c.rank).join_from(ranks, answers).where(ranks.c.submission == found.seq)
     )
-    return Word(found.kind, dict(given.all()), tuple(json.loads(found.flags)), found.note, found.seconds)
+    return Judgement(found.kind, dict(given.all()), tuple(json.loads(found.flags)), found.note, found.seconds)
 
 
 def _kind(connection: Connection, row: Row[Any]) -> str:
     return _version(connection, row, row.version).kind
 
 
-def _same(one: Word, other: Word) -> bool:
+def _same(one: Judgement, other: Judgement) -> bool:
     return (
         one.kind == other.kind
         and _dense(one.ranks) == _dense(other.ranks)
@@ -245,14 +245,18 @@ def _dense(given: Mapping[str, int]) -> dict[str, int]:
     return dict(zip(given, wire.dense(list(given.values())), strict=True))
 
 
-def _replay(connection: Connection, annotator: int, row: Row[Any], recorded: Row[Any], word: Word) -> wire.Accepted:
+def _replay(
+    connection: Connection, annotator: int, row: Row[Any], recorded: Row[Any], word: Judgement
+) -> wire.Accepted:
     if not _same(_version(connection, row, recorded.version), word):
         shown = show(connection, annotator, row.id)
         raise ConflictError("key-reused", "this key was used for something else; nothing was recorded now", shown, word)
     return wire.Accepted(assignment=row.id, version=recorded.version, status=recorded.status, replayed=True)
 
 
-def _from_another_tab(connection: Connection, annotator: int, row: Row[Any], version: int, word: Word) -> wire.Accepted:
+def _from_another_tab(
+    connection: Connection, annotator: int, row: Row[Any], version: int, word: Judgement
+) -> wire.Accepted:
     if row.version and version == row.version - 1 and _same(_version(connection, row, row.version), word):
         query = select(submissions.c.status).where(submissions.c.assignment == row.id)
         status = connection.execute(query.where(submissions.c.version == row.version)).scalar_one()
@@ -285,7 +289,9 @@ def _refuse_unknown(given: Mapping[str, int], known: Any) -> None:
             raise ProblemError("unknown-answer", f"this task has no answer {answer!r}", answer=answer)
 
 
-def _status(row: Row[Any], task: Row[Any], there: leases.Standing, word: Word, now: int) -> tuple[wire.Status, str]:
+def _status(
+    row: Row[Any], task: Row[Any], there: leases.Standing, word: Judgement, now: int
+) -> tuple[wire.Status, str]:
     """What becomes of the submission, and the state that the assignment has then."""
     if word.kind == "skip":
         return "skipped", "skipped"

@@ -77,10 +77,10 @@ class Admin:
 def routes(shared: Admin) -> APIRouter:
     """The router of the administration."""
     router = APIRouter()
-    doors = shared.people.doors
+    access = shared.people.access
 
     async def admin(request: Request) -> Caller | None:
-        caller = await run_in_threadpool(doors.require_admin, request)
+        caller = await run_in_threadpool(access.require_admin, request)
         if caller is not None and caller.session is not None and request.method not in ("GET", "HEAD"):
             require_same_site(request)
             require_csrf(caller, request.headers.get("x-csrf-token", ""))
@@ -158,7 +158,7 @@ def routes(shared: Admin) -> APIRouter:
     @router.delete(wire.ANNOTATORS_PATH + "/{pseudonym}")
     async def forget(pseudonym: str, request: Request) -> Response:
         caller = await admin(request)
-        await shared.people.write(lambda c: people.forget(c, pseudonym, now_ms(), actor=who(caller)))
+        await shared.people.write(lambda c: people.delete_person(c, pseudonym, now_ms(), actor=who(caller)))
         shared.forget_reports()
         return Response(status_code=204)
 
@@ -188,7 +188,7 @@ def routes(shared: Admin) -> APIRouter:
     async def change_from_page(batch: str, action: str, request: Request) -> Response:
         require_same_site(request)
         form = _form(request, await read_body(request, MAX_FORM_BYTES)) or {}
-        caller = await run_in_threadpool(doors.require_admin, request)
+        caller = await run_in_threadpool(access.require_admin, request)
         if caller is not None:
             require_csrf(caller, form.get("csrf", ""))
         await shared.people.write(lambda c: _changed(c, batch, action, who(caller)))

@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plaudit.ranking_service.problems import CONTENT_TYPE, RETRY_AFTER_S, ProblemError
+from plaudit.ranking_service.problems import RETRY_AFTER_S, ProblemError
 from plaudit.ranking_service.store import batches
 from plaudit.ranking_service.store.database import Database, StoreUnavailableError
 from plaudit.ranking_service.store.schema import batches as batches_table
 from plaudit.ranking_service.web import admin_routes, people_routes, view
 from plaudit.ranking_service.web.admin_routes import Admin
-from plaudit.ranking_service.web.limits import Buckets, ClientGoneError
+from plaudit.ranking_service.web.limits import ClientGoneError, RateLimiter
 from plaudit.ranking_service.web.metrics import Metrics
 from plaudit.ranking_service.web.people_routes import People, wants_json
-from plaudit.ranking_service.web.security import Doors
+from plaudit.ranking_service.web.security import AccessControl
+from plaudit.serving.problems import CONTENT_TYPE
 
 LIVEZ_PATH = "/livez"
 READYZ_PATH = "/readyz"
@@ -57,7 +57,9 @@ def create_app(database: Database, options: Options | None = None) -> FastAPI:
     """The application over a database whose tables are there."""
     options = options or Options()
     metrics = Metrics()
-    doors = Doors(database, options.api_keys, secure=options.secure_cookies, session_hours=options.session_hours)
+    access = AccessControl(
+        database, options.api_keys, secure=options.secure_cookies, session_hours=options.session_hours
+    )
     app = FastAPI(
         title="Plaudit ranking service",
         openapi_url=None,
@@ -67,10 +69,10 @@ def create_app(database: Database, options: Options | None = None) -> FastAPI:
     )
     app.state.draining = False
     app.state.metrics = metrics
-    shared = People(database, doors, metrics, Buckets(options.requests_per_minute))
+    shared = People(database, access, metrics, RateLimiter(options.requests_per_minute))
     app.include_router(people_routes.routes(shared))
     app.include_router(admin_routes.routes(Admin(shared, options.public_url, options.max_body_bytes)))
-    app.add_middleware(Front, app_state=app.state, limits=Buckets(options.requests_per_minute_address))
+    app.add_middleware(AccessMiddleware, app_state=app.state, limits=RateLimiter(options.requests_per_minute_address))
     app.add_exception_handler(ProblemError, _refuse)
     app.add_exception_handler(StoreUnavailableError, _refuse)
     app.add_exception_handler(ClientGoneError, _client_gone)
@@ -92,17 +94,17 @@ def create_app(database: Database, options: Options | None = None) -> FastAPI:
 
     @app.get(METRICS_PATH)
     async def exposition(request: Request) -> Response:
-        await run_in_threadpool(doors.require_admin, request)
+        await run_in_threadpool(access.require_admin, request)
         await run_in_threadpool(_count_batches, database, metrics)
         return Response(metrics.exposition(), headers={"content-type": Metrics.content_type})
 
     return app
 
 
-class Front:
+class AccessMiddleware:
     """What every request passes: the limit of its address, headers, counts. What fails inside is a 500 that says so."""
 
-    def __init__(self, app: ASGIApp, app_state: object, limits: Buckets) -> None:
+    def __init__(self, app: ASGIApp, app_state: object, limits: RateLimiter) -> None:
         self._app = app
         self._state = app_state
         self._limits = limits
@@ -151,7 +153,7 @@ class Front:
 
 def problem_response(problem: ProblemError) -> Response:
     """`problem` as `application/problem+json`."""
-    return JSONResponse(problem.document(), problem.status, problem.headers(), CONTENT_TYPE)
+    return Response(problem.body(), problem.status, problem.headers(), CONTENT_TYPE)
 
 
 def _refuse(request: Request, error: Exception) -> Response:

@@ -18,7 +18,7 @@ class ClientGoneError(Exception):
     """The client closed the connection before its request was complete."""
 
 
-class Buckets:
+class RateLimiter:
     """A token bucket for each client: `per_minute` requests in a burst, refilled evenly. 0 sets no limit."""
 
     def __init__(self, per_minute: int, *, clients: int = 10_000) -> None:

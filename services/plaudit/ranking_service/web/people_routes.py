@@ -18,16 +18,15 @@ from sqlalchemy import Connection, func, select
 from starlette.concurrency import run_in_threadpool
 
 from plaudit.ranking_service.problems import RETRY_AFTER_S, ProblemError
-from plaudit.ranking_service.store import assignment as leases
-from plaudit.ranking_service.store import people, submissions
+from plaudit.ranking_service.store import leases, people, submissions
 from plaudit.ranking_service.store.batches import stamp
 from plaudit.ranking_service.store.database import Database, StoreUnavailableError, now_ms
 from plaudit.ranking_service.store.schema import assignments, tasks
-from plaudit.ranking_service.store.submissions import ConflictError, Shown, Word
+from plaudit.ranking_service.store.submissions import ConflictError, Judgement, ShownTask
 from plaudit.ranking_service.web import view
-from plaudit.ranking_service.web.limits import MAX_FORM_BYTES, Buckets, read_body
+from plaudit.ranking_service.web.limits import MAX_FORM_BYTES, RateLimiter, read_body
 from plaudit.ranking_service.web.metrics import Metrics
-from plaudit.ranking_service.web.security import Caller, Doors, bearer_token, require_csrf, require_same_site
+from plaudit.ranking_service.web.security import AccessControl, Caller, bearer_token, require_csrf, require_same_site
 from plaudit.wire import rankings as wire
 
 T = TypeVar("T")
@@ -53,14 +52,14 @@ class People:
     """What the routes share."""
 
     database: Database
-    doors: Doors
+    access: AccessControl
     metrics: Metrics
-    per_person: Buckets
+    per_person: RateLimiter
     _progress: dict[str, tuple[float, int, int]] = field(default_factory=dict)
 
     async def caller(self, request: Request) -> Caller:
         """Whoever is signed in, within their limit; raises `session-ended` otherwise."""
-        caller = await run_in_threadpool(self.doors.caller, request)
+        caller = await run_in_threadpool(self.access.caller, request)
         if caller is None:
             raise ProblemError("session-ended", "you are not signed in; open your invitation link again")
         self.per_person.take(str(caller.person.seq))
@@ -104,7 +103,7 @@ class People:
             self._progress[batch] = now, done, wanted
         return view.Progress(mine, done, wanted)
 
-    def task_page(self, connection: Connection, caller: Caller, shown: Shown, **more: Any) -> Response:
+    def task_page(self, connection: Connection, caller: Caller, shown: ShownTask, **more: Any) -> Response:
         """The page of a task for this person."""
         person = caller.person
         undo = next(
@@ -155,7 +154,7 @@ def routes(shared: People) -> APIRouter:
             return JSONResponse(task_view(shown).model_dump())
         return await shared.read(lambda c: shared.task_page(c, caller, shown))
 
-    def _next(connection: Connection, person: int) -> Shown | None:
+    def _next(connection: Connection, person: int) -> ShownTask | None:
         identity = leases.next_assignment(connection, person, now_ms())
         return None if identity is None else submissions.show(connection, person, identity)
 
@@ -198,7 +197,7 @@ def routes(shared: People) -> APIRouter:
         body = await read_body(request, MAX_FORM_BYTES)
         form = _form(request, body)
         caller: Caller | None = None
-        word: Word | None = None
+        word: Judgement | None = None
         try:
             caller = await shared.caller(request)
             require_csrf(caller, form.get("csrf", "") if form is not None else request.headers.get("x-csrf-token", ""))
@@ -232,7 +231,7 @@ def routes(shared: People) -> APIRouter:
     ) -> Response:
         """The form again with what was filled in, or, where it can't be had now, a page that keeps all of it."""
         headers = problem.headers()
-        filled = Word("ranking", _form_ranks(form), _form_flags(form), form.get("note", "")[: wire.MAX_NOTE_CHARS])
+        filled = Judgement("ranking", _form_ranks(form), _form_flags(form), form.get("note", "")[: wire.MAX_NOTE_CHARS])
         if caller is not None and problem.name not in ("too-many-requests", "store-unavailable"):
             try:
                 return await shared.read(
@@ -265,7 +264,7 @@ def routes(shared: People) -> APIRouter:
     async def accept(token: str, request: Request) -> Response:
         require_same_site(request)
         response: Response = RedirectResponse("/", status_code=303)
-        if await run_in_threadpool(shared.doors.sign_in, token, response) is None:
+        if await run_in_threadpool(shared.access.sign_in, token, response) is None:
             return view.page("welcome.html", status=404, alert=UNKNOWN_LINK, kept={}, then="")
         return response
 
@@ -278,14 +277,14 @@ def routes(shared: People) -> APIRouter:
         kept = {name: value for name, value in form.items() if name not in ("link", "then", "csrf")}
         then = form.get("then", "")
         response: Response = RedirectResponse("/", status_code=303)
-        person = await run_in_threadpool(shared.doors.sign_in, token, response) if token else None
+        person = await run_in_threadpool(shared.access.sign_in, token, response) if token else None
         if person is None:
             return view.page("welcome.html", status=404, alert=UNKNOWN_LINK, kept=kept, then=then)
         if not then.startswith("/a/") or not kept:
             return response
         cookie = response.headers["set-cookie"]
         session = cookie.partition("=")[2].partition(";")[0]
-        filled = Word("ranking", _form_ranks(kept), _form_flags(kept), kept.get("note", "")[: wire.MAX_NOTE_CHARS])
+        filled = Judgement("ranking", _form_ranks(kept), _form_flags(kept), kept.get("note", "")[: wire.MAX_NOTE_CHARS])
         caller = Caller(person, session)
         alert = "You are signed in again, and nothing is lost. Check your ranking and send it."
         try:
@@ -306,7 +305,7 @@ def routes(shared: People) -> APIRouter:
         caller = await shared.caller(request)
         require_csrf(caller, form.get("csrf", ""))
         response = RedirectResponse("/", status_code=303)
-        await run_in_threadpool(shared.doors.sign_out, caller, response)
+        await run_in_threadpool(shared.access.sign_out, caller, response)
         return response
 
     @router.get("/mine")
@@ -334,9 +333,9 @@ def routes(shared: People) -> APIRouter:
 UNKNOWN_LINK = "This link is not valid. It may be mistyped, or a newer one has replaced it; ask whoever invited you."
 
 
-def task_view(shown: Shown) -> wire.TaskView:
+def task_view(shown: ShownTask) -> wire.TaskView:
     """A task as programs get it."""
-    filled = shown.draft or shown.current or Word("ranking")
+    filled = shown.draft or shown.current or Judgement("ranking")
     return wire.TaskView(
         assignment=shown.assignment,
         task=shown.task,
@@ -430,12 +429,12 @@ def _from_form(action: str, form: Mapping[str, str]) -> Message:
         raise invalid(error) from None
 
 
-def _word(action: str, message: Message) -> Word:
+def _word(action: str, message: Message) -> Judgement:
     if isinstance(message, wire.RankingSubmit):
-        return Word("ranking", message.ranks, note=message.note, seconds=message.seconds)
+        return Judgement("ranking", message.ranks, note=message.note, seconds=message.seconds)
     if isinstance(message, wire.FlagSubmit):
-        return Word("flag", flags=tuple(message.flags), note=message.note)
-    return Word("skip" if action == "skip" else "withdraw")
+        return Judgement("flag", flags=tuple(message.flags), note=message.note)
+    return Judgement("skip" if action == "skip" else "withdraw")
 
 
 def _as_problem(error: ProblemError | StoreUnavailableError) -> ProblemError:

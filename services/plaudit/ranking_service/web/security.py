@@ -33,7 +33,7 @@ class Caller:
         return "" if self.session is None else hashlib.sha256(b"csrf" + self.session.encode()).hexdigest()
 
 
-class Doors:
+class AccessControl:
     """Checks of keys, sessions and origins, for one service."""
 
     def __init__(self, database: Database, keys: Sequence[str], *, secure: bool, session_hours: float) -> None:

@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plaudit.ranking_service.exchange import turns_of_hh
-from plaudit.ranking_service.store.submissions import Shown, Word
+from plaudit.ranking_service.store.submissions import Judgement, ShownTask
 from plaudit.wire import rankings as wire
 
 LONG_CHARS = 3000
@@ -104,7 +104,7 @@ def turns(prompt: str | Sequence[wire.Turn]) -> list[tuple[str, str, Body]]:
     return [(turn.role, ROLES[turn.role], body(turn.content)) for turn in listed]  # type: ignore[union-attr]
 
 
-def cards(shown: Shown, ranks: Mapping[str, int]) -> list[Card]:
+def cards(shown: ShownTask, ranks: Mapping[str, int]) -> list[Card]:
     """The answers in the order of this person's page."""
     return [
         Card(answer.id, chr(ord("A") + i), body(answer.text), ranks.get(answer.id))
@@ -166,21 +166,21 @@ def page(template: str, *, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def task_page(
-    shown: Shown,
+    shown: ShownTask,
     *,
     csrf: str,
     who: str,
     admin: bool,
     progress: Progress,
     undo: tuple[str, int] | None,
-    word: Word | None = None,
+    word: Judgement | None = None,
     alert: str = "",
-    recorded: Word | None = None,
+    recorded: Judgement | None = None,
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The page where a task is ranked. `word` is what the form is filled with, else a draft, else what is in force."""
-    filled = word or shown.draft or shown.current or Word("ranking")
+    filled = word or shown.draft or shown.current or Judgement("ranking")
     letters = {answer.id: chr(ord("A") + i) for i, answer in enumerate(shown.answers)}
     return page(
         "task.html",
@@ -207,7 +207,7 @@ def task_page(
     )
 
 
-def in_words(word: Word, letters: Mapping[str, str]) -> str:
+def in_words(word: Judgement, letters: Mapping[str, str]) -> str:
     """What was said, in one line: B, then A and C (tied), then D."""
     if word.kind != "ranking":
         return {"skip": "Skipped", "flag": "Flagged", "withdraw": "Taken back"}[word.kind]

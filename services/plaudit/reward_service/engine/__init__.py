@@ -1,1 +1,1 @@
-"""Batching and the model. Knows nothing of HTTP."""
+"""Dynamic batching and the model. Nothing here depends on HTTP."""

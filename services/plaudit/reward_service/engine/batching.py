@@ -97,7 +97,7 @@ class ScorerLostError(Exception):
     """The device or the model is gone for good; the process should be restarted."""
 
 
-class OutOfMemoryNow(Exception):
+class TemporaryOutOfMemory(Exception):
     """The device lacks the memory for this batch. It had it when the service started, so another try may succeed."""
 
 
@@ -186,7 +186,7 @@ class _Caller:
     """When the last of its slices would be finished."""
 
 
-class Waiting:
+class BatchQueue:
     """Tokenised texts that wait for the model. The one whose turn it is is always in the next batch: nothing starves.
 
     Without padding a batch is filled in order of turns, for one caller that is the order of arrival. With padding it is
@@ -319,7 +319,7 @@ class Engine:
         self._callers: dict[str, _Caller] = {}
         self._virtual = 0.0
         """Tokens that each caller would have got by now, if all had run side by side."""
-        self._waiting = Waiting()
+        self._waiting = BatchQueue()
         self._closing = False
         lock = threading.Lock()
         self._lock = lock
@@ -528,23 +528,23 @@ class Engine:
         job = part.job
         if job.over or (job.deadline is not None and now >= job.deadline):
             self.metrics.dropped_items.inc(part.stop - part.start)
-            self._settle(
+            self._resolve(
                 [(job, ProblemError("deadline-exceeded", "the deadline passed before the text was tokenised"))]
             )
             return []
         try:
             encodings = job.scorer.encode(job.texts[part.start : part.stop])
         except Exception as error:
-            self._settle([(job, _scoring_failed(error, None))])
+            self._resolve([(job, _scoring_failed(error, None))])
             return []
         for index, encoded in enumerate(encodings, part.start):
             if encoded.refused is not None:
                 problem = ProblemError("template-refused", f"items[{index}]: {encoded.refused}", item=index)
-                self._settle([(job, problem)])
+                self._resolve([(job, problem)])
                 return []
             if not encoded.ids:
                 problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
-                self._settle([(job, problem)])
+                self._resolve([(job, problem)])
                 return []
         if part.stop == job.count:
             job.texts = ()  # a full queue need not hold them as well
@@ -573,9 +573,9 @@ class Engine:
         if dropped:
             self.metrics.dropped_items.inc(len(dropped))
             late = ProblemError("deadline-exceeded", "the deadline passed before the model ran")
-            self._settle([(job, late) for job in dict.fromkeys(item.job for item in dropped)])
+            self._resolve([(job, late) for job in dict.fromkeys(item.job for item in dropped)])
         if batch:
-            self._settle(self._score(batch, replica))
+            self._resolve(self._score(batch, replica))
             self._record(batch, time.monotonic() - started)
 
     def _score(self, batch: list[_Item], replica: int) -> list[tuple[Job, ProblemError | None]]:
@@ -623,7 +623,7 @@ class Engine:
             rate if not self.tokens_per_s else ((1 - RATE_SMOOTHING) * self.tokens_per_s + RATE_SMOOTHING * rate)
         )
 
-    def _settle(self, outcomes: Iterable[tuple[Job, ProblemError | None]]) -> None:
+    def _resolve(self, outcomes: Iterable[tuple[Job, ProblemError | None]]) -> None:
         """Hand jobs that are over to their event loops, one wake-up for each loop, and free their room in the queue."""
         now = time.monotonic()
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Scored | ProblemError]]] = {}
@@ -669,8 +669,8 @@ class Engine:
         with self._lock:
             jobs = list(self._open)
             self._arrived = []
-            self._waiting = Waiting()
-        self._settle([(job, problem) for job in jobs])
+            self._waiting = BatchQueue()
+        self._resolve([(job, problem) for job in jobs])
 
 
 def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
@@ -702,7 +702,7 @@ def _parts(text: Text) -> Sequence[str]:
 
 def _scoring_failed(error: Exception, index: int | None) -> ProblemError:
     where = "these texts" if index is None else f"items[{index}]"
-    if isinstance(error, OutOfMemoryNow | MemoryError):
+    if isinstance(error, TemporaryOutOfMemory | MemoryError):
         detail = f"the device lacks memory for {where}: {error}"
         return ProblemError("out-of-memory", detail, item=index, retry_after_s=RETRY_AFTER_DRAIN_S)
     return ProblemError("scoring-failed", f"the model failed on {where}: {type(error).__name__}: {error}", item=index)

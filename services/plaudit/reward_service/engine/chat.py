@@ -130,19 +130,18 @@ class ChatTemplate:
     def _fitted(self, attempt: _Attempt, encoded: Encoded, tokenize: Tokenize) -> Encoded:
         if not encoded.truncated:
             return Encoded(encoded.ids, encoded.type_ids, attempt.shortened)
-        # The fewest turns to drop, by bisection; if it is too long without all of them, its tokens are cut.
+        # The fewest turns to drop, by bisection; where it is too long without all of them, its tokens are cut.
         starts = _starts(attempt.turns)[1:]
-        best = encoded
+        longest, fitting = encoded, None
         while starts:
-            middle = (len(starts) - 1) // 2
+            middle = len(starts) // 2
             tried = self._attempt(_from(attempt.turns, starts[middle]), True)
-            if tried.rendered is None:
-                best, fits = _refused(tried), False
+            [found] = [_refused(tried)] if tried.rendered is None else tokenize([(tried.rendered, None)])
+            if found.truncated or found.refused is not None:
+                longest, starts = found, starts[middle + 1 :]
             else:
-                [best_here] = tokenize([(tried.rendered, None)])
-                fits = not best_here.truncated
-                best = best_here if fits or len(starts) == 1 else best
-            starts = starts[:middle] if fits else starts[middle + 1 :]
+                fitting, starts = found, starts[:middle]
+        best = fitting or longest
         return Encoded(best.ids, best.type_ids, True, best.refused)
 
     def _cut(self, content: str) -> str:

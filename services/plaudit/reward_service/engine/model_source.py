@@ -90,7 +90,7 @@ class ModelOrigins:
 
 
 @contextlib.contextmanager
-def held(source: ModelSource) -> Iterator[ModelSource]:
+def pinned_files(source: ModelSource) -> Iterator[ModelSource]:
     """The model's files as they are at this moment, in directories to hash and to load.
 
     Every file is opened once, so what is hashed is what is loaded, even if a directory becomes another model's in the

@@ -8,13 +8,15 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding, gelu, layer_norm, linear
+
+from plaudit.reward_service.private_apis import PrivateApi
 
 _LAYER = (
     "Attention",
@@ -234,8 +236,13 @@ def _attention(
 
 
 def _float_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
-    if not _prepacks(weight.dtype):
-        return lambda rows: gelu(linear(rows, weight, bias)) if with_gelu else linear(rows, weight, bias)
+    if PREPACKED_PRODUCT[weight.dtype].usable:
+        return _prepacked_product(weight, bias, with_gelu=with_gelu)
+    return lambda rows: gelu(linear(rows, weight, bias)) if with_gelu else linear(rows, weight, bias)
+
+
+def _prepacked_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
+    """The same by oneDNN, with the weights in its own layout: it saves laying them out for each product."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     multiply = torch.ops.mkldnn._linear_pointwise
     # As inductor calls it: the last argument names the exact GELU.
@@ -243,18 +250,41 @@ def _float_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool 
     return lambda rows: multiply(rows, packed, bias, after, [], algorithm)
 
 
-def _prepacks(dtype: torch.dtype) -> bool:
-    """Whether oneDNN takes weights in a layout of its own: it saves laying them out for each product."""
+def _check_prepacked_product(dtype: torch.dtype) -> None:
+    """oneDNN's product of a small matrix must be that of plain torch, with GELU and without."""
+    _require_onednn(dtype)
+    numbers = torch.linspace(-1, 1, ROWS_STEP * 32 + 24 * 32 + 24).sin()
+    rows, weight, bias = torch.split(numbers.to(dtype), [ROWS_STEP * 32, 24 * 32, 24])
+    rows, weight = rows.view(ROWS_STEP, 32), weight.view(24, 32)
+    for with_gelu in (False, True):
+        exact = linear(rows.double(), weight.double(), bias.double())
+        exact = gelu(exact) if with_gelu else exact
+        apart = (_prepacked_product(weight, bias, with_gelu=with_gelu)(rows).double() - exact).abs().max().item()
+        if not apart <= 32 * torch.finfo(dtype).eps:
+            raise RuntimeError(f"a product in {dtype} is {apart:.1e} from the exact one (with_gelu={with_gelu})")
+
+
+def _require_onednn(dtype: torch.dtype) -> None:
+    """Raise where oneDNN is missing, or doesn't compute in this number format on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if dtype == torch.float32:
-        return True
-    supported: bool = (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if dtype == torch.bfloat16
-        else torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        raise RuntimeError("torch was built without oneDNN")
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype in supported and not supported[dtype]():
+        raise RuntimeError(f"oneDNN has no {dtype} on this processor")
+
+
+PREPACKED_PRODUCT = {
+    dtype: PrivateApi(
+        f"torch.ops.mkldnn._linear_pointwise in {dtype}",
+        fallback="torch.nn.functional.linear",
+        check=partial(_check_prepacked_product, dtype),
     )
-    return supported
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+"""By the number format of the weights."""
 
 
 def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
@@ -264,7 +294,7 @@ def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool =
     """
     channel_scale = weight.abs().amax(dim=1).clamp_min(TINY) / INT8_MAX
     whole = (weight / channel_scale[:, None]).round().to(torch.int8)
-    multiply = _fast_integers(whole, channel_scale) if _has_exact_int8() else _slow_integers(whole, channel_scale)
+    multiply = _fast_integers(whole, channel_scale) if INT8_PRODUCT.usable else _slow_integers(whole, channel_scale)
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_min_(TINY).div_(INT8_MAX)
@@ -298,14 +328,18 @@ def _slow_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
     return lambda rows: linear(rows.float(), floats).mul_(channel_scale)
 
 
-@cache
-def _has_exact_int8() -> bool:
-    """Whether oneDNN's integers are exact here. Without VNNI, sums of two products may saturate at 16 bits."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
+def _check_exact_int8() -> None:
+    """oneDNN's integers must be exact. Without VNNI, sums of two products may saturate at 16 bits."""
+    _require_onednn(torch.int8)
     largest = torch.full((ROWS_STEP, 64), INT8_MAX, dtype=torch.int8)
     product = _fast_integers(largest, torch.ones(ROWS_STEP))(largest)
-    return torch.equal(product, torch.full_like(product, 64.0 * INT8_MAX**2))
+    if not torch.equal(product, torch.full_like(product, 64.0 * INT8_MAX**2)):
+        raise RuntimeError("oneDNN's int8 products are not exact on this processor")
+
+
+INT8_PRODUCT = PrivateApi(
+    "torch.ops.onednn.qlinear_pointwise", fallback="the same integers in floats", check=_check_exact_int8
+)
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ from plaudit.reward_service.engine.batching import (
     Chat,
     Encoded,
     Logits,
-    OutOfMemoryNow,
     Plain,
     ScorerLostError,
+    TemporaryOutOfMemory,
     Text,
 )
 from plaudit.reward_service.engine.chat import ChatTemplate
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
 from plaudit.reward_service.engine.model_files import ModelError, content_revision, with_template
-from plaudit.reward_service.engine.model_source import ModelOrigins, held
+from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
-from plaudit.reward_service.engine.self_check import WORDS, Batching, prove
+from plaudit.reward_service.engine.self_check import WORDS, BatchingMode, check_scores
 from plaudit.reward_service.settings import Settings
 
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
@@ -50,7 +50,7 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
     devices = _devices(settings)
     source = (origins or ModelOrigins(settings.model, settings.revision)).files()
     try:
-        with held(source) as files:
+        with pinned_files(source) as files:
             revision = content_revision(*files.directories)
             loaded = read_model(files, settings)
             if settings.chat_template is not None:
@@ -61,14 +61,14 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
     if settings.label is not None and settings.label not in loaded.labels:
         raise ModelError(f"{settings.model} has no label {settings.label!r}; its labels are {', '.join(loaded.labels)}")
     scorer = TransformersScorer(loaded, revision, devices, settings)
-    scorer.prove()
+    scorer.run_self_check()
     return scorer
 
 
 class TransformersScorer:
     """Any Hugging Face sequence classifier: without padding where its family allows, in padded batches elsewhere."""
 
-    batching: Batching
+    batching: BatchingMode
     packed: bool
     """Whether a batch costs the sum of its lengths (no padding) rather than rows times the longest."""
     checked: Mapping[str, object]
@@ -105,10 +105,10 @@ class TransformersScorer:
         else:
             self.use("padded" if loaded.pad_id is not None else "by length")
 
-    def prove(self) -> None:
+    def run_self_check(self) -> None:
         """Check the model's scores and how it may be batched, once. Raises `ModelError`."""
         assert self._loaded is not None
-        self.checked = prove(self, self._loaded, self._settings, self._devices[0])
+        self.checked = check_scores(self, self._loaded, self._settings, self._devices[0])
         self._loaded = None
         self.__dict__.pop("modules", None)  # those in use are held by `_models`
         if self._devices[0].type == "cuda":
@@ -125,7 +125,7 @@ class TransformersScorer:
             loaded.model.config.get_text_config().pad_token_id = -1
         return _replicas(_quantised(loaded.model) if self.dtype == "int8" else loaded.model, self._devices)
 
-    def use(self, batching: Batching) -> None:
+    def use(self, batching: BatchingMode) -> None:
         """Score in this way from now on, warmed up."""
         assert self._loaded is not None
         loaded = self._loaded
@@ -195,10 +195,10 @@ class TransformersScorer:
                 rows |= zip(group, map(tuple, logits.float().tolist()), strict=True)
         except torch.OutOfMemoryError as error:
             torch.cuda.empty_cache()
-            raise OutOfMemoryNow(str(error)) from error
+            raise TemporaryOutOfMemory(str(error)) from error
         except RuntimeError as error:
             if NO_MEMORY_ON_CPU in str(error):
-                raise OutOfMemoryNow(one_line(error)) from error
+                raise TemporaryOutOfMemory(one_line(error)) from error
             if not isinstance(error, torch.AcceleratorError):
                 raise
             raise ScorerLostError(f"{self._devices[replica]}: {error}") from error

@@ -15,14 +15,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from plaudit.reward_service.engine.batching import Chat, Encoded, Logits, OutOfMemoryNow, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import Chat, Encoded, Logits, ScorerLostError, TemporaryOutOfMemory, Text
 from plaudit.reward_service.engine.loading import Loaded, one_line
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.settings import Settings
 
-Batching = Literal["packed", "padded", "by length", "alone"]
+BatchingMode = Literal["packed", "padded", "by length", "alone"]
 """How texts share a forward pass: without padding, with it, only those of one length, not at all."""
-WAYS: tuple[Batching, ...] = ("packed", "padded", "by length", "alone")
+BATCHING_MODES: tuple[BatchingMode, ...] = ("packed", "padded", "by length", "alone")
 """From the fastest to the most careful. Where one fails the check, the next is tried."""
 WORDS = (
     *("good", "bad", "the", "film", "great", "awful", "story", "best", "worst", "love", "hate", "never", "always"),
@@ -41,11 +41,11 @@ ALIKE = 1e-6
 """Scores of different words that are no further apart than this are the same."""
 
 
-class Subject(Protocol):
+class ScorerUnderTest(Protocol):
     """The scorer under test."""
 
     id: str
-    batching: Batching
+    batching: BatchingMode
     max_tokens: int
     replicas: int
 
@@ -54,12 +54,12 @@ class Subject(Protocol):
         """The transformers model of each replica, on its device."""
         ...
 
-    def use(self, batching: Batching) -> None: ...
+    def use(self, batching: BatchingMode) -> None: ...
     def encode(self, texts: Sequence[Text]) -> list[Encoded]: ...
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]: ...
 
 
-class PlainModel:
+class ReferenceModel:
     """A transformers model asked for one text at a time, with the inputs that its tokenizer would give it."""
 
     def __init__(self, module: Any, device: torch.device, takes: Sequence[str]) -> None:
@@ -89,9 +89,9 @@ class PlainModel:
         self.module.to(self.device)
         return [self(encoded) for encoded in texts]
 
-    def in_precision(self, dtype: torch.dtype, loaded: Loaded) -> "PlainModel":
+    def in_precision(self, dtype: torch.dtype, loaded: Loaded) -> "ReferenceModel":
         """The model that was loaded, in another number format."""
-        return PlainModel(copy.deepcopy(loaded.model).to(dtype), self.device, self._takes)
+        return ReferenceModel(copy.deepcopy(loaded.model).to(dtype), self.device, self._takes)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ class Probes:
         return [self.longest, *self.short]
 
 
-def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.device) -> Mapping[str, object]:
+def check_scores(
+    subject: ScorerUnderTest, loaded: Loaded, settings: Settings, device: torch.device
+) -> Mapping[str, object]:
     """Find the fastest way of batching that gives the model's own scores; what was found, for the log.
 
     Raises `ModelError` when there is none, or when the model's scores are no rewards.
@@ -121,17 +123,17 @@ def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.de
     plain, exact = _references(subject, loaded, settings, device)
     probes, expected = _plain_scores(name, plain, probes)
     wanted = expected if exact is plain else exact.scores(probes.all)
-    _check_scores(name, wanted, expected, probes, loaded.labels, settings)
+    _check_logits(name, wanted, expected, probes, loaded.labels, settings)
     _check_padding_token(name, plain, probes, loaded)
     allowed = max(EXACT, 2 * _apart(expected, wanted))
     del exact
     failures: list[str] = []
-    for way in WAYS[WAYS.index(subject.batching) :]:
+    for way in BATCHING_MODES[BATCHING_MODES.index(subject.batching) :]:
         try:
             if way != subject.batching:
                 subject.use(way)
             got = _service_scores(subject, probes, settings)
-        except (torch.AcceleratorError, torch.OutOfMemoryError, OutOfMemoryNow, ScorerLostError) as error:
+        except (torch.AcceleratorError, torch.OutOfMemoryError, TemporaryOutOfMemory, ScorerLostError) as error:
             raise ModelError(
                 f"{name} does not run on {device}: {one_line(error)}; lower --batch-tokens {settings.batch_tokens} or "
                 f"--max-tokens {subject.max_tokens}, or choose another --dtype"
@@ -161,7 +163,7 @@ def prove(subject: Subject, loaded: Loaded, settings: Settings, device: torch.de
     )
 
 
-def probes_of(subject: Subject, settings: Settings, tokenizer: Any) -> Probes:
+def probes_of(subject: ScorerUnderTest, settings: Settings, tokenizer: Any) -> Probes:
     """Texts that show what can be wrong. Raises `ModelError` when different words give the same tokens."""
 
     def encode(texts: Sequence[str]) -> list[Encoded]:
@@ -201,20 +203,22 @@ def probes_of(subject: Subject, settings: Settings, tokenizer: Any) -> Probes:
 
 
 def _references(
-    subject: Subject, loaded: Loaded, settings: Settings, device: torch.device
-) -> tuple[PlainModel, PlainModel]:
+    subject: ScorerUnderTest, loaded: Loaded, settings: Settings, device: torch.device
+) -> tuple[ReferenceModel, ReferenceModel]:
     """Plain transformers in the service's number format, and in fp32."""
     own = subject.modules[0] if subject.batching != "packed" else loaded.model
-    plain = PlainModel(own, device, loaded.takes)
+    plain = ReferenceModel(own, device, loaded.takes)
     if settings.dtype == "fp32":
         return plain, plain
     if settings.dtype == "int8":
         # `modules` are quantised copies; these weights are still fp32.
-        return PlainModel(subject.modules[0], device, loaded.takes), PlainModel(loaded.model, device, loaded.takes)
+        return ReferenceModel(subject.modules[0], device, loaded.takes), ReferenceModel(
+            loaded.model, device, loaded.takes
+        )
     return plain, plain.in_precision(torch.float32, loaded)
 
 
-def _plain_scores(name: str, plain: PlainModel, probes: Probes) -> tuple[Probes, list[torch.Tensor]]:
+def _plain_scores(name: str, plain: ReferenceModel, probes: Probes) -> tuple[Probes, list[torch.Tensor]]:
     """What plain transformers gives, and for which texts: some families can't read an empty one."""
     rows: dict[int, torch.Tensor] = {}
     for encoded in probes.all:
@@ -230,7 +234,7 @@ def _plain_scores(name: str, plain: PlainModel, probes: Probes) -> tuple[Probes,
     return probes, [rows[id(encoded)] for encoded in probes.all]
 
 
-def _does_not_run(name: str, plain: PlainModel, text: Encoded, probes: Probes, error: Exception) -> ModelError:
+def _does_not_run(name: str, plain: ReferenceModel, text: Encoded, probes: Probes, error: Exception) -> ModelError:
     length = len(text.ids)
     said = f"{name} loads but does not run on a text of {length} tokens"
     if text is probes.longest and length > len(probes.words[0].ids):
@@ -242,7 +246,7 @@ def _does_not_run(name: str, plain: PlainModel, text: Encoded, probes: Probes, e
     return ModelError(f"{said}: {one_line(error)}")
 
 
-def _check_scores(
+def _check_logits(
     name: str,
     wanted: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
@@ -274,7 +278,7 @@ def _check_scores(
         )
 
 
-def _check_padding_token(name: str, plain: PlainModel, probes: Probes, loaded: Loaded) -> None:
+def _check_padding_token(name: str, plain: ReferenceModel, probes: Probes, loaded: Loaded) -> None:
     """A model whose padding token is in every text reads texts as shorter than they are."""
     probe, pad_id = probes.words[0], loaded.pad_id
     if pad_id is None or pad_id not in probe.ids or "attention_mask" not in loaded.takes:
@@ -287,7 +291,7 @@ def _check_padding_token(name: str, plain: PlainModel, probes: Probes, loaded: L
         )
 
 
-def _service_scores(subject: Subject, probes: Probes, settings: Settings) -> list[list[torch.Tensor]]:
+def _service_scores(subject: ScorerUnderTest, probes: Probes, settings: Settings) -> list[list[torch.Tensor]]:
     """The scores of all probes: alone, and together as far as the service itself would put them together."""
 
     def score(batch: Sequence[Encoded], replica: int = 0) -> list[torch.Tensor]:
@@ -309,7 +313,7 @@ def _service_scores(subject: Subject, probes: Probes, settings: Settings) -> lis
 
 
 def _beside_double(
-    plain: PlainModel,
+    plain: ReferenceModel,
     loaded: Loaded,
     probes: Probes,
     expected: Sequence[torch.Tensor],

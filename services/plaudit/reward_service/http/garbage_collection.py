@@ -9,13 +9,13 @@ objects a request, is looked at through small collections, and through full ones
 
 import gc
 
-SETTLE_S = 60.0
+FREEZE_AFTER_S = 60.0
 """After a reload: when the last request for the old model is surely over."""
 THRESHOLDS = (700, 3, 1000)
 """New objects before a small collection, small ones before a middle one (milliseconds), those before a full one."""
 
 
-def settle() -> None:
+def freeze() -> None:
     """Collect what is garbage now, and never look again at what isn't."""
     gc.set_threshold(*THRESHOLDS)
     gc.unfreeze()  # what was still in use the last time, after two reloads in a row
@@ -23,6 +23,6 @@ def settle() -> None:
     gc.freeze()
 
 
-def unsettle() -> None:
+def unfreeze() -> None:
     """Look at everything again."""
     gc.unfreeze()

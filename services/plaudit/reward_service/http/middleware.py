@@ -10,10 +10,11 @@ from plaudit import wire
 from plaudit.reward_service import protocols as compat
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http import tracing
-from plaudit.reward_service.http.request_head import CROWDED, MAX_HEAD_BYTES, head_bytes, head_too_large
-from plaudit.reward_service.http.service import CALLER, HOLD
+from plaudit.reward_service.http.request_head import OVER_CONNECTION_LIMIT, head_bytes, head_too_large
+from plaudit.reward_service.http.service import CALLER, RESERVATION
 from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.problems import ProblemError
+from plaudit.serving.server import MAX_HEAD_BYTES
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
 """What answers without a key: health, and nothing else."""
@@ -24,7 +25,7 @@ CONTROLS = bytes([*range(32), 127])
 """Bytes that a header may not hold."""
 
 
-class Gate:
+class AccessMiddleware:
     """Keys, request ids and counts, before any route. Plain ASGI: BaseHTTPMiddleware would halve the throughput."""
 
     def __init__(self, app: ASGIApp, keys: Keys, engine: Engine) -> None:
@@ -52,7 +53,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 begun = True
                 message["headers"].append((b"x-request-id", request_id))
-                if self._engine.draining or CROWDED in scope:
+                if self._engine.draining or OVER_CONNECTION_LIMIT in scope:
                     # A kept connection would be cut at the end; told so, its client sends the next request elsewhere.
                     message["headers"].append((b"connection", b"close"))
                 route = scope.get("route")
@@ -76,23 +77,23 @@ class Gate:
                 await problem_response(INTERNAL_ERROR)(scope, receive, send_with_id)
             raise
         finally:
-            hold = scope.get(HOLD)
-            if hold is not None:
-                hold.release()
+            reservation = scope.get(RESERVATION)
+            if reservation is not None:
+                reservation.release()
 
     def _refusal(self, scope: Scope, headers: Mapping[bytes, bytes]) -> ProblemError | None:
         if head_bytes(scope) > MAX_HEAD_BYTES:
             return head_too_large()
         if scope["path"] in PUBLIC_PATHS:
             return None
-        if CROWDED in scope:
-            return scope[CROWDED]()  # type: ignore[no-any-return]
+        if OVER_CONNECTION_LIMIT in scope:
+            return scope[OVER_CONNECTION_LIMIT]()  # type: ignore[no-any-return]
         if not self._keys.required:
             scope[CALLER] = str(scope.get("client"))
             return None
         caller = None
         if sum([name == b"authorization" for name, _ in scope["headers"]]) == 1:  # of two, none counts
-            caller = self._keys.who(headers[b"authorization"])
+            caller = self._keys.authenticate(headers[b"authorization"])
         if caller is None:
             return ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
         if scope["path"] == RELOAD_PATH and not caller.may_administer:
@@ -107,8 +108,5 @@ class Gate:
 def problem_response(problem: ProblemError) -> Response:
     """`problem` as `application/problem+json`."""
     return Response(
-        problem.document().model_dump_json(exclude_none=True),
-        status_code=problem.status,
-        headers=problem.headers(),
-        media_type=wire.PROBLEM_CONTENT_TYPE,
+        problem.body(), status_code=problem.status, headers=problem.headers(), media_type=wire.PROBLEM_CONTENT_TYPE
     )

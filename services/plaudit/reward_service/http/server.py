@@ -4,38 +4,36 @@ Wrong here would be an accepted request without an answer, or a client that keep
 """
 
 import asyncio
-import contextlib
 import ctypes
+import errno
 import functools
 import logging
-import os
+import select
 import signal
 import socket
 import struct
 import sys
-import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
-from plaudit.reward_service.http.request_head import Connection
 from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.private_apis import PrivateApi, fallbacks
 from plaudit.reward_service.problems import ProblemError
+from plaudit.serving.server import KEEP_ALIVE_S, MAX_HEAD_BYTES, GracefulServer, drain_seconds
 
-STRAGGLER_S = 0.25
+LATE_REQUESTS_S = 0.25
 """How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
-LAST_WORD_S = 1.5
+CLOSE_TIMEOUT_S = 1.5
 """How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
-EXIT_S = 0.5
-"""Part of the grace time that is kept for closing connections and leaving; at most a quarter of it."""
-KEEP_ALIVE_S = 75
-"""Longer than clients keep an idle connection, so that none is closed just as its next request leaves."""
 POLL_S = 0.01
-TURNS_TO_COME_IN = 5
+FILTER_CHECK_S = 0.02
+ACCEPT_TURNS = 5
 """Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
 SO_ATTACH_FILTER = 26
 BPF_RETURN = 6
@@ -56,7 +54,7 @@ class Hooks:
     log: Log
 
 
-class Server(uvicorn.Server):
+class Server(GracefulServer):
     """Announces itself, reloads on SIGHUP, drains on SIGTERM or Ctrl-C, and a clean end is exit code 0.
 
     A drain goes so: `/readyz` is red and nothing more is accepted, but the port stays open and answers 503. When the
@@ -66,28 +64,34 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks, *, max_connections: int = 1024) -> None:
         self._service: Service = app.state.service
+        self._can_drop_connections = SOCKET_FILTER.usable
         bound = connections_allowed(max_connections)
         if bound < max_connections:
             hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: ulimit -n allows no more files")
-        protocol = functools.partial(Connection, refused=self._count, bound=bound)
-        logging.getLogger("uvicorn.error").addFilter(FewWords())
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=cast(type[asyncio.Protocol], protocol),
-                log_level="warning",
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                timeout_keep_alive=KEEP_ALIVE_S,
-                server_header=False,
-                proxy_headers=False,
-            )
+        logging.getLogger("uvicorn.error").addFilter(LogRateLimit())
+        config = uvicorn.Config(
+            app,
+            **self._protocol(bound),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            server_header=False,
+            proxy_headers=False,
         )
-        self._grace_s = grace_s
+        super().__init__(config, grace_s)
         self._hooks = hooks
         self._stop_at = float("inf")
         self._reloads: set[asyncio.Task[None]] = set()
+
+    def _protocol(self, bound: int) -> dict[str, Any]:
+        """uvicorn's settings that say who parses requests, for at most `bound` connections."""
+        if not HTTPTOOLS.usable:
+            return {"http": "h11", "h11_max_incomplete_event_size": MAX_HEAD_BYTES, "limit_concurrency": bound}
+        from plaudit.reward_service.http.connection import Connection
+
+        return {"http": functools.partial(Connection, refused=self._count, bound=bound)}
 
     def _count(self, problem: ProblemError) -> None:
         """What was refused before it was a request."""
@@ -98,6 +102,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        for api in fallbacks():
+            self._hooks.log("fallback", missing=api.name, reason=api.problem, instead=api.fallback)
         self._hooks.ready()
 
     def _reload(self) -> None:
@@ -105,47 +111,35 @@ class Server(uvicorn.Server):
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        before = {number: signal.signal(number, self._told) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _told(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.should_exit:
-            self._stop_at = now
-            return
-        self._stop_at = now + self._grace_s - min(EXIT_S, self._grace_s / 4)
+    def begin_drain(self) -> None:
+        """Stop admitting requests; those in flight have until `_stop_at`."""
+        self._stop_at = time.monotonic() + drain_seconds(self._grace_s)
         self._service.engine.draining = True
-        self.should_exit = True
-        # Whatever hangs, be it the event loop itself or a forward pass: the process ends in time.
-        watchdog = threading.Timer(self._grace_s, os._exit, (0,))
-        watchdog.daemon = True
-        watchdog.start()
+
+    def end_drain(self) -> None:
+        """Wait for nothing more."""
+        self._stop_at = time.monotonic()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         began = time.monotonic()
         service, state = self._service, self.server_state
-        accepted = len(service.accepted)
-        await self._until(lambda: not service.accepted, self._stop_at)
-        lost = len(service.accepted)
+        accepted = len(service.in_flight)
+        await self._until(lambda: not service.in_flight, self._stop_at)
+        lost = len(service.in_flight)
         service.engine.fail_open_jobs()
-        await self._until(lambda: not state.connections, time.monotonic() + STRAGGLER_S)
+        await self._until(lambda: not state.connections, time.monotonic() + LATE_REQUESTS_S)
         # Whoever waits at the port is let in first: closing it would cut them off without a word.
-        for listener in sockets or []:
-            _let_nobody_else_knock(listener)
-        for _ in range(TURNS_TO_COME_IN):
+        if self._can_drop_connections:
+            for listener in sockets or []:
+                _drop_new_connections(listener)
+        for _ in range(ACCEPT_TURNS):
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         for listener in sockets or []:
             listener.close()
-        service.turn_away()
-        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + LAST_WORD_S)
+        service.refuse_unadmitted()
+        await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + CLOSE_TIMEOUT_S)
         for connection in list(state.connections):
             connection.shutdown()
         # What is left now are answers that their clients don't read.
@@ -174,7 +168,7 @@ def connections_allowed(wanted: int) -> int:
     return max(1, min(wanted, soft - OTHER_FILES))
 
 
-class FewWords(logging.Filter):
+class LogRateLimit(logging.Filter):
     """Lets a few messages a minute into the log: whoever sends nonsense, or finds a defect, can not fill the disk."""
 
     def __init__(self) -> None:
@@ -190,12 +184,43 @@ class FewWords(logging.Filter):
         return self._said <= LINES_A_MINUTE
 
 
-def _let_nobody_else_knock(listener: socket.socket) -> None:
-    """Have the kernel drop whoever comes to the port from now on. They come again a second later and find it closed.
+def _drop_new_connections(listener: socket.socket) -> None:
+    """Make the kernel drop every new connection to the port. Their clients try again a second later and find it closed.
 
-    Otherwise somebody could come between the last look at the port and its end, and be cut off with a request sent.
+    Otherwise a client could connect between the last look at the port and its end, and be cut off with a request sent.
     """
-    if sys.platform == "linux":
-        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
-        with contextlib.suppress(OSError):  # sandboxes may lack such filters
-            listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all)))
+
+
+def _check_filter() -> None:
+    if sys.platform != "linux":
+        raise OSError("packet filters for sockets are Linux's")
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as before, socket.socket() as after:
+        before.settimeout(1.0)
+        before.connect(listener.getsockname())
+        _drop_new_connections(listener)
+        after.setblocking(False)
+        refused = after.connect_ex(listener.getsockname()) != errno.EINPROGRESS
+        if refused or select.select([], [after], [], FILTER_CHECK_S)[1]:
+            raise OSError("a connection was accepted, or refused, behind a filter that drops all packets")
+
+
+def _check_httptools() -> None:
+    from plaudit.reward_service.http.connection import check_connection
+
+    # In a thread: an event loop may be running in this one.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, check_connection()).result()
+
+
+HTTPTOOLS = PrivateApi(
+    "uvicorn's httptools protocol",
+    fallback="uvicorn's h11 protocol: slower, and without bounds on the time of a request's head",
+    check=_check_httptools,
+)
+SOCKET_FILTER = PrivateApi(
+    "a packet filter on the listening socket (SO_ATTACH_FILTER)",
+    fallback="a client that connects in the last moment of a drain is cut off, and has to try again",
+    check=_check_filter,
+)

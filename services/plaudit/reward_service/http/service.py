@@ -20,20 +20,17 @@ from plaudit import wire
 from plaudit.reward_service.engine.batching import Chat, Engine, Job, Plain, Scored, Scorer, Text
 from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
-from plaudit.reward_service.http import garbage_collection as collector
-from plaudit.reward_service.http import tracing
-from plaudit.reward_service.http.held import HeldBytes, Hold
+from plaudit.reward_service.http import garbage_collection, tracing
+from plaudit.reward_service.http.memory_budget import MemoryBudget
 from plaudit.reward_service.problems import ProblemError, draining
 
-HOLD = "plaudit.hold"
+RESERVATION = "plaudit.reservation"
 """In a request's scope: what it holds. Released by the gate, when the answer is written."""
 CALLER = "plaudit.caller"
 """In a request's scope: who asks, as the engine's fairness knows them."""
 TIMEOUT_HEADER = "x-request-timeout"
 WATCH_AFTER_S = 0.02
 """When to begin to look whether the client has gone. Most answers are there sooner, and looking costs a task."""
-BODY_TIMEOUT_S = 60.0
-"""How long a body may take to arrive. A client that sends no more holds memory and a connection for nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +55,24 @@ class Service:
     cache: ScoreCache | None = None
     reload: Callable[[], Scorer] | None = None
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    accepted: set[Job] = field(default_factory=set)
+    in_flight: set[Job] = field(default_factory=set)
     """Jobs that the engine took and whose answers aren't written yet: a drain waits for them."""
-    waiting: "set[asyncio.Task[Any]]" = field(default_factory=set)
+    unadmitted: "set[asyncio.Task[Any]]" = field(default_factory=set)
     """Handlers of requests that nobody has accepted yet: a drain turns them away."""
-    turned_away: asyncio.Event = field(default_factory=asyncio.Event)
-    held: HeldBytes = field(init=False)
+    refusing: asyncio.Event = field(default_factory=asyncio.Event)
+    memory: MemoryBudget = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "held", HeldBytes(self.limits.max_held_bytes))
+        object.__setattr__(self, "memory", MemoryBudget(self.limits.max_held_bytes))
 
-    def texts(self, items: Sequence[wire.RewardItem]) -> list[Text]:
+    async def score_items(
+        self, items: Sequence[wire.RewardItem], label: str | None, request: Request
+    ) -> tuple[Scored, int]:
+        """The scores of these items, and the index of the logit that is the reward. Raises as `score` does."""
+        index = self.label_index(self.engine.scorer, label)
+        return await self.score(self._texts(items), request), index
+
+    def _texts(self, items: Sequence[wire.RewardItem]) -> list[Text]:
         """Prompts and responses as the model wants them. Raises `ProblemError` for messages that it doesn't take."""
         if self.join == "chat":
             return [conversation(item.prompt, item.response) for item in items]
@@ -84,55 +88,19 @@ class Service:
             texts.append((item.prompt, item.response) if self.join == "pair" else (item.prompt + item.response, None))
         return texts
 
-    async def read_body(self, request: Request) -> bytes:
-        """The body, refused as soon as it is known to be too large."""
-        limit = self.limits.max_body_bytes
-        declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
-            raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
-        hold = request.scope[HOLD] = Hold(self.held)
-        with self.unaccepted():
-            try:
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    body, complete = await self._next_chunk(request, limit)
-                    hold.more(len(body))
-                    if complete:
-                        return body
-                    chunks = [body]
-                    size = len(body)
-                    while not complete:
-                        body, complete = await self._next_chunk(request, limit - size)
-                        hold.more(len(body))
-                        chunks.append(body)
-                        size += len(body)
-            except TimeoutError:
-                problem = f"the body didn't arrive within {BODY_TIMEOUT_S:g} s"
-                raise ProblemError("request-timeout", problem) from None
-        return b"".join(chunks)
+    def refused_by_drain(self) -> "_Unadmitted":
+        """Around a wait for which nothing has been accepted yet, so that `refuse_unadmitted` can end it with 503."""
+        return _Unadmitted(self)
 
-    async def _next_chunk(self, request: Request, room: int) -> tuple[bytes, bool]:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        chunk: bytes = message.get("body", b"")
-        if len(chunk) > room:
-            limit = self.limits.max_body_bytes
-            raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
-        return chunk, not message.get("more_body", False)
-
-    def unaccepted(self) -> "_Unaccepted":
-        """Around a wait for which nothing has been accepted yet, so that `turn_away` can end it with 503."""
-        return _Unaccepted(self)
-
-    def refused(self, request: Request, problem: ProblemError) -> None:
+    def record_refusal(self, request: Request, problem: ProblemError) -> None:
         """Count a request that is answered with `problem`, by whatever protocol, and note it in its trace."""
         tracing.note_problem(request.scope, problem)
         self.engine.metrics.refused_requests.labels(problem.name).inc()
 
-    def turn_away(self) -> None:
+    def refuse_unadmitted(self) -> None:
         """Answer 503 to every request of which nothing has been accepted, now and from now on."""
-        self.turned_away.set()
-        for task in list(self.waiting):
+        self.refusing.set()
+        for task in list(self.unadmitted):
             task.cancel()
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
@@ -153,10 +121,10 @@ class Service:
         timeout_s = timeout_of(request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         job = self.engine.submit(texts, deadline=deadline, caller=request.scope.get(CALLER, ""))
-        self.accepted.add(job)
+        self.in_flight.add(job)
         # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
         # cancels it.
-        client = _Client(request, job.future.cancel)
+        client = _DisconnectWatch(request, job.future.cancel)
         watch = job.loop.call_later(WATCH_AFTER_S, client.watch)
         timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
         try:
@@ -177,12 +145,12 @@ class Service:
             client.forget()
             tracing.note_job(request.scope, job)
             self.engine.abandon(job)
-            self.accepted.discard(job)
+            self.in_flight.discard(job)
             # A failure remembers this frame, and these remember the failure.
             del job, client, watch, timer
 
-    def check(self, texts: Sequence[Plain]) -> None:
-        """Hold texts that came by a foreign protocol to the same limits."""
+    def check_limits(self, texts: Sequence[Plain]) -> None:
+        """Apply the same limits to texts that came by a foreign protocol. Raises `ProblemError`."""
         if not texts:
             raise ProblemError("empty-items", "the request holds no text")
         if len(texts) > self.limits.max_items:
@@ -198,23 +166,23 @@ class Service:
             except UnicodeEncodeError:
                 raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
 
-    async def load_again(self) -> Scorer:
+    async def reload_model(self) -> Scorer:
         """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
         if self.reload is None:
             raise ProblemError("not-found", "this service was started without a way to reload")
         self.engine.require_open()
-        with self.unaccepted():
+        with self.refused_by_drain():
             async with self.reloading:
                 try:
                     scorer = await _in_thread(self.reload)
                     self.engine.replace(scorer)
-                    collector.unsettle()
-                    asyncio.get_running_loop().call_later(collector.SETTLE_S, collector.settle)
+                    garbage_collection.unfreeze()
+                    asyncio.get_running_loop().call_later(garbage_collection.FREEZE_AFTER_S, garbage_collection.freeze)
                 except (ModelError, ValueError) as error:
                     raise ProblemError("reload-failed", f"the old model still serves: {error}") from error
                 return scorer
 
-    def info(self, request_id: str | None = None) -> wire.ModelInfo:
+    def model_info(self, request_id: str | None = None) -> wire.ModelInfo:
         scorer = self.engine.scorer
         return wire.ModelInfo(
             id=scorer.id,
@@ -280,7 +248,7 @@ async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
     return await loaded
 
 
-class _Client:
+class _DisconnectWatch:
     """Whoever waits for an answer; `left` is called when it closes its connection."""
 
     def __init__(self, request: Request, left: Callable[[], object]) -> None:
@@ -300,20 +268,20 @@ class _Client:
             self._receiving.cancel()
 
 
-class _Unaccepted:
+class _Unadmitted:
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if self._service.turned_away.is_set():
+        if self._service.refusing.is_set():
             raise draining()
         self._task = task
-        self._service.waiting.add(task)
+        self._service.unadmitted.add(task)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._service.waiting.discard(self._task)
+        self._service.unadmitted.discard(self._task)
         if kind is asyncio.CancelledError and self._service.engine.draining:
             self._task.uncancel()
             raise draining() from None
@@ -351,7 +319,7 @@ def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
     )
 
 
-async def stay_away(request: Request, seconds: float) -> None:
+async def sleep_while_connected(request: Request, seconds: float) -> None:
     """Wait so long. Raises `ClientGoneError` as soon as the client has gone."""
     receiving = asyncio.ensure_future(request.receive())
     try:
@@ -374,9 +342,3 @@ def timeout_of(request: Request) -> float | None:
     if not 0 < timeout_s < math.inf:
         raise ProblemError("invalid-request", f"{TIMEOUT_HEADER}: {value!r} is no positive number of seconds")
     return timeout_s
-
-
-def server_timing(scored: Scored) -> str:
-    """Where the time went, as a `Server-Timing` header, in milliseconds."""
-    phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
-    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)

@@ -113,7 +113,7 @@ def finish(provider: "TracerProvider") -> None:
     thread.join(FLUSH_S)
 
 
-class Traced:
+class TracingMiddleware:
     """The outermost middleware: the span, as a child of the caller's where it sends `traceparent`.
 
     `quiet` are paths whose requests get none: probes, which would drown the rest.

@@ -74,7 +74,7 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
             return JSONResponse(await _answer_vllm(service, parsed(VllmRequest, body), request))
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             return openai_error(problem)
 
     @routes.post(
@@ -88,7 +88,7 @@ def router(service: Service) -> APIRouter:
             body = await read_json(service, request)
             return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             return openai_error(problem)
 
     return routes
@@ -112,7 +112,7 @@ def usage(scored: Scored) -> dict[str, Any]:
 
 async def _answer_vllm(service: Service, wanted: VllmRequest, request: Request) -> dict[str, Any]:
     texts = as_texts(wanted.input)
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     labels = scored.scorer.labels
     data = []
@@ -138,7 +138,7 @@ async def _answer_sglang(service: Service, wanted: SglangRequest, request: Reque
         if not 1 <= len(parts) <= 2:
             raise ProblemError("invalid-request", f"text[{index}]: a text or a pair, not {len(parts)} strings")
         texts.append((parts[0], parts[1] if len(parts) == 2 else None))
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     answers = [
         {"embedding": list(row), "meta_info": {"id": uuid.uuid4().hex, "finish_reason": None, "prompt_tokens": length}}
@@ -149,7 +149,7 @@ async def _answer_sglang(service: Service, wanted: SglangRequest, request: Reque
 
 async def _answer_infinity(service: Service, wanted: InfinityRequest, request: Request) -> dict[str, Any]:
     texts = as_texts(wanted.input)
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     rows = [list(row) if wanted.raw_scores else activated(row) for row in scored.logits]
     tokens = sum(scored.lengths)

@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plaudit.reward_service.engine.batching import Logits
-from plaudit.reward_service.http import reading
+from plaudit.reward_service.http.body import parse_json, read_body
 from plaudit.reward_service.http.service import Service, ServiceLimits, too_many
 from plaudit.reward_service.problems import ProblemError
 
@@ -23,7 +23,7 @@ class Foreign(BaseModel):
 
 async def read_json(service: Service, request: Request) -> dict[str, Any]:
     """The JSON object in the body, or `ProblemError`."""
-    value = await reading.read_json(await service.read_body(request))
+    value = await parse_json(await read_body(service, request))
     if not isinstance(value, dict):
         raise ProblemError("invalid-request", "the body is not a JSON object")
     refuse_long_lists(value.values(), service.limits)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from plaudit.reward_service.engine.batching import Plain
 from plaudit.reward_service.http import openapi
-from plaudit.reward_service.http.reading import read_json
+from plaudit.reward_service.http.body import parse_json, read_body
 from plaudit.reward_service.http.service import Service, ServiceLimits
 from plaudit.reward_service.problems import ProblemError
 from plaudit.reward_service.protocols.common import Foreign, parsed, refuse_long_lists
@@ -119,7 +119,7 @@ def router(service: Service) -> APIRouter:
         try:
             return unknown(model) or await _infer(service, model, request)
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             status = 400 if problem.status == 422 else problem.status
             return JSONResponse({"error": problem.detail}, status, headers=problem.headers())
 
@@ -127,7 +127,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def _infer(service: Service, model: str, request: Request) -> Response:
-    body = await service.read_body(request)
+    body = await read_body(service, request)
     header, tail = await _split(body, request.headers.get(HEADER_LENGTH), service.limits)
     wanted = parsed(InferRequest, header)
     columns = []
@@ -138,7 +138,7 @@ async def _infer(service: Service, model: str, request: Request) -> Response:
     if len({len(column) for column in columns}) != 1:
         raise ProblemError("invalid-request", "the two inputs differ in length")
     texts: list[Plain] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     values = [logit for row in scored.logits for logit in row]
     output: dict[str, Any] = {"name": "logits", "shape": [len(texts), len(scored.scorer.labels)], "datatype": "FP32"}
@@ -162,7 +162,7 @@ async def _split(body: bytes, header_length: str | None, limits: ServiceLimits) 
                 "malformed-body", f"{HEADER_LENGTH}: {header_length:.40} is no number of bytes that the body has"
             )
         length = int(header_length)
-    header = await read_json(body if length == len(body) else body[:length])
+    header = await parse_json(body if length == len(body) else body[:length])
     if not isinstance(header, dict):
         raise ProblemError("malformed-body", "the header is not a JSON object")
     refuse_long_lists(header.values(), limits)

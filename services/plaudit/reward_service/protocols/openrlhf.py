@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 
 from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
-from plaudit.reward_service.http.service import Service, stay_away, timeout_of
+from plaudit.reward_service.http.service import Service, sleep_while_connected, timeout_of
 from plaudit.reward_service.problems import ProblemError
 from plaudit.reward_service.protocols.common import Foreign, parsed, read_json
 
@@ -43,7 +43,7 @@ def router(service: Service) -> APIRouter:
             # With several URLs this client sends some of them nothing, and wants nothing back.
             rewards = await _rewards(service, wanted.query, request) if wanted.query else []
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             return JSONResponse({"error": problem.detail}, problem.status, headers=problem.headers())
         extra: dict[str, Any] = {}
         return JSONResponse({"rewards": rewards, "scores": rewards, "extra_logs": extra})
@@ -53,7 +53,7 @@ def router(service: Service) -> APIRouter:
 
 async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
     texts: list[Plain] = [(query, None) for query in queries]
-    service.check(texts)
+    service.check_limits(texts)
     service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
     scored = await _score_patiently(service, texts, request)
     index = service.label_index(scored.scorer, None)
@@ -70,5 +70,5 @@ async def _score_patiently(service: Service, texts: list[Plain], request: Reques
             wait_s = problem.retry_after_s or 1
             if problem.name != "queue-full" or time.monotonic() + wait_s > give_up_at:
                 raise
-        with service.unaccepted():
-            await stay_away(request, wait_s)
+        with service.refused_by_drain():
+            await sleep_while_connected(request, wait_s)

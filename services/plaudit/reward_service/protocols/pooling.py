@@ -48,7 +48,7 @@ def router(service: Service) -> APIRouter:
             wanted = parsed(PoolingRequest, await read_json(service, request))
             return JSONResponse(await _answer(service, wanted, request))
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             return openai_error(problem)
 
     return routes
@@ -58,7 +58,7 @@ async def _answer(service: Service, wanted: PoolingRequest, request: Request) ->
     if wanted.task not in {None, "classify"}:
         raise ProblemError("invalid-request", f"Unsupported task: {wanted.task!r}; a classifier has classify")
     texts = as_texts(wanted.input)
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     vectors = [list(row) if wanted.use_activation is False else activated(row) for row in scored.logits]
     return {

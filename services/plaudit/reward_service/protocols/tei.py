@@ -65,7 +65,7 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_hub(service, parsed(HubRequest, body), request))
             return JSONResponse(await _answer_tei(service, parsed(PredictRequest, body), request))
         except ProblemError as problem:
-            service.refused(request, problem)
+            service.record_refusal(request, problem)
             error_type = ERROR_TYPES.get(problem.status, "Backend")
             return JSONResponse(
                 {"error": problem.detail, "error_type": error_type}, problem.status, headers=problem.headers()
@@ -114,7 +114,7 @@ async def _answer_tei(service: Service, wanted: PredictRequest, request: Request
     texts = _texts(wanted.inputs)
     if any(not first and not second for first, second in texts):
         raise ProblemError("empty-items", "Input validation error: `inputs` cannot be empty")
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     if wanted.truncate is False and scored.truncated:
         limit = scored.scorer.max_tokens
@@ -140,7 +140,7 @@ async def _answer_hub(service: Service, wanted: HubRequest, request: Request) ->
     texts: list[Plain] = [
         (text, None) for text in ([wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs)
     ]
-    service.check(texts)
+    service.check_limits(texts)
     scored = await service.score(texts, request)
     predictions = _predictions(scored, raw=wanted.parameters.function_to_apply == "none")
     return [prediction[: wanted.parameters.top_k] for prediction in predictions]

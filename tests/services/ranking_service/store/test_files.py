@@ -12,9 +12,9 @@ from harness.ranking_service import rows, upload
 from plaudit.ranking_service import exchange
 from plaudit.ranking_service.exchange import Dropped
 from plaudit.ranking_service.problems import ProblemError
-from plaudit.ranking_service.store import assignment, batches, files, people, submissions
+from plaudit.ranking_service.store import batches, files, leases, people, submissions
 from plaudit.ranking_service.store.database import Database, now_ms
-from plaudit.ranking_service.store.submissions import Word
+from plaudit.ranking_service.store.submissions import Judgement
 from plaudit.wire import rankings as wire
 from plaudit.wire.rankings import RankingRow, Turn
 from tests.services.ranking_service.conftest import Fill, Invite
@@ -27,9 +27,9 @@ def exported(database: Database, **how: bool) -> list[RankingRow]:
         return list(files.export(connection, None, late=how.get("late", False), history=how.get("history", False)))
 
 
-def take_in(database: Database, listed: list[RankingRow], only: str | None = None) -> int:
+def import_rows(database: Database, listed: list[RankingRow], only: str | None = None) -> int:
     with database.write() as connection:
-        return files.take_in(database, connection, listed, now_ms(), only=only)
+        return files.import_rows(database, connection, listed, now_ms(), only=only)
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def busy(database: Database, someone: Invite) -> Database:
     for person in [someone() for _ in range(4)]:
         while True:
             with database.write() as connection:
-                identity = assignment.next_assignment(connection, person, now_ms())
+                identity = leases.next_assignment(connection, person, now_ms())
             if identity is None:
                 break
             with database.read() as connection:
                 shown = submissions.show(connection, person, identity)
-            word = Word(
+            word = Judgement(
                 "ranking",
                 {answer.id: draw.randint(1, len(shown.answers)) for answer in shown.answers},
                 note=draw.choice(["", "fine", "a note\nof \x00 two lines"]),
@@ -58,18 +58,18 @@ def busy(database: Database, someone: Invite) -> Database:
             kind = draw.random()
             said = [word]
             if kind < 0.15:
-                said = [Word("skip")]
+                said = [Judgement("skip")]
             elif kind < 0.3:
-                said = [Word("flag", flags=("other", "broken"), note="why")]
+                said = [Judgement("flag", flags=("other", "broken"), note="why")]
             elif kind < 0.5:
-                said = [word, Word("withdraw"), word]
+                said = [word, Judgement("withdraw"), word]
             for version, one in enumerate(said):
                 with database.write() as connection:
                     submissions.submit(database, connection, person, identity, f"k{version}", version, one, now_ms())
     with database.write() as connection:
         batches.close(connection, "b1", now_ms())
         (first, version, _, _) = submissions.newest_of(connection, person)[0]
-        again = Word("ranking", {a.id: 1 for a in submissions.show(connection, person, first).answers})
+        again = Judgement("ranking", {a.id: 1 for a in submissions.show(connection, person, first).answers})
         submissions.submit(database, connection, person, first, "late", version, again, now_ms())
     return database
 
@@ -80,10 +80,10 @@ def test_export_import_export_is_byte_identical(busy: Database, tmp_path: Path, 
     assert {"counted", "skipped", "flagged"} <= {json.loads(line)["status"] for line in before}
     other = Database(str(tmp_path / "other.db"))
     other.migrate()
-    assert take_in(other, [RankingRow.model_validate_json(line) for line in before]) == len(before)
+    assert import_rows(other, [RankingRow.model_validate_json(line) for line in before]) == len(before)
     assert list(exchange.lines(exported(other, **how))) == before
     # And again: nothing is new.
-    assert take_in(other, [RankingRow.model_validate_json(line) for line in before]) == 0
+    assert import_rows(other, [RankingRow.model_validate_json(line) for line in before]) == 0
     assert list(exchange.lines(exported(other, **how))) == before
     other.close()
 
@@ -156,7 +156,7 @@ def test_an_import_with_a_wrong_row_is_refused_whole(
 ) -> None:
     row = RankingRow.model_validate(good_row())
     with pytest.raises(ProblemError, match=said):
-        take_in(database, [row, row.model_copy(update=spoil(row))], only="b1")
+        import_rows(database, [row, row.model_copy(update=spoil(row))], only="b1")
     assert exported(database) == []
 
 
@@ -165,7 +165,7 @@ def test_a_merged_answer_with_a_rank_of_its_own_is_refused(database: Database) -
     answers = [row.answers[0], row.answers[1], wire.new_answer("a", policy="other")]
     wrong = row.model_copy(update={"answers": answers, "shown_order": [0, 1]})
     with pytest.raises(ProblemError, match="row 1: answers 0 and 2 are the same text and have ranks 1 and 3"):
-        take_in(database, [wrong])
+        import_rows(database, [wrong])
 
 
 def test_an_import_goes_on_where_people_have_ranked(database: Database, fill: Fill, someone: Invite) -> None:
@@ -185,7 +185,7 @@ def test_an_import_goes_on_where_people_have_ranked(database: Database, fill: Fi
         at="2026-01-02T03:04:05.678Z",
         version=1,
     )
-    assert take_in(database, [row]) == 1
+    assert import_rows(database, [row]) == 1
     (back,) = exported(database)
     assert back == row
     with database.read() as connection:
@@ -288,7 +288,7 @@ def test_deleting_a_person_keeps_the_rankings_under_a_fresh_name(busy: Database)
     before = exported(busy, history=True, late=True)
     gone = before[0].annotator
     with busy.write() as connection:
-        people.forget(connection, gone, now_ms())
+        people.delete_person(connection, gone, now_ms())
     after = exported(busy, history=True, late=True)
     assert len(after) == len(before)
     assert gone not in {row.annotator for row in after}

@@ -34,7 +34,7 @@ def as_rows(tasks: Tasks) -> list[wire.RankingRow]:
 def test_the_reliability_of_ten_simulated_people_is_found(sqlite: Database) -> None:
     said = as_rows(people_who_rank(0))
     with sqlite.write() as connection:
-        files.take_in(sqlite, connection, said, now_ms())
+        files.import_rows(sqlite, connection, said, now_ms())
     report = agreement_of(sqlite, "b1")
     assert (report.rankings, report.overlapping_tasks) == (1200, 240)
     found = {person.annotator: person for person in report.annotators}
@@ -50,7 +50,7 @@ def test_the_reliability_of_ten_simulated_people_is_found(sqlite: Database) -> N
 def test_skips_and_flags_are_counted_and_compared_with_nothing(sqlite: Database, status: wire.Status) -> None:
     one, other = as_rows([{"a": [1, 2, 3, 4], "b": [1, 2, 3, 4]}])
     with sqlite.write() as connection:
-        files.take_in(sqlite, connection, [one, other.model_copy(update={"status": status, "ranks": []})], now_ms())
+        files.import_rows(sqlite, connection, [one, other.model_copy(update={"status": status, "ranks": []})], now_ms())
     report = agreement_of(sqlite, "b1")
     assert (report.rankings, report.overlapping_tasks) == (1, 0)
     first, second = report.annotators

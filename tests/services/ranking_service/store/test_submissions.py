@@ -10,11 +10,11 @@ from sqlalchemy import func, select, update
 
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.store import batches, files, submissions
-from plaudit.ranking_service.store.assignment import LEASE_MS, next_assignment
 from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.leases import LEASE_MS, next_assignment
 from plaudit.ranking_service.store.schema import assignments
 from plaudit.ranking_service.store.schema import submissions as submissions_table
-from plaudit.ranking_service.store.submissions import ConflictError, Shown, Word
+from plaudit.ranking_service.store.submissions import ConflictError, Judgement, ShownTask
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
 
@@ -28,14 +28,14 @@ class Desk:
     assignment: str
 
     @property
-    def shown(self) -> Shown:
+    def shown(self) -> ShownTask:
         with self.database.read() as connection:
             return submissions.show(connection, self.person, self.assignment)
 
-    def order(self, *places: int) -> Word:
-        return Word("ranking", {a.id: place for a, place in zip(self.shown.answers, places, strict=True)})
+    def order(self, *places: int) -> Judgement:
+        return Judgement("ranking", {a.id: place for a, place in zip(self.shown.answers, places, strict=True)})
 
-    def say(self, word: Word, *, key: str | None = None, version: int | None = None) -> wire.Accepted:
+    def say(self, word: Judgement, *, key: str | None = None, version: int | None = None) -> wire.Accepted:
         shown = self.shown
         with self.database.write() as connection:
             return submissions.submit(
@@ -114,7 +114,9 @@ def test_two_edits_of_one_version_are_a_conflict_that_shows_both(desk: Desk) -> 
     other = desk.order(4, 3, 2, 1)
     with pytest.raises(ConflictError, match="version 0 of this ranking, and 1 is the newest") as caught:
         desk.say(other, key="two", version=0)
-    assert caught.value.shown.current == Word("ranking", desk.order(1, 2, 3, 4).ranks, seconds=pytest.approx(0, abs=60))
+    assert caught.value.shown.current == Judgement(
+        "ranking", desk.order(1, 2, 3, 4).ranks, seconds=pytest.approx(0, abs=60)
+    )
     assert caught.value.theirs == other
     assert desk.recorded() == 1
 
@@ -136,7 +138,7 @@ def test_an_edit_adds_a_version_and_the_newest_is_exported(desk: Desk) -> None:
 def test_undo_adds_a_version_and_shows_what_was_there(desk: Desk) -> None:
     word = desk.order(1, 2, 2, 3)
     desk.say(word)
-    assert desk.say(Word("withdraw"), key="undo").status == "withdrawn"
+    assert desk.say(Judgement("withdraw"), key="undo").status == "withdrawn"
     assert desk.shown.draft is not None
     assert desk.shown.draft.ranks == word.ranks
     (row,) = desk.exported()
@@ -148,15 +150,15 @@ def test_undo_adds_a_version_and_shows_what_was_there(desk: Desk) -> None:
 
 def test_there_is_nothing_to_undo_before_anything_was_said_or_twice(desk: Desk) -> None:
     with pytest.raises(ProblemError, match="nothing to take back"):
-        desk.say(Word("withdraw"), key="undo")
-    desk.say(Word("skip"))
-    desk.say(Word("withdraw"), key="undo")
+        desk.say(Judgement("withdraw"), key="undo")
+    desk.say(Judgement("skip"))
+    desk.say(Judgement("withdraw"), key="undo")
     with pytest.raises(ProblemError, match="nothing to take back"):
-        desk.say(Word("withdraw"), key="again")
+        desk.say(Judgement("withdraw"), key="again")
 
 
 def test_a_flag_keeps_its_reasons_and_the_note(desk: Desk) -> None:
-    desk.say(Word("flag", flags=("private", "harmful"), note="A phone number."))
+    desk.say(Judgement("flag", flags=("private", "harmful"), note="A phone number."))
     (row,) = desk.exported()
     assert (row.status, row.flags, row.note) == ("flagged", ["harmful", "private"], "A phone number.")
 
@@ -174,7 +176,7 @@ def test_a_ranking_that_is_none_is_refused_and_says_where(
     desk: Desk, spoil: Callable[[dict[str, int]], dict[str, int]], name: str, said: str
 ) -> None:
     with pytest.raises(ProblemError, match=said) as caught:
-        desk.say(Word("ranking", spoil(dict(desk.order(1, 2, 3, 4).ranks))))
+        desk.say(Judgement("ranking", spoil(dict(desk.order(1, 2, 3, 4).ranks))))
     assert caught.value.name == name
     assert desk.recorded() == 0
 
@@ -182,7 +184,7 @@ def test_a_ranking_that_is_none_is_refused_and_says_where(
 def test_somebody_elses_task_is_not_there(desk: Desk, someone: Invite) -> None:
     other = Desk(desk.database, someone(), desk.assignment)
     with pytest.raises(ProblemError, match="you have no task") as caught:
-        other.say(Word("skip"), key="k", version=0)
+        other.say(Judgement("skip"), key="k", version=0)
     assert caught.value.status == 404
 
 
@@ -213,7 +215,7 @@ def test_a_draft_is_kept_and_renews_the_lease(desk: Desk) -> None:
         draft = wire.DraftSave(version=0, ranks=ranks, note="so far\x00")
         saved = submissions.save_draft(desk.database, connection, desk.person, desk.assignment, draft, soon)
     assert saved.lease_until == batches.stamp(soon + LEASE_MS)
-    assert desk.shown.draft == Word("ranking", ranks, note="so far\x00")
+    assert desk.shown.draft == Judgement("ranking", ranks, note="so far\x00")
     desk.say(desk.order(1, 2, 3, 4))
     assert desk.shown.draft is None
 

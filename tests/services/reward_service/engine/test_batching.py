@@ -11,13 +11,13 @@ import pytest
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import (
     SLICE_CHARS,
+    BatchQueue,
     Encoded,
     Engine,
     Job,
     Logits,
-    OutOfMemoryNow,
+    TemporaryOutOfMemory,
     Text,
-    Waiting,
     _Item,
 )
 from plaudit.reward_service.problems import ProblemError
@@ -27,9 +27,9 @@ def texts(*words: str) -> list[tuple[str, None]]:
     return [(word, None) for word in words]
 
 
-def waiting_of(lengths: list[int], scorer: FakeScorer) -> tuple[Waiting, list[_Item]]:
+def waiting_of(lengths: list[int], scorer: FakeScorer) -> tuple[BatchQueue, list[_Item]]:
     loop = asyncio.new_event_loop()
-    waiting = Waiting()
+    waiting = BatchQueue()
     items = []
     for order, length in enumerate(lengths):
         job = Job([], scorer, 0, loop, loop.create_future(), length, 0.0)
@@ -39,7 +39,7 @@ def waiting_of(lengths: list[int], scorer: FakeScorer) -> tuple[Waiting, list[_I
     return waiting, items
 
 
-def drain(waiting: Waiting, budget: int) -> list[list[int]]:
+def drain(waiting: BatchQueue, budget: int) -> list[list[int]]:
     batches = []
     while batch := waiting.take(budget)[0]:
         batches.append([item.length for item in batch])
@@ -137,7 +137,7 @@ class Cramped(FakeScorer):
 
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
         if any(len(encoded.ids) > 10 for encoded in batch):
-            raise OutOfMemoryNow("DefaultCPUAllocator: can't allocate memory")
+            raise TemporaryOutOfMemory("DefaultCPUAllocator: can't allocate memory")
         return super().score(batch, replica)
 
 

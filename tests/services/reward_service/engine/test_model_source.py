@@ -11,7 +11,7 @@ from plaudit import demo_models
 from plaudit.reward_service.engine import model_source as model_source_module
 from plaudit.reward_service.engine import scorer as scorer_module
 from plaudit.reward_service.engine.model_files import ModelError, ModelSource, content_revision
-from plaudit.reward_service.engine.model_source import ModelOrigins, held
+from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings
 
@@ -106,7 +106,7 @@ def test_what_is_held_stays_as_it_was_when_files_are_replaced(
     before = content_revision(directory)
 
     def replace_while_held() -> None:
-        with held(ModelSource(directory)) as files:
+        with pinned_files(ModelSource(directory)) as files:
             for path in other.iterdir():
                 shutil.copy(path, tmp_path / "beside")
                 (tmp_path / "beside").replace(directory / path.name)

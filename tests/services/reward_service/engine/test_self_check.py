@@ -18,7 +18,7 @@ from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
 
 TEXTS = ["good", "a longer text about a film that is good , and not bad", "", "the plot", "word " * 200]
-WAYS = {
+BATCHING_MODES = {
     **dict.fromkeys(("distilbert", "roberta", "xlm-roberta", "bert"), "packed"),
     **dict.fromkeys(("mpnet", "longformer", "data2vec-text", "luke", "esm", "xlm-roberta-xl", "ibert"), "padded"),
     **dict.fromkeys(("roberta-prelayernorm", "xmod", "deberta-v2", "modernbert", "bart", "t5", "xlm"), "padded"),
@@ -31,13 +31,13 @@ def scorer_of(directory: Path, **settings: Any) -> TransformersScorer:
     return load_scorer(Settings(model=str(directory), **settings))
 
 
-@pytest.mark.parametrize("family", WAYS)
+@pytest.mark.parametrize("family", BATCHING_MODES)
 def test_scores_of_every_family_are_transformers_own_in_any_company_up_to_full_length(
     family: str, tmp_path: Path
 ) -> None:
     directory = tiny_judge(tmp_path, family)
     served = scorer_of(directory)
-    assert served.batching == WAYS[family]
+    assert served.batching == BATCHING_MODES[family]
     encodings = [encoded for encoded in served.encode([(text, None) for text in TEXTS]) if encoded.ids]
     assert max(len(encoded.ids) for encoded in encodings) >= MAX_TOKENS
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
@@ -115,7 +115,7 @@ def test_a_module_of_an_unknown_type_is_called_and_not_looked_into(
 def test_packed_scores_that_are_not_the_models_own_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "gelu", torch.relu)
     monkeypatch.setattr(packed, "_is_gelu", lambda activation: True)
-    monkeypatch.setattr(packed, "_prepacks", lambda dtype: False)
+    monkeypatch.setattr(packed.PREPACKED_PRODUCT[torch.float32], "problem", "gone")
     found = scorer_of(tiny_classifier_dir(tmp_path)).checked
     assert found["batches"] == "padded"
     assert str(found["not"]).startswith("packed: scores ")
@@ -129,14 +129,14 @@ class Moody:
     replicas = 1
 
     def __init__(self, by: dict[str, float]) -> None:
-        self.batching: self_check.Batching = "padded"
+        self.batching: self_check.BatchingMode = "padded"
         self.modules = [self]
         self._by = by
 
     def to(self, device: torch.device) -> "Moody":
         return self
 
-    def use(self, batching: self_check.Batching) -> None:
+    def use(self, batching: self_check.BatchingMode) -> None:
         self.batching = batching
 
     def encode(self, texts: Any) -> list[Encoded]:
@@ -153,7 +153,7 @@ class Moody:
 def found_by(subject: Moody) -> Any:
     tokenizer = type("Tokenizer", (), {"pad_token": None})()
     loaded = scorer.Loaded(subject, tokenizer, ("LABEL",), 16, 0, ("input_ids", "attention_mask"))
-    return self_check.prove(subject, loaded, Settings(model="moody"), torch.device("cpu"))
+    return self_check.check_scores(subject, loaded, Settings(model="moody"), torch.device("cpu"))
 
 
 def test_the_fastest_way_that_changes_no_score_is_taken() -> None:

@@ -20,7 +20,7 @@ from plaudit import wire
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.engine.cache import ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
-from plaudit.reward_service.http import garbage_collection as collector
+from plaudit.reward_service.http import garbage_collection
 from plaudit.reward_service.http.app import create_app
 from plaudit.reward_service.http.service import ClientGoneError, ServiceLimits
 from plaudit.reward_service.problems import ProblemError
@@ -409,8 +409,8 @@ def test_what_has_not_been_accepted_when_a_drain_turns_away_is_refused_from_then
     service = create_app(make_engine()).state.service
 
     async def run() -> None:
-        service.turn_away()
-        with pytest.raises(ProblemError, match="shutting down"), service.unaccepted():
+        service.refuse_unadmitted()
+        with pytest.raises(ProblemError, match="shutting down"), service.refused_by_drain():
             pytest.fail("it was let in")
 
     asyncio.run(run())
@@ -422,11 +422,11 @@ def test_the_collector_looks_again_at_a_model_that_a_reload_replaced(make_engine
     gone = weakref.ref(old)
     engine = make_engine(old)
     service = create_app(engine, reload=FakeScorer).state.service
-    collector.settle()
+    garbage_collection.freeze()
     try:
         assert gc.get_freeze_count() > 0
         del old
-        asyncio.run(service.load_again())
+        asyncio.run(service.reload_model())
         assert gc.get_freeze_count() == 0
         gc.collect()
         assert gone() is None

@@ -15,9 +15,10 @@ import pytest
 
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
-from plaudit.reward_service.http import request_head, service
+from plaudit.reward_service.http import body
+from plaudit.reward_service.http import connection as connection_module
 from plaudit.reward_service.http.app import create_app
-from plaudit.reward_service.http.server import OTHER_FILES, FewWords, Hooks, Server, connections_allowed
+from plaudit.reward_service.http.server import OTHER_FILES, Hooks, LogRateLimit, Server, connections_allowed
 from plaudit.reward_service.http.service import ServiceLimits
 
 BODY = b'{"items": [{"prompt": "ab", "response": "cde"}], "label": "LENGTH"}'
@@ -135,15 +136,15 @@ def test_an_upgrade_without_a_body_is_not_taken_and_nothing_behind_it_is_a_reque
 def test_whoever_sends_nothing_more_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, sent: bytes, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(request_head, "REST_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(service, "BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(connection_module, "REST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
     with serving(api_keys=["key"]) as port:
         assert [int(answer[:3]) for answer in answers_to(port, sent)] == expected
 
 
 def test_a_request_that_takes_long_is_not_cut_off_for_what_the_next_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_head, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.1)
     scorer = FakeScorer(held=True)
     with serving(scorer) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(request(b"Host: x", b"Connection: keep-alive", JSON, LENGTH, body=BODY) + b"GET /li")
@@ -213,10 +214,10 @@ def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None
 
     asyncio.run(run([{"type": "http.request", "body": BODY, "more_body": False}]))
     asyncio.run(run([{"type": "http.request", "body": b"{" * 100, "more_body": True}, {"type": "http.disconnect"}]))
-    assert app.state.service.held.bytes == 0
+    assert app.state.service.memory.bytes == 0
     assert json.loads(sent[1]["body"])["rewards"] == [5.0]  # type: ignore[arg-type]
 
 
 def test_nonsense_does_not_fill_the_log() -> None:
-    few = FewWords()
+    few = LogRateLimit()
     assert sum(few.filter(None) for _ in range(1000)) == 20  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from harness.reward_service import RewardService
-from plaudit.reward_service.http.server import _let_nobody_else_knock
+from plaudit.reward_service.http.server import _drop_new_connections
 
 ENDLESS_RELOAD = """
 import socket, threading
@@ -34,7 +34,7 @@ def load():
 
 async def reload():
     try:
-        await app.state.service.load_again()
+        await app.state.service.reload_model()
     except ProblemError as problem:
         print(problem.name, flush=True)
 
@@ -164,7 +164,7 @@ def test_a_log_that_nobody_reads_does_not_change_the_end(classifier_dir: Path) -
 def test_who_comes_as_the_port_closes_is_either_let_in_or_finds_it_closed() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     with socket.create_connection(listener.getsockname()) as early, socket.socket() as late:
-        _let_nobody_else_knock(listener)
+        _drop_new_connections(listener)
         late.setblocking(False)
         assert late.connect_ex(listener.getsockname()) == errno.EINPROGRESS
         let_in, _ = listener.accept()

@@ -14,7 +14,7 @@ from plaudit import wire
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.engine.cache import ScoreCache
 from plaudit.reward_service.http.app import create_app
-from plaudit.reward_service.http.fast_route import HotRoute
+from plaudit.reward_service.http.rewards import FastRouteMiddleware
 from plaudit.reward_service.http.service import ServiceLimits
 
 ITEMS = [{"prompt": "ab", "response": "cde"}, {"prompt": "", "response": "f" * 20}]
@@ -53,7 +53,7 @@ def ways(make_engine: Callable[..., Engine]) -> Callable[..., tuple[FastAPI, Fas
             create_app(make_engine(), limits=limits, default_label="LENGTH", api_keys=["key"], **options)
             for _ in range(2)
         )
-        ordinary.user_middleware = [each for each in ordinary.user_middleware if each.cls is not HotRoute]
+        ordinary.user_middleware = [each for each in ordinary.user_middleware if each.cls is not FastRouteMiddleware]
         assert len(ordinary.user_middleware) == len(short.user_middleware) - 1
         return short, ordinary
 

@@ -72,7 +72,7 @@ def scorer() -> TransformersScorer:
 def engine(scorer: TransformersScorer) -> Iterator[Engine]:
     engine = Engine(scorer, batch_tokens=1024, max_queue_tokens=65_536).start()
     thresholds = gc.get_threshold()
-    garbage_collection.settle()  # as the program does when it is ready
+    garbage_collection.freeze()  # as the program does when it is ready
     yield engine
     gc.unfreeze()
     gc.set_threshold(*thresholds)

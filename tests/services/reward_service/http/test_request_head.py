@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from harness.reward_service import RewardService
-from plaudit.reward_service.http.request_head import MAX_HEAD_BYTES
+from plaudit.serving.server import MAX_HEAD_BYTES
 
 BODY = b'{"items": [{"prompt": "this movie", "response": " was great"}]}'
 

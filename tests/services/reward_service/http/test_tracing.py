@@ -213,7 +213,7 @@ def test_a_missing_sdk_is_said_with_the_package_to_install(monkeypatch: pytest.M
 
 
 def test_the_application_does_not_load_the_sdk() -> None:
-    code = "import sys, plaudit.reward_service.assembly\n"
+    code = "import sys, plaudit.reward_service.app_factory\n"
     code += "print([n for n in sys.modules if n.startswith('opentelemetry.sdk')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

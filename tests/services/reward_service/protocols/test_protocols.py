@@ -155,7 +155,7 @@ def test_openrlhf_waits_at_the_door_of_a_full_queue(
         async with client_of(engine, default_label="LENGTH") as http:
             first = asyncio.create_task(http.post("/get_reward", json={"query": ["a" * 8]}))
             await asyncio.to_thread(scorer.entered.acquire)
-            monkeypatch.setattr(openrlhf, "stay_away", open_the_gate)
+            monkeypatch.setattr(openrlhf, "sleep_while_connected", open_the_gate)
             second = asyncio.create_task(http.post("/get_reward", json={"query": ["b" * 7]}))
             assert (await first).json()["rewards"] == [8]
             assert (await second).json()["rewards"] == [7]

@@ -22,6 +22,10 @@ class UnusableAnswer(Exception):
     """A whole answer, but not to what was asked."""
 
 
+class NoVerdict(UnusableAnswer):
+    """A judge's answer that names no score. Asked again, the judge may give one."""
+
+
 @dataclass(frozen=True)
 class Call:
     """A POST below the endpoint's URL, with a JSON body."""

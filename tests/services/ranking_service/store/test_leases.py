@@ -8,12 +8,11 @@ from sqlalchemy import select, text
 
 from harness.machine.postgres import PostgresServer
 from harness.ranking_service import rows, upload
-from plaudit.ranking_service.store import assignment as leases
-from plaudit.ranking_service.store import batches, people, submissions
-from plaudit.ranking_service.store.assignment import LEASE_MS
+from plaudit.ranking_service.store import batches, leases, people, submissions
 from plaudit.ranking_service.store.database import Database, now_ms
+from plaudit.ranking_service.store.leases import LEASE_MS
 from plaudit.ranking_service.store.schema import assignments, tasks
-from plaudit.ranking_service.store.submissions import Word
+from plaudit.ranking_service.store.submissions import Judgement
 from plaudit.wire import rankings as wire
 from tests.services.ranking_service.conftest import Fill, Invite
 
@@ -26,7 +25,7 @@ def take(database: Database, person: int, now: int | None = None) -> str | None:
 def rank(database: Database, person: int, assignment: str, now: int | None = None) -> wire.Accepted:
     with database.read() as connection:
         shown = submissions.show(connection, person, assignment)
-    word = Word("ranking", {answer.id: place for place, answer in enumerate(shown.answers, start=1)})
+    word = Judgement("ranking", {answer.id: place for place, answer in enumerate(shown.answers, start=1)})
     with database.write() as connection:
         return submissions.submit(
             database, connection, person, assignment, shown.key, shown.version, word, now or now_ms()
@@ -35,7 +34,7 @@ def rank(database: Database, person: int, assignment: str, now: int | None = Non
 
 def skip(database: Database, person: int, assignment: str) -> wire.Accepted:
     with database.write() as connection:
-        return submissions.submit(database, connection, person, assignment, "skip", 0, Word("skip"), now_ms())
+        return submissions.submit(database, connection, person, assignment, "skip", 0, Judgement("skip"), now_ms())
 
 
 def task_of(database: Database, person: int, assignment: str) -> str:
@@ -149,7 +148,7 @@ def test_taking_a_skip_back_unparks_the_task(database: Database, fill: Fill, som
         assert assignment is not None
         skip(database, person, assignment)
     with database.write() as connection:
-        submissions.submit(database, connection, person, assignment, "undo", 1, Word("withdraw"), now_ms())
+        submissions.submit(database, connection, person, assignment, "undo", 1, Judgement("withdraw"), now_ms())
     assert progress(database).parked == 0
     assert take(database, person) == assignment
 

@@ -12,10 +12,15 @@ import time
 from typing import Any
 
 import msgpack
+from fastapi import Request
 
 from plaudit import wire
+from plaudit.reward_service.http.memory_budget import Reservation
+from plaudit.reward_service.http.service import RESERVATION, ClientGoneError, Service
 from plaudit.reward_service.problems import ProblemError
 
+BODY_TIMEOUT_S = 60.0
+"""How long a body may take to arrive. Until then it holds memory and a connection."""
 SMALL_BYTES = 32 * 1024
 """What is parsed in one go, if it has no more than `SMALL_PARTS` commas and brackets: a millisecond or two."""
 SMALL_PARTS = 1500
@@ -24,7 +29,7 @@ MAX_PARTS = wire.MAX_VALUES_PER_REQUEST
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 64
 """Of a number in JSON. Python's floats have 24 at most; an integer of thousands takes its square in time."""
-TURN_S = 0.003
+TIME_SLICE_S = 0.003
 """How long a large body may keep the event loop before others have their turn."""
 PIECE_BYTES = 64 * 1024
 
@@ -36,11 +41,11 @@ HIGH_SURROGATES = range(0xD800, 0xDC00)
 QUOTE = ord('"')
 
 
-class Turns:
-    """Lets others have the event loop when `TURN_S` has passed."""
+class TimeSlice:
+    """Lets others have the event loop when `TIME_SLICE_S` has passed."""
 
     def __init__(self) -> None:
-        self._until = time.monotonic() + TURN_S
+        self._until = time.monotonic() + TIME_SLICE_S
 
     @property
     def over(self) -> bool:
@@ -48,7 +53,58 @@ class Turns:
 
     async def next(self) -> None:
         await asyncio.sleep(0)
-        self._until = time.monotonic() + TURN_S
+        self._until = time.monotonic() + TIME_SLICE_S
+
+
+async def read_body(service: Service, request: Request) -> bytes:
+    """The whole body; its bytes are reserved in the memory budget until the request is answered.
+
+    Raises `ProblemError` as soon as the body is known to be too large, or has taken too long.
+    """
+    limit = service.limits.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")
+    reservation = request.scope[RESERVATION] = Reservation(service.memory)
+    with service.refused_by_drain():
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body, complete = await _next_chunk(request, limit, limit)
+                reservation.grow(len(body))
+                if complete:
+                    return body
+                chunks = [body]
+                size = len(body)
+                while not complete:
+                    body, complete = await _next_chunk(request, limit, limit - size)
+                    reservation.grow(len(body))
+                    chunks.append(body)
+                    size += len(body)
+        except TimeoutError:
+            raise ProblemError("request-timeout", f"the body didn't arrive within {BODY_TIMEOUT_S:g} s") from None
+    return b"".join(chunks)
+
+
+async def _next_chunk(request: Request, limit: int, room: int) -> tuple[bytes, bool]:
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    chunk: bytes = message.get("body", b"")
+    if len(chunk) > room:
+        raise ProblemError("body-too-large", f"the body has more than the {limit} bytes that are taken")
+    return chunk, not message.get("more_body", False)
+
+
+async def read_document(service: Service, request: Request, *, msgpack: bool) -> tuple[bytes | None, Any]:
+    """The body of a request, as (raw, None) or (None, value).
+
+    Small JSON stays raw: pydantic parses and validates it in one pass. Anything else is parsed here, in pieces. Raises
+    `ProblemError`.
+    """
+    body = await read_body(service, request)
+    if msgpack:
+        return None, await parse_msgpack(body)
+    return (body, None) if is_small(body) else (None, await parse_json(body))
 
 
 def is_small(body: bytes) -> bool:
@@ -56,7 +112,7 @@ def is_small(body: bytes) -> bool:
     return len(body) <= SMALL_BYTES and body.count(b",") + body.count(b"[") + body.count(b"{") <= SMALL_PARTS
 
 
-async def read_json(body: bytes) -> Any:
+async def parse_json(body: bytes) -> Any:
     """The JSON value in `body`. Raises `ProblemError`: malformed, too deep, or too much of it."""
     if is_small(body):
         try:
@@ -68,7 +124,7 @@ async def read_json(body: bytes) -> Any:
     return await _LargeJson(body).value()
 
 
-async def read_msgpack(body: bytes) -> Any:
+async def parse_msgpack(body: bytes) -> Any:
     """The msgpack value in `body`. Raises `ProblemError`."""
     await _count_msgpack(body)
     try:
@@ -84,7 +140,7 @@ class _LargeJson:
         self._body = body.removeprefix(b"\xef\xbb\xbf")
         self._at = 0
         self._parts = 0
-        self._turns = Turns()
+        self._slice = TimeSlice()
 
     async def value(self) -> Any:
         """All of the body as one value."""
@@ -92,8 +148,8 @@ class _LargeJson:
         """Containers that are open, each with the key that it has in the one around it."""
         key: str | None = None
         while True:
-            if self._turns.over:
-                await self._turns.next()
+            if self._slice.over:
+                await self._slice.next()
             found, opened = await self._begin()
             if opened:
                 if len(stack) == MAX_DEPTH:
@@ -183,8 +239,8 @@ class _LargeJson:
             if stop == self._at:
                 raise _malformed("JSON", f"the string that begins at byte {began} has no end")
             self._at = stop
-            if self._turns.over:
-                await self._turns.next()
+            if self._slice.over:
+                await self._slice.next()
 
     def _piece(self) -> tuple[int, bool]:
         """Where to stop for now, with no character or escape cut in two, and whether the string ends there."""
@@ -236,7 +292,7 @@ async def _count_msgpack(body: bytes) -> None:
     """Walk over all values without building one. Raises `ProblemError` where there are too many, or too deep."""
     at = parts = 0
     open_values = [1]
-    turns = Turns()
+    time_slice = TimeSlice()
     while open_values and at < len(body):
         if not open_values[-1]:
             open_values.pop()
@@ -271,8 +327,8 @@ async def _count_msgpack(body: bytes) -> None:
                 raise ProblemError(
                     "malformed-body", f"the body is nested more than {MAX_DEPTH} deep; no request needs that"
                 )
-        if turns.over:
-            await turns.next()
+        if time_slice.over:
+            await time_slice.next()
 
 
 def _malformed(what: str, why: str) -> ProblemError:

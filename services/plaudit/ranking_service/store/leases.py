@@ -138,7 +138,7 @@ def places_taken(there: Standing, now: int, *, without: str | None = None) -> in
     )
 
 
-def settle(connection: Connection, task: Row[Any], there: Standing) -> None:
+def update_task_state(connection: Connection, task: Row[Any], there: Standing) -> None:
     """Write down whether the (locked) task is done, parked or open, from everybody's assignments."""
     if task.state == "identical":
         return

@@ -21,7 +21,7 @@ PRIMITIVES = "128"
 hundred kilobytes. Where every batch has a shape of its own, memory would grow for long and nothing be faster."""
 
 
-def assemble(
+def app_from_settings(
     settings: Settings, keys: Sequence[str] | Keys, *, reloads: bool = True, origins: ModelOrigins | None = None
 ) -> FastAPI:
     """Load the model, start the engine, and put the application over it. Raises `ModelError` and `TracingError`.
