@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -12,6 +12,12 @@ from plaudit.wire import rankings as wire
 
 KEY = "the-administrations-key"
 ADMIN = {"authorization": f"Bearer {KEY}"}
+Fill = Callable[..., wire.BatchUploaded]
+"""Uploads so many tasks to a database, with a batch's settings by name."""
+Invite = Callable[..., int]
+"""Invites a person of a role; their number."""
+ClientOf = Callable[..., httpx.AsyncClient]
+"""A client of the application over a database, with the application's options by name."""
 
 
 def rows(n: int, *, batch: str = "b1", k: int = 4, group: str | None = None) -> list[wire.AnswersRow]:

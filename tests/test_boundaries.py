@@ -1,5 +1,6 @@
 """What may import what. Each claim is checked in a fresh interpreter, over every module there is."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -134,3 +135,60 @@ def test_plaudit_is_a_namespace_whose_subpackages_are_typed() -> None:
                 assert (folder / "__init__.py").is_file(), folder
                 assert (folder / "py.typed").is_file(), folder
                 assert len([path for path in folder.iterdir() if path.name != "__pycache__"]) <= FOLDER_LIMIT, folder
+
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "services": set[str](),
+    "trainer": set[str](),
+    "harness": {"harness"},
+    "benchmarks": {"harness", "benchmarks"},
+    "tests": {"harness"},
+    "tests/benchmarks": {"harness", "benchmarks"},
+}
+"""Of the code that is not part of the distribution, what each folder may import. Tests import no other test's module:
+what two of them need is in the harness, as is what tests and benchmarks share. The subject of tests/benchmarks are the
+benchmarks."""
+OPT_IN = {"ray", "ray.serve", "ray.cluster_utils"}
+"""Not among the development tools, because of its size: `make ray-test` installs it."""
+
+
+def imported_names(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+def python_files(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if ".venv" not in path.parts]
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_tests_and_benchmarks_share_the_harness_and_nothing_else(folder: str) -> None:
+    allowed = MAY_IMPORT[folder]
+    inner = [ROOT / other for other in MAY_IMPORT if other.startswith(f"{folder}/")]
+    files = [path for path in python_files(folder) if not any(path.is_relative_to(other) for other in inner)]
+    assert files
+    roots = {"services", "trainer", "harness", "benchmarks", "tests"}
+    for path in files:
+        names = imported_names(path)
+        assert not {name for name in names if name.partition(".")[0] in roots - allowed}, path
+        assert folder in ("services", "trainer") or not {name for name in names if name.startswith(".")}, path
+
+
+def test_no_skip_hides_a_module_that_is_not_installed() -> None:
+    """`importorskip` would turn a dependency that was lost, or one misspelt import, into a test that always passes."""
+    asked = set[str]()
+    for path in [*python_files("tests"), *python_files("harness")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "importorskip":
+                asked.add(ast.literal_eval(node.args[0]))
+            elif isinstance(node, ast.ExceptHandler) and node.type is not None:
+                caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)}
+                assert not caught & {"ImportError", "ModuleNotFoundError"}, f"{path}:{node.lineno}"
+    assert asked == OPT_IN

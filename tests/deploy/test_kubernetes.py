@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -31,16 +32,14 @@ def manifests() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", manifests())
 def test_a_manifest_keeps_to_the_schema(name: str) -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    validate.validate(manifests()[name], validate.latest_version(), strict=True)
+    kubernetes_validate.validate(manifests()[name], kubernetes_validate.latest_version(), strict=True)
 
 
 def test_a_broken_manifest_would_be_seen() -> None:
-    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     broken = manifests()["HorizontalPodAutoscaler/reward"]
     broken["spec"]["maxReplica"] = broken["spec"].pop("maxReplicas")
-    with pytest.raises(validate.ValidationError):
-        validate.validate(broken, validate.latest_version(), strict=True)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_service_disruption_budget_and_autoscaler_mean_the_reward_deployment() -> None:

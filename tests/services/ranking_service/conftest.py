@@ -1,12 +1,12 @@
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from harness.absent import absent
 from harness.machine.postgres import PostgresServer, programs
-from harness.ranking_service import KEY, RankingService, rows, upload
+from harness.ranking_service import KEY, ClientOf, Fill, Invite, RankingService, rows, upload
 from plaudit.ranking_service.store import batches, people
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.web.app import Options, create_app
@@ -19,9 +19,7 @@ DATABASES = ("sqlite", "postgresql")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server; its absence skips a test here and fails it in continuous integration."""
     if programs() is None:
-        why = "PostgreSQL is not installed: apt-get install postgresql"
-        assert not os.environ.get("CI"), why
-        pytest.skip(why)
+        absent("PostgreSQL is not installed: apt-get install postgresql")
     server = PostgresServer()
     yield server
     server.remove()
@@ -59,11 +57,6 @@ def service(tmp_path: Path) -> Iterator[RankingService]:
     running = RankingService(str(tmp_path / "service.db"))
     yield running
     running.kill()
-
-
-Fill = Callable[..., wire.BatchUploaded]
-Invite = Callable[..., int]
-ClientOf = Callable[..., httpx.AsyncClient]
 
 
 @pytest.fixture

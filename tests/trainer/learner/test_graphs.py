@@ -7,14 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.tiny_models import ARCHITECTURES
-from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
-from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.step_statistics import STATISTICS, measure
-from plaudit.learner.stepper import PPOStepper
-from plaudit.policy.samples import Samples
-from plaudit.settings.ppo import PPOHyperparameters
-from tests.trainer.learner.test_stepper import (
+from harness.small_step import (
     CONFIG,
     QUERIES,
     RESPONSES,
@@ -25,6 +18,13 @@ from tests.trainer.learner.test_stepper import (
     same,
     weights,
 )
+from harness.tiny_models import ARCHITECTURES
+from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
+from plaudit.learner.minibatches import NonFiniteUpdate
+from plaudit.learner.step_statistics import STATISTICS, measure
+from plaudit.learner.stepper import PPOStepper
+from plaudit.policy.samples import Samples
+from plaudit.settings.ppo import PPOHyperparameters
 
 
 def with_graphs(config: PPOHyperparameters = CONFIG, architecture: str = "gpt2", **options: Any) -> PPOStepper:

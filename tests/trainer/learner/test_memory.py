@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from harness.small_step import CONFIG, QUERIES, RESPONSES, SCORES, make_stepper, weights
 from plaudit.learner.memory import BatchSizeFinder, measuring_peak
-from tests.trainer.learner.test_stepper import CONFIG, QUERIES, RESPONSES, SCORES, make_stepper, weights
 
 
 @pytest.mark.parametrize(

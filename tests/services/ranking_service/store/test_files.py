@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.ranking_service import rows, upload
+from harness.ranking_service import Fill, Invite, rows, upload
 from plaudit.ranking_service import exchange
 from plaudit.ranking_service.exchange import Dropped
 from plaudit.ranking_service.problems import ProblemError
@@ -17,7 +17,6 @@ from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.submissions import Judgement
 from plaudit.wire import rankings as wire
 from plaudit.wire.rankings import RankingRow, Turn
-from tests.services.ranking_service.conftest import Fill, Invite
 
 TALK = [Turn(role="user", content="Hi"), Turn(role="assistant", content="Hello."), Turn(role="user", content="Well?")]
 

@@ -7,14 +7,13 @@ import pytest
 from sqlalchemy import select, text
 
 from harness.machine.postgres import PostgresServer
-from harness.ranking_service import rows, upload
+from harness.ranking_service import Fill, Invite, rows, upload
 from plaudit.ranking_service.store import batches, leases, people, submissions
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.leases import LEASE_MS
 from plaudit.ranking_service.store.schema import assignments, tasks
 from plaudit.ranking_service.store.submissions import Judgement
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.conftest import Fill, Invite
 
 
 def take(database: Database, person: int, now: int | None = None) -> str | None:

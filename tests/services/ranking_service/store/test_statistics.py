@@ -3,12 +3,12 @@
 import pytest
 from scipy import stats
 
+from harness.annotators import Tasks, people_who_rank
 from harness.ranking_service import rows
 from plaudit.ranking_service.store import files
 from plaudit.ranking_service.store.database import Database, now_ms
 from plaudit.ranking_service.store.statistics import agreement_of
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.test_agreement import Tasks, people_who_rank
 
 
 def as_rows(tasks: Tasks) -> list[wire.RankingRow]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import func, select, update
 
+from harness.ranking_service import Fill, Invite
 from plaudit.ranking_service.problems import ProblemError
 from plaudit.ranking_service.store import batches, files, submissions
 from plaudit.ranking_service.store.database import Database, now_ms
@@ -16,7 +17,6 @@ from plaudit.ranking_service.store.schema import assignments
 from plaudit.ranking_service.store.schema import submissions as submissions_table
 from plaudit.ranking_service.store.submissions import ConflictError, Judgement, ShownTask
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.conftest import Fill, Invite
 
 
 @dataclass

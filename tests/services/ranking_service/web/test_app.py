@@ -9,13 +9,12 @@ import httpx
 import pytest
 from sqlalchemy import select
 
-from harness.ranking_service import ADMIN, in_shown_order, rows, upload
+from harness.ranking_service import ADMIN, ClientOf, in_shown_order, rows, upload
 from plaudit.ranking_service.store import batches, people
 from plaudit.ranking_service.store.database import Database, StoreUnavailableError, now_ms
 from plaudit.ranking_service.store.schema import audit
 from plaudit.ranking_service.web import view
 from plaudit.wire import rankings as wire
-from tests.services.ranking_service.conftest import ClientOf
 
 pytestmark = pytest.mark.anyio
 PAGE = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}

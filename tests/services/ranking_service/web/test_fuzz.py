@@ -6,10 +6,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from harness.ranking_service import ADMIN, in_shown_order, rows, upload
+from harness.ranking_service import ADMIN, ClientOf, in_shown_order, rows, upload
 from plaudit.ranking_service.store import batches
 from plaudit.ranking_service.store.database import Database, now_ms
-from tests.services.ranking_service.conftest import ClientOf
 
 pytestmark = pytest.mark.anyio
 REQUESTS = 1500

@@ -16,6 +16,8 @@ import uvicorn
 from fastapi import Request
 from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
 
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
@@ -73,7 +75,6 @@ def test_the_hugging_face_client_reads_our_refusal(hub_client: InferenceClient) 
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_the_triton_client_gets_logits(url: str, binary: bool) -> None:
-    triton = pytest.importorskip("tritonclient.http")
     client = triton.InferenceServerClient(url.removeprefix("http://"))
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -85,7 +86,7 @@ def test_the_triton_client_gets_logits(url: str, binary: bool) -> None:
     result = client.infer("reward", [texts], outputs=outputs, request_id="7")
     assert result.as_numpy("logits").tolist() == [[2, -2], [7, -7], [1, -1]]
     assert result.get_response()["id"] == "7"
-    with pytest.raises(triton.InferenceServerException if hasattr(triton, "InferenceServerException") else Exception):
+    with pytest.raises(InferenceServerException):
         client.infer("nonesuch", [texts])
     client.close()
 
