@@ -3,9 +3,9 @@
     python make_data.py [DIRECTORY]
 
 `texts.jsonl` is a mixture: a third of the texts answer with the last word, the others with the first or the second. A
-model that is fine-tuned on it answers with one of the three words, and is right about a third of the time. Only the
-reward says which word is wanted. `prompts/train.jsonl` and `prompts/test.jsonl` have a prompt and its answer in each
-row. No three words stand in two of the files.
+model that is fine-tuned on it is right a third of the time at most. Only the reward says which word is wanted.
+`prompts/train.jsonl` and `prompts/test.jsonl` have a prompt and its answer in each row. No three words stand in two of
+the files.
 """
 
 import json

@@ -137,7 +137,7 @@ def test_a_plain_prompt_is_whole_and_begins_as_the_tokenizer_begins_texts(tmp_pa
 def test_prompts_that_are_too_long_are_left_out_counted_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"p": f"a{i} " + "b " * (70 if i in (4, 7) else 20 if i == 9 else 1), "n": i} for i in range(12)]
+    rows = [{"p": f"a{i} " + "b " * (70 if i in (4, 7) else 40 if i == 9 else 1), "n": i} for i in range(12)]
     path = write_lines(tmp_path / "prompts.jsonl", rows)
     everything = load(path, PromptSettings(column="p", fields=("n",)), tokenizer=tiny_tokenizer())
     inside = set(everything.fields["n"])

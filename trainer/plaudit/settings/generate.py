@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -12,9 +13,9 @@ from plaudit.settings.checks import positive, require
 class GenerateConfig:
     """Answer prompts with what a run trained. Settings that aren't given are the run's own."""
 
-    run: tyro.conf.Positional[str] = "runs/ppo"
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "runs/ppo"
     """Directory of a run, its merged model, or one of its checkpoints; or any model or adapters."""
-    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    texts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
     """Prompts. With none here and no file, each line of the standard input is one."""
     file: Path | None = None
     """Prompts from a text file (one a line), or from a column of a CSV, JSONL or Parquet file."""
