@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test parts-test compose-test ray-test gpu-bundle check format lint types clean
+.PHONY: help install demo test coverage parts-test compose-test ray-test gpu-bundle check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -20,6 +20,12 @@ demo: install  ## Train a small language model to write positive reviews, and op
 
 test: install  ## Run the whole test suite, one worker for each core.
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+coverage: install  ## Run the test suite and report which code ran, in the processes that it starts as well.
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n auto --dist worksteal
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 parts-test: install  ## Install each part of the wheel alone in a fresh environment and import every module of it.
 	PYTHON=$(PYTHON) .ci/install-parts
@@ -50,4 +56,4 @@ types: install
 	$(BIN)/mypy
 
 clean:  ## Remove the environment and caches; runs/ stays.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

@@ -1,6 +1,6 @@
 """A stand-in for OpenAI's chat completions: the same routes, shapes, checks and refusals, `logprobs` included.
 
-`ChatServer` is what `harness.foreign_servers.serving` serves. What the model says is a function of the question.
+`ChatServer` is what `harness.foreign.stand_ins.serving` serves. What the model says is a function of the question.
 """
 
 import itertools

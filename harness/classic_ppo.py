@@ -35,7 +35,8 @@ class Recording:
     @cached_property
     def case(self) -> dict[str, Any]:
         with safe_open(DIRECTORY / f"{self.name}.safetensors", "pt") as file:
-            return json.loads(file.metadata()["case"])
+            case: dict[str, Any] = json.loads(file.metadata()["case"])
+            return case
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

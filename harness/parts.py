@@ -11,10 +11,18 @@ from pathlib import Path
 import plaudit
 
 PARTS = {
-    "client": ("plaudit.wire", "plaudit.errors", "plaudit.rewards"),
-    "rank": ("plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
-    "reward": ("plaudit.console", "plaudit.serving", "plaudit.demo_models", "plaudit.wire", "plaudit.reward_service"),
+    "client": ("plaudit.atomic", "plaudit.wire", "plaudit.errors", "plaudit.rewards"),
+    "rank": ("plaudit.atomic", "plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
+    "reward": (
+        "plaudit.atomic",
+        "plaudit.console",
+        "plaudit.serving",
+        "plaudit.demo_models",
+        "plaudit.wire",
+        "plaudit.reward_service",
+    ),
     "trainer": (
+        "plaudit.atomic",
         "plaudit.cli",
         "plaudit.console",
         "plaudit.data",
@@ -40,7 +48,7 @@ def all_modules() -> dict[str, Path]:
     """Every module of the project and its file, packages included."""
     found = {}
     for module in pkgutil.walk_packages(plaudit.__path__, "plaudit."):
-        spec = module.module_finder.find_spec(module.name, None)  # type: ignore[call-arg]
+        spec = module.module_finder.find_spec(module.name, None)
         assert spec is not None
         assert spec.origin is not None
         found[module.name] = Path(spec.origin)

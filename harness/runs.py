@@ -118,7 +118,7 @@ class TrainerProcess:
 
 def preset_of(config: Any) -> Path:
     """The config as a preset file beside the run's directory."""
-    preset = config.output_dir.with_suffix(".yaml")
+    preset: Path = config.output_dir.with_suffix(".yaml")
     preset.parent.mkdir(parents=True, exist_ok=True)
     preset.write_text(json.dumps(to_dict(config)))  # JSON is YAML
     return preset

@@ -27,7 +27,12 @@ class FakeScorer:
             self._gate.set()
 
     def open(self) -> None:
+        """Let batches run."""
         self._gate.set()
+
+    def hold(self) -> None:
+        """Let no batch run until `open`."""
+        self._gate.clear()
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         return [Encoded([ord(character) for character in first + (second or "")]) for first, second in texts]

@@ -281,7 +281,8 @@ class StubRewardServer(Program):
         data = None if values is None else json.dumps(values).encode()
         request = urllib.request.Request(f"http://{self._address}:{self._control_port}/", data=data, method=method)
         with urllib.request.urlopen(request, timeout=10) as response:
-            return json.loads(response.read())
+            state: dict[str, Any] = json.loads(response.read())
+            return state
 
 
 if __name__ == "__main__":

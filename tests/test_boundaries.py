@@ -12,8 +12,8 @@ import pytest
 import plaudit
 from harness.parts import PARTS, all_modules, imported_distributions, modules_of, plaudit_modules_imported
 
-SHARED = ("plaudit.wire", "plaudit.demo_models", "plaudit.console")
-"""What the programs have in common: the messages, the embedded models' names, the console scripts."""
+SHARED = ("plaudit.atomic", "plaudit.wire", "plaudit.demo_models", "plaudit.console")
+"""What the programs have in common: writing to disk, messages, the embedded models' names, the console scripts."""
 FOLDER_LIMIT = 29
 
 
@@ -76,7 +76,7 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 
 ORDER = (
     *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("data",), ("policy",), ("settings",)),
-    *(("rewards",), ("ppo", "presets", "demo_models", "wire", "errors", "console")),
+    *(("rewards",), ("ppo", "presets", "demo_models", "wire", "errors", "console", "atomic")),
 )
 """The trainer's packages, from the outside in. Each imports only those after its own line."""
 

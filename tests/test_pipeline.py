@@ -106,5 +106,5 @@ def policy_dir_without_head(tmp_path: Path) -> Path:
 def test_every_preset_is_a_valid_configuration(preset: str, config_type: type) -> None:
     from plaudit.settings import files
 
-    config = files.load(config_type, Path("presets") / f"{preset}.yaml")
+    config: object = files.load(config_type, Path("presets") / f"{preset}.yaml")
     assert dataclasses.is_dataclass(config)

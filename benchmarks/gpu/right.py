@@ -188,7 +188,7 @@ def why_not(model: Any) -> str:
     samples = Samples.from_lists([[1, 1]], [[0]], 0, next(model.parameters()).device)
     try:
         with torch.no_grad():
-            decoder = static_generation.Decoder(model, settings, 1, 2, eos=None)
+            decoder = static_generation.Decoder(model, settings, 1, 2, ends=())
             decoder.prefill(samples, Draws.of(settings, 1, seed=0, step=0))
             decoder.advance()
     except Exception as error:

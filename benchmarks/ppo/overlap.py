@@ -13,6 +13,7 @@ On a machine with few cores, trainer and service compete for them. To tell the w
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -188,7 +189,7 @@ def main() -> None:
     trainer = Trainer(arguments)
     core = arguments.service_core
     endpoints: dict[str, Callable[[], Any]] = {
-        f"{latency} ms": lambda latency=latency: delayed_endpoint(latency, core) for latency in LATENCIES_MS
+        f"{latency} ms": functools.partial(delayed_endpoint, latency, core) for latency in LATENCIES_MS
     }
     endpoints["plaudit-reward"] = lambda: real_service(arguments.reward_model, arguments.label, core)
     figures: dict[str, dict[str, float]] = {}

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -82,9 +83,8 @@ def by_service(scorer: TransformersScorer, texts: Sequence[str], *, alone: bool)
     return np.array(rows)
 
 
-def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:
-    ranks = (values.argsort().argsort() for values in (one, other))
-    return float(np.corrcoef(*ranks)[0, 1])
+def rank_correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    return float(np.corrcoef(one.argsort().argsort(), other.argsort().argsort())[0, 1])
 
 
 def main() -> None:

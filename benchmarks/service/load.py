@@ -172,5 +172,7 @@ async def open_loop(url: str, draw: Draw, rate: float, seconds: float, seed: int
 
 async def _connect(url: str) -> Connection:
     parts = urlsplit(url)
+    assert parts.hostname is not None, url
+    assert parts.port is not None, url
     _, connection = await asyncio.get_running_loop().create_connection(Connection, parts.hostname, parts.port)
     return connection

@@ -21,6 +21,7 @@ import fcntl
 import functools
 import json
 import math
+import operator
 import os
 import random
 import signal
@@ -274,7 +275,7 @@ def closed(started: list[Server], arguments: argparse.Namespace) -> None:
             best_per_cpu_s = max((median_of(rounds[name], per_cpu_s) for name in peers), default=math.nan)
             for name, results in rounds.items():
                 got, got_per_cpu_s = median_of(results, rps), median_of(results, per_cpu_s)
-                cells = [median_of(results, lambda each, q=q: each.percentile(q)) * 1000 for q in (50, 95, 99)]
+                cells = [median_of(results, operator.methodcaller("percentile", q)) * 1000 for q in (50, 95, 99)]
                 failed = sum(each.errors.total() + len(each.refused) for each in results)
                 print(
                     f"{kind:12} {callers:7} {name:19} {got:7.1f} {got_per_cpu_s:8.1f} "

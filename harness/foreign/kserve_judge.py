@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer  # type: ignore[import-not-found]
+from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
 
 from harness.foreign.stand_ins import LABELS, logits
 

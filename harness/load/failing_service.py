@@ -21,5 +21,5 @@ def _fail_on_the_last_word(scorer: TransformersScorer, batch: Sequence[Encoded],
 
 
 if __name__ == "__main__":
-    TransformersScorer.score = _fail_on_the_last_word  # type: ignore[method-assign]
+    TransformersScorer.score = _fail_on_the_last_word  # type: ignore[assignment, method-assign]
     sys.exit(main())

@@ -4,16 +4,16 @@ Four parts. `schema`: schemathesis makes requests from the service's own OpenAPI
 as it forbids; an answer must have a status, a content type and a shape that the document names. `texts`: rewards of
 empty texts, halves of surrogate pairs, NULs, a million times one letter, anything Unicode has; the answer must be the
 one that docs/wire.md promises. `bytes`: bodies that are damaged or no documents at all, on every route that takes one.
-`framing`: heads whose framing two servers may read differently.
+`framing`: connections whose bytes two servers may read differently (`hostile_requests`); each request is refused and
+its connection closed, or answered once (`hostile_framing`). Half of all requests are of this part.
 """
 
-import contextlib
+import asyncio
 import http.client
 import json
 import math
 import random
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,12 +29,16 @@ import schemathesis
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     response_schema_conformance,
     status_code_conformance,
 )
 
+from harness.load.hostile_framing import besiege
+from harness.load.hostile_requests import FUZZ_KEY
+from harness.load.rewards import some_texts
 from plaudit import wire
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
@@ -43,10 +47,11 @@ RELOAD_SHARE = 0.002
 CHUNK = 5000
 """Requests made of one pool of values, or before the next operation has its turn."""
 POOL = 1000
+KEY = {"Authorization": f"Bearer {FUZZ_KEY}"}
 MSGPACK = "application/msgpack"
 Refusal = tuple[int, str, int | None]
 MALFORMED: Refusal = (400, "malformed-body", None)
-EXAMPLES = {
+EXAMPLES: dict[str, dict[str, Any]] = {
     wire.REWARDS_PATH: {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"},
     "/predict": {"inputs": [["A wonderful movie."], ["Was it good?", "Dreadful."]], "raw_scores": True},
     "/": {"inputs": "A wonderful movie.", "parameters": {"function_to_apply": "none"}},
@@ -134,7 +139,7 @@ def by_schema(url: str, count: int, seed: int) -> Tally:
     tally = Tally()
     schemathesis.serializer(MSGPACK)(lambda context, value: _packed(value))
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
     reloads = math.ceil(count * RELOAD_SHARE)
     session = requests.Session()
     turn = 0
@@ -155,7 +160,7 @@ def by_schema(url: str, count: int, seed: int) -> Tally:
 def _generate_cases(
     operation: Any, mode: GenerationMode, session: requests.Session, tally: Tally, count: int, seed: int
 ) -> None:
-    def send(case: Case) -> None:
+    def send(case: Case[Any]) -> None:
         response = case.call(session=session)
         tally.statuses[response.status_code] += 1
         try:
@@ -332,89 +337,54 @@ def _damaged(body: bytes, draw: random.Random) -> bytes:
     return body
 
 
-SMUGGLED = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
-"""What must never be answered: it stands where a body, a trailer or nothing at all belongs."""
-
-
 def by_framing(url: str, count: int, seed: int) -> Tally:
-    """Heads whose framing two servers may read differently. Each connection gets one answer, or none, and is closed."""
+    """Connections with requests that two servers may read differently; needs a service with the key `FUZZ_KEY`."""
     tally = Tally()
-    draw = random.Random(seed)
-    port = int(url.rpartition(":")[2])
+    rewards = known_rewards(url)
+
+    def record(status: int, wrong: str | None) -> None:
+        tally.statuses[status] += 1
+        if wrong is not None:
+            tally.wrong[wrong] += 1
+
     with timed(tally):
-        for _ in range(count):
-            sent = _framed(draw)
-            received = b""
-            reset = contextlib.suppress(ConnectionError)
-            with reset, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-                connection.sendall(sent)
-                while piece := connection.recv(65536):
-                    received += piece
-            statuses = re.findall(rb"HTTP/1\.1 (\d{3}) ", received)
-            tally.statuses[int(statuses[0]) if statuses else 0] += 1
-            if len(statuses) > 1:
-                tally.wrong[f"{len(statuses)} answers to {sent[:200]!r}"] += 1
-            elif statuses and not (statuses[0] == b"200" or b"4" <= statuses[0] < b"5" or statuses[0] == b"501"):
-                tally.wrong[f"{statuses[0].decode()} to {sent[:200]!r}"] += 1
+        asyncio.run(besiege(int(url.rpartition(":")[2]), count, seed, rewards, record))
+    if run := counted_by_the_service(url, "route").get(wire.MODEL_PATH):
+        tally.wrong[f"a hidden request was run {run} times, by the service's own count"] += 1
     return tally
 
 
-def _framed(draw: random.Random) -> bytes:
-    body = json.dumps(EXAMPLES[wire.REWARDS_PATH]).encode()
-    chunked = b"%x\r\n%s\r\n0\r\n" % (len(body), body)
-    chunked += (
-        draw.choice([b"", b"X-Trailer: a\r\n", b"Content-Length: 0\r\n", b"Authorization: Bearer a\r\n"]) + b"\r\n"
-    )
-    fields = [b"Connection: close", b"Content-Type: application/json"]
-    fields += draw.choice([[], [b"Host: x"], [b"Host: x"], [b"Host: x"], [b"Host: x", b"Host: y"], [b"Host: x y"]])
-    fields += draw.choice(
-        [
-            [b"Content-Length: %d" % len(body)],
-            [b"Transfer-Encoding: chunked"],
-            [b"Transfer-Encoding: gzip, chunked"],
-            [b"Transfer-Encoding: chunked, chunked"],
-            [b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(body)],
-            [b"Transfer-Encoding : chunked"],
-            [b"Content-Length: %d" % len(body)] * 2,
-            [b"Content-Length: +%d" % len(body)],
-            [b"Content-Length: 0"],
-            [],
-        ]
-    )
-    if draw.random() < 0.2:
-        fields[0] = b"Connection: Upgrade, close"
-        fields.append(draw.choice([b"Upgrade: h2c", b"Upgrade: websocket"]))
-    if draw.random() < 0.1:
-        fields.append(
-            draw.choice([b" folded", b"X-Bad\0: a", b"No-Colon", b"X-Long: " + b"a" * draw.choice([100, 70_000])])
-        )
-    draw.shuffle(fields)
-    line = b"%s %s HTTP/%s" % (
-        draw.choice([b"POST", b"POST", b"POST", b"GET", b"PUT", b"post"]),
-        draw.choice([b"/v1/rewards", b"/livez", b"//livez", b"http://y/livez", b"*", b"/v1/rewards?a=\xff"]),
-        draw.choice([b"1.1", b"1.1", b"1.1", b"1.0", b"2.0", b"9"]),
-    )
-    end = draw.choice([b"\r\n", b"\r\n", b"\r\n", b"\n"])
-    sent = end.join([line, *fields, b"", b""]) + (chunked if any(b"chunked" in field for field in fields) else body)
-    if draw.random() < 0.1:  # one byte is another
-        place = draw.randrange(len(sent))
-        sent = sent[:place] + bytes([draw.randrange(256)]) + sent[place + 1 :]
-    return sent + b"\r\n\r\n" + SMUGGLED
+def known_rewards(url: str) -> dict[str, float]:
+    """The rewards of some texts, by an ordinary request."""
+    some = sorted(set(some_texts(100)))
+    body: Any = {"items": [{"prompt": text, "response": ""} for text in some], "label": "POSITIVE"}
+    answer = requests.post(f"{url}{wire.REWARDS_PATH}", json=body, headers=KEY, timeout=60)
+    answer.raise_for_status()
+    return dict(zip(some, answer.json()["rewards"], strict=True))
 
 
-def counted_by_the_service(url: str) -> Counter[str]:
-    """The service's own count of its answers, by status."""
+def counted_by_the_service(url: str, by: str = "status") -> Counter[str]:
+    """The service's own count of its answers, by `status` or `route`."""
     counts: Counter[str] = Counter()
-    text = requests.get(f"{url}/metrics", timeout=60).text
-    for status, count in re.findall(r'plaudit_reward_responses_total\{.*status="(\d+)"\} (\S+)', text):
-        counts[status] += int(float(count))
+    text = requests.get(f"{url}/metrics", headers=KEY, timeout=60).text
+    for label, count in re.findall(rf'plaudit_reward_responses_total\{{.*{by}="([^"]*)".*\}} (\S+)', text):
+        counts[label] += int(float(count))
     return counts
 
 
-PARTS: dict[str, tuple[Callable[[str, int, int], Tally], float]] = {
-    "schema": (by_schema, 0.05),
-    "texts": (by_texts, 0.4),
-    "bytes": (by_bytes, 0.45),
-    "framing": (by_framing, 0.1),
+class Part(NamedTuple):
+    """Some of the requests."""
+
+    send: Callable[[str, int, int], Tally]
+    share: float
+    """Of all requests."""
+    keyed: bool = False
+    """Whether the service must have the key."""
+
+
+PARTS = {
+    "schema": Part(by_schema, 0.05),
+    "texts": Part(by_texts, 0.2),
+    "bytes": Part(by_bytes, 0.25),
+    "framing": Part(by_framing, 0.5, keyed=True),
 }
-"""What makes the requests, and its share of them."""

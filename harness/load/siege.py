@@ -172,7 +172,7 @@ def besiege(service: RewardService, seconds: float, expected: dict[str, float]) 
 
     def attack(name: str) -> None:
         path, body = BODIES[name]() if name in BODIES else ("", b"")
-        while not over.is_set():
+        while not over.is_set() or not outcome.attacks[name]:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if body:
                     post(port, path, body)

@@ -69,4 +69,4 @@ def collector() -> Iterator[Collector]:
 
 
 def attributes(pairs: Iterable[KeyValue]) -> dict[str, object]:
-    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value") or "string_value") for pair in pairs}

@@ -32,7 +32,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(machines: list[Machine], **changes: float) -> RewardSettings:
     values = {"patience_s": 120.0, "request_timeout_s": 3.0, "connect_timeout_s": 1.0} | changes
-    return RewardSettings.of(url=tuple(m.server.url for m in machines), chunk_size=16, **values)  # type: ignore[arg-type]
+    return RewardSettings.of(url=tuple(m.server.url for m in machines), chunk_size=16, **values)
 
 
 def test_a_tenth_of_all_packets_lost_and_the_others_late_loses_no_reward(machines: list[Machine]) -> None:

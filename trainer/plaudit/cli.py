@@ -239,7 +239,7 @@ def _quiet_libraries() -> None:
     # Its log line on every retry: the stage says what it waits for, and for how long.
     stamina.instrumentation.set_on_retry_hooks([])
     # What TensorBoard's thread can't write, its next call raises.
-    threading.excepthook = _except_of_tensorboard
+    threading.excepthook = print_unless_of_tensorboard
     # A quantised GPT-2 has no Conv1D, but the weights that its adapters are merged into have: peft sees to it.
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     # peft still uses the attribute's old name.
@@ -248,8 +248,9 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
-def _except_of_tensorboard(args: threading.ExceptHookArgs) -> None:
-    if type(args.thread).__name__ != "_AsyncWriterThread":
+def print_unless_of_tensorboard(args: threading.ExceptHookArgs) -> None:
+    """Shows what a thread failed with (`threading.excepthook`), unless the thread is one of TensorBoard's."""
+    if type(args.thread).__module__.partition(".")[0] != "tensorboard":
         threading.__excepthook__(args)
 
 

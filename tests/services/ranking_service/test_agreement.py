@@ -15,7 +15,7 @@ from scipy import stats
 from harness.annotators import Tasks, people_who_rank
 from plaudit.ranking_service import agreement
 from plaudit.ranking_service.agreement import Activity
-from plaudit.wire.rankings import dense
+from plaudit.wire.rankings import Estimate, dense
 
 rankings = st.lists(st.integers(1, 4), min_size=2, max_size=6)
 
@@ -98,7 +98,7 @@ def test_one_persons_ranking_adds_no_coincidence() -> None:
 @pytest.mark.parametrize("precision", [0.02, 0.2, 2.0])
 def test_bradley_terry_is_choixs(precision: float) -> None:
     draw = random.Random(7)
-    won = [tuple(draw.sample(range(6), 2)) for _ in range(80)]
+    won = [(winner, loser) for winner, loser in (draw.sample(range(6), 2) for _ in range(80))]
     ours = agreement.bradley_terry(6, Counter(won), precision=precision)
     theirs = choix.opt_pairwise(6, won, alpha=precision / 2, tol=1e-12)
     assert ours == pytest.approx(theirs, abs=1e-6)
@@ -141,7 +141,7 @@ def test_a_task_that_one_person_ranked_says_nothing_about_them() -> None:
 
 
 def test_the_interval_holds_the_value_and_narrows_with_more_prompts() -> None:
-    def mean_of(values: list[float]) -> agreement.Estimate:
+    def mean_of(values: list[float]) -> Estimate:
         return agreement.bootstrap(len(values), lambda chosen: sum(values[i] for i in chosen) / len(chosen))
 
     draw = random.Random(0)

@@ -129,7 +129,7 @@ def test_a_plain_prompt_is_whole_and_begins_as_the_tokenizer_begins_texts(tmp_pa
     for tokenizer in (tiny_tokenizer(), tiny_llama2_tokenizer()):
         loaded = load(path, PromptSettings(column="prompt", fields=("extra",)), tokenizer=tokenizer)
         assert sorted(loaded.texts) == sorted(text for text in texts if not is_held_out(text, 0.1))
-        assert loaded.token_ids == [tokenizer(text)["input_ids"] for text in loaded.texts]  # type: ignore[operator]
+        assert loaded.token_ids == [tokenizer(text)["input_ids"] for text in loaded.texts]
         assert loaded.judged == loaded.texts
         assert loaded.fields == {"extra": [None] * len(loaded)}
 
@@ -155,7 +155,7 @@ def test_prompts_that_are_too_long_are_left_out_counted_and_shown(
 
 def test_a_system_message_is_a_setting_a_column_or_the_rows_own(tmp_path: Path) -> None:
     user = {"role": "user", "content": "Hello"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"m": [user | {"content": "a"}], "s": "of the column"},
         {"m": [user | {"content": "b"}], "s": ""},
         {"m": [{"role": "system", "content": "own"}, user], "s": None},

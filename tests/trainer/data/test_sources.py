@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plaudit.data import prompts as data_prompts
 from plaudit.data import sources as data
+from plaudit.data.tables import DataError
 from plaudit.settings.data import DataSettings, PromptSettings
 
 
@@ -85,7 +87,7 @@ def test_a_data_set_directory_is_read_as_the_hub_would_serve_it(
 
 
 def test_a_data_set_that_cannot_be_reached_says_what_works_without_a_hub() -> None:
-    with pytest.raises(data.DataError, match=r"from the hub.*--data movie-reviews"):
+    with pytest.raises(DataError, match=r"from the hub.*--data movie-reviews"):
         data.load_texts(DataSettings("nobody/no-such-data-set"), "train")
 
 
@@ -96,7 +98,7 @@ def test_imdb_reviews_come_from_the_package_without_markup() -> None:
     assert not any("<br />" in text for text in held_out)
 
 
-def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: object) -> None:
+def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: Any) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)))
     prompts = data_prompts.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
     long = [text for text in data.load_texts(settings, "train") if len(text) > 200]
@@ -107,7 +109,7 @@ def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, texts: list[str]) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)), text_column="body")
-    with pytest.raises(data.DataError, match=r"no column 'body'; it has: text, label"):
+    with pytest.raises(DataError, match=r"no column 'body'; it has: text, label"):
         data.load_texts(settings, "train")
 
 
@@ -124,7 +126,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         data.load_texts(DataSettings(str(path)), "train")
     assert str(path) in str(error.value)
 
@@ -139,5 +141,5 @@ def test_n_ranked_answers_give_all_n_times_n_minus_1_halves_pairs(tmp_path: Path
 def test_a_ranking_of_one_answer_is_refused_with_its_row(tmp_path: Path) -> None:
     path = tmp_path / "ranked.jsonl"
     path.write_text('{"prompt": "p", "answers": ["a", "b"]}\n{"prompt": "q", "answers": ["a"]}\n')
-    with pytest.raises(data.DataError, match="row 2"):
+    with pytest.raises(DataError, match="row 2"):
         data.load_ranked_answers(path)

@@ -73,6 +73,17 @@ def test_a_non_finite_loss_moves_no_weight_and_names_its_samples() -> None:
     assert same(weights(graphed), before)
 
 
+def test_another_optimizer_updates_unrecorded_and_moves_no_weight_by_a_number_that_is_not_finite() -> None:
+    stepper = with_graphs(replace(CONFIG, ppo_epochs=1))
+    learning = [p for p in stepper.policy.parameters() if p.requires_grad]
+    stepper.optimizer = torch.optim.SGD([{"params": learning, "lr": 1.0, "initial_lr": 1.0}])
+    before, rollout = weights(stepper), rollout_of(stepper)
+    values = rollout.values.index_fill(0, torch.tensor([2]), torch.nan)
+    with pytest.raises(NonFiniteUpdate, match="loss is nan"):
+        stepper.update(replace(rollout, values=values), [[0, 1, 2, 3]])
+    assert same(weights(stepper), before)
+
+
 def test_the_warm_up_before_a_recording_moves_no_weight() -> None:
     graphed = with_graphs()
     assert graphed._engine._updates is not None

@@ -5,12 +5,14 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from harness.small_step import CONFIG, QUERIES, RESPONSES, SCORES, make_stepper, weights
 from plaudit.learner.memory import BatchSizeFinder, measuring_peak
+from plaudit.policy.samples import Samples
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,15 @@ def test_one_sample_that_does_not_fit_and_every_other_error_are_raised() -> None
         BatchSizeFinder(8).run(broken)
 
 
+def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
+    def full(_: int) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        BatchSizeFinder(8, fixed=True).run(full)
+    assert caught.value.__notes__ == ["8 samples at once are too many: give --ppo.micro-batch-size less"]
+
+
 def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -58,7 +69,7 @@ def test_running_out_of_memory_in_the_middle_of_a_backward_pass_changes_no_numbe
     forward = disturbed.policy.forward
     calls = 0
 
-    def forward_with_little_memory(samples, **options):  # type: ignore[no-untyped-def]
+    def forward_with_little_memory(samples: Samples, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         # Calls 1 to 3 evaluate; 5 is the second half of the first mini-batch, once the first half's gradient is there.

@@ -1,6 +1,7 @@
 """The step: what moves weights and what must not. Padding, order and grouping are no part of a sample's numbers."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from harness.small_step import (
     CONFIG,
@@ -27,7 +27,7 @@ from harness.tiny_models import ARCHITECTURES, tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.adam import learning_rate_factor
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.learner.stepper import PPOStepper
+from plaudit.learner.stepper import PPOStepper, StepResult
 from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings, LoraSettings
@@ -252,10 +252,23 @@ def test_accumulated_mini_batches_of_equal_length_make_the_gradient_of_the_whole
         assert torch.allclose(weight, weights(parts)[name], atol=1e-6), name
 
 
-def test_early_stopping_ends_after_the_epoch_that_went_too_far() -> None:
-    config = replace(CONFIG, learning_rate=0.05, ppo_epochs=8, early_stopping=True, target_kl=1e-3)
-    result = make_stepper(config).step(QUERIES, RESPONSES, SCORES)
-    assert 1 <= len(result.minibatch_permutations) < 8
+def test_early_stopping_ends_after_the_first_epoch_above_one_and_a_half_times_the_target() -> None:
+    config = replace(CONFIG, learning_rate=0.01, mini_batch_size=4)
+    orders = [[0, 1, 2, 3]] * 6
+
+    def step(**changes: Any) -> StepResult:
+        return make_stepper(replace(config, **changes)).step(QUERIES, RESPONSES, SCORES, orders)
+
+    # With one mini-batch an epoch, the mean over n epochs is 1/n of the sum of their KLs.
+    sums = [0.0, *(epochs * step(ppo_epochs=epochs).statistics["ppo/policy/policykl"] for epochs in range(1, 5))]
+    first, second, third, fourth = (after - before for before, after in itertools.pairwise(sums))
+    assert first < second < third < 0.9 * fourth
+
+    def epochs_until(target: float) -> int:
+        return len(step(ppo_epochs=6, early_stopping=True, target_kl=target).minibatch_permutations)
+
+    assert epochs_until(third / 1.5 * 0.99) == 3
+    assert epochs_until(third / 1.5 * 1.01) == 4
 
 
 def test_an_entropy_bonus_spreads_the_distribution() -> None:
@@ -272,10 +285,15 @@ def test_an_entropy_bonus_spreads_the_distribution() -> None:
     assert entropy_after(1.0) > entropy_after(0.0) + 0.1
 
 
-def test_k3_is_a_penalty_like_the_others() -> None:
-    result = make_stepper(replace(CONFIG, kl_penalty="k3")).step(QUERIES, RESPONSES, SCORES)
-    differences = (result.logprobs - result.ref_logprobs)[result.mask]
-    assert torch.allclose(result.kls[result.mask], (-differences).exp() - 1 + differences, atol=1e-6)
+# With log p - log ref = ln 2 on every token: k1 = 0.6931, k2 = 0.4805 / 2, k3 = 1/2 - 1 + 0.6931.
+@pytest.mark.parametrize(("penalty", "kl"), [("kl", 0.693147), ("abs", 0.693147), ("mse", 0.240227), ("k3", 0.193147)])
+def test_each_penalty_takes_its_share_of_every_tokens_reward(penalty: Any, kl: float) -> None:
+    stepper = make_stepper(replace(CONFIG, kl_penalty=penalty, init_kl_coef=0.5))
+    rollout = rollout_of(stepper)
+    rollout = replace(rollout, ref_logprobs=rollout.logprobs - math.log(2))
+    result = stepper.update(rollout)
+    torch.testing.assert_close(result.kls[result.mask], torch.full((11,), kl), atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.non_score_rewards[result.mask], torch.full((11,), -kl / 2), atol=1e-5, rtol=0)
 
 
 def test_the_value_head_learns_at_its_own_rate() -> None:
@@ -328,4 +346,3 @@ def test_a_reference_that_was_handed_over_is_frozen_and_used() -> None:
         expected = Policy(tiny_gpt2(1))(Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)).logprobs
     assert torch.allclose(result.ref_logprobs, expected, atol=1e-6)
     assert not any(p.requires_grad for p in reference.parameters())
-    assert isinstance(reference, nn.Module)

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
-from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_llama, tiny_tokenizer
+from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.parallel.devices import device_named
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
@@ -180,3 +181,29 @@ def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
     policy.save(tmp_path)
     with pytest.raises(NotFinite, match="bias"):
         policy.check_saved(tmp_path)
+
+
+def test_a_value_model_of_its_own_is_read_again_too(tmp_path: Path) -> None:
+    policy = Policy(add_lora(tiny_gpt2(), LoraSettings()), value_model=tiny_gpt2(1).transformer)
+    policy.save(tmp_path)
+    policy.check_saved(tmp_path)
+    tiny_gpt2(2).transformer.save_pretrained(tmp_path / "value_model")
+    with pytest.raises(NotAsSaved, match="value_model was not written as it should be"):
+        policy.check_saved(tmp_path)
+
+
+def test_a_merged_model_that_was_written_wrong_is_not_called_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_gpt2_dir(tmp_path / "base")
+    policy = load_policy(base, LoraSettings())
+    merged = peft.LoraModel.merge_and_unload
+
+    def merged_and_saved_wrong(*arguments: Any, **settings: Any) -> Any:
+        model = merged(*arguments, **settings)
+        model.save_pretrained = tiny_gpt2(3).save_pretrained
+        return model
+
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", merged_and_saved_wrong)
+    with pytest.raises(NotAsSaved, match="the merged model, loaded again, has another"):
+        policy.merge(tmp_path / "merged")

@@ -125,7 +125,7 @@ def test_lengths_are_drawn_for_openings_and_for_whoever_asks() -> None:
     assert torch.equal(openings.lengths, as_ever.lengths)
     assert torch.equal(openings.uniforms, as_ever.uniforms)
     for kind in ("text", "messages"):
-        assert set(Draws.of(settings.answering(kind), 200, seed=0, step=7).lengths.tolist()) == {16}  # type: ignore[arg-type]
+        assert set(Draws.of(settings.answering(kind), 200, seed=0, step=7).lengths.tolist()) == {16}
     asked = dataclasses.replace(settings, draw_lengths=True).answering("messages")
     assert torch.equal(Draws.of(asked, 200, seed=0, step=7).lengths, as_ever.lengths)
 

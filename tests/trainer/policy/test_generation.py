@@ -10,6 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM
 from harness.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 from plaudit.errors import ConfigError
 from plaudit.learner.rollout import sampler
+from plaudit.policy import static_generation
 from plaudit.policy.generation import Draws, decode_responses, generate, sample_tokens
 from plaudit.policy.model import Policy, add_lora
 from plaudit.policy.samples import Samples
@@ -148,13 +149,21 @@ def test_a_token_of_fixed_shape_reads_nothing_back_to_the_host(architecture: str
     decoder.advance()
 
 
-def test_queries_of_any_width_share_one_cache_for_each_number_of_rows() -> None:
+def test_queries_of_any_width_share_one_cache_for_each_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+
+    class Counted(Decoder):
+        def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, **named: Any) -> None:
+            made.append((rows, width))
+            super().__init__(model, settings, rows, width, **named)
+
+    monkeypatch.setattr(static_generation, "Decoder", Counted)
     model = tiny_gpt2()
     static = StaticGenerator(model, SETTINGS, TOKENIZER)
     for queries in (QUERIES, [[7] * 20, *QUERIES[1:]], QUERIES, QUERIES[:2]):
         drawn = draws().rows(0, len(queries))
         assert rows(static(queries, drawn)) == rows(generate(model, queries, drawn, SETTINGS, TOKENIZER))
-    assert {count: decoder.width for count, decoder in static._decoders.items()} == {5: 24, 2: 8}
+    assert made == [(5, 8), (5, 24), (2, 8)], "a wider query makes a wider cache, and a narrower one none"
 
 
 def test_a_model_that_does_not_generate_with_fixed_shapes_is_refused_by_name() -> None:

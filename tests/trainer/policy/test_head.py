@@ -40,11 +40,14 @@ def test_gradients_are_those_of_the_rounded_factors(bias: bool) -> None:
     upstream = torch.randn(2, 7, 500)
     with fp32_logits(head, autocast=torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
         head(states).backward(upstream)
+    assert states.grad is not None
+    assert head.weight.grad is not None
     half = upstream.bfloat16().double()
     assert torch.allclose(states.grad.double(), half @ head.weight.bfloat16().double(), atol=1e-4)
     expected = half.flatten(0, 1).t() @ states.bfloat16().double().flatten(0, 1)
     assert torch.allclose(head.weight.grad.double(), expected, atol=1e-4)
     if bias:
+        assert head.bias.grad is not None
         assert torch.allclose(head.bias.grad, upstream.sum((0, 1)), atol=1e-4)
 
 

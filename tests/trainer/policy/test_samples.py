@@ -29,7 +29,8 @@ def test_queries_end_and_responses_begin_at_the_same_column() -> None:
 def test_selecting_keeps_every_token_and_no_column_that_nobody_needs(
     rows: list[tuple[list[int], list[int]]], data: st.DataObject
 ) -> None:
-    samples = Samples.from_lists(*zip(*rows, strict=True), pad_token_id=0)
+    queries, responses = zip(*rows, strict=True)
+    samples = Samples.from_lists(queries, responses, pad_token_id=0)
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1))
     selected = samples.select(chosen)
     assert rows_of(selected) == [rows[i] for i in chosen]
@@ -39,7 +40,8 @@ def test_selecting_keeps_every_token_and_no_column_that_nobody_needs(
 
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=7), st.integers(1, 4))
 def test_chunks_put_together_again_are_the_whole(rows: list[tuple[list[int], list[int]]], size: int) -> None:
-    samples = Samples.from_lists(*zip(*rows, strict=True), pad_token_id=0)
+    queries, responses = zip(*rows, strict=True)
+    samples = Samples.from_lists(queries, responses, pad_token_id=0)
     chunks = list(samples.chunks(size))
     assert all(len(chunk) <= size for chunk in chunks)
     assert rows_of(Samples.concatenate(chunks)) == rows

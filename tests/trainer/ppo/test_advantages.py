@@ -49,11 +49,11 @@ def test_perfect_values_leave_no_advantage() -> None:
 def test_padding_does_not_change_the_advantages(columns: int, gamma: float, lam: float) -> None:
     rewards, values, mask = example()
     garbage = torch.full((3, columns), 1e6, dtype=torch.float64)
-    padded = (torch.cat([t, garbage], 1) for t in (rewards, values))
+    wide_rewards, wide_values = (torch.cat([t, garbage], 1) for t in (rewards, values))
     wide_mask = torch.cat([mask, torch.zeros(3, columns, dtype=torch.bool)], 1)
     for narrow, wide in zip(
         gae(rewards, values, mask, gamma=gamma, lam=lam),
-        gae(*padded, wide_mask, gamma=gamma, lam=lam),
+        gae(wide_rewards, wide_values, wide_mask, gamma=gamma, lam=lam),
         strict=True,
     ):
         assert torch.equal(wide[:, :5], narrow)

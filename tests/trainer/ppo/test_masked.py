@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -40,7 +41,7 @@ def test_an_empty_mask_gives_zero_and_not_nan() -> None:
 
 @given(arrays("float64", (4, 6), elements=st.floats(-100, 100)), arrays("bool", (4, 6)))
 def test_whitening_gives_mean_0_and_variance_1_and_scaling_keeps_the_mean(
-    values: NDArray[float], mask: NDArray[bool]
+    values: NDArray[np.float64], mask: NDArray[np.bool_]
 ) -> None:
     x, m = torch.from_numpy(values), torch.from_numpy(mask)
     if m.sum() < 2 or masked_var(x, m) < 1e-3:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.chat_completions import ChatServer
-from harness.foreign_servers import serving
+from harness.foreign.stand_ins import serving
 from harness.stub_reward_server import stub_reward_of
 from plaudit.errors import ConfigError
 from plaudit.rewards import JudgeSettings, RewardClient, RewardRejected

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness import foreign_servers as foreign
+from harness.foreign import stand_ins as foreign
 from harness.stub_reward_server import StubRewardServer, stub_reward, stub_reward_of
 from plaudit.rewards import RemoteReward, RewardClient, RewardRejected, source
 from plaudit.rewards.rows import messages_of, rows_of

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,7 +13,7 @@ from plaudit.wire.rankings import Turn
 TEXTS = {"a": "bad", "b": "better", "c": "best of all"}
 
 
-def by_length(prompt: str, answers: list[str]) -> list[float]:
+def by_length(prompt: str, answers: Sequence[str]) -> list[float]:
     return [float(len(answer)) for answer in answers]
 
 

@@ -1,16 +1,13 @@
 """Checkpoints are whole or not there."""
 
 import copy
-import multiprocessing
-import os
-import shutil
-import signal
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from harness import kills
 from harness.machine.disks import fill, small_disk
 from harness.runs import assert_same
 from harness.tiny_models import tiny_gpt2
@@ -88,41 +85,28 @@ def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path: Path) 
             advance(one)
         if step < 3:
             save(tmp_path / "before", one)
-    kills, ended = 0, False
-    while not ended:
-        root = tmp_path / f"killed-{kills}"
-        shutil.copytree(tmp_path / "before", root)
-        process = multiprocessing.get_context("fork").Process(
-            target=_save_until_killed, args=(root, [steppers[2], steppers[3]], kills)
-        )
-        process.start()
-        process.join(60)
-        ended = process.exitcode == 0
-        assert ended or process.exitcode == -signal.SIGKILL
-        kills += not ended
+
+    def work(root: Path) -> None:
+        save(root, steppers[2])
+        save(root, steppers[3])
+
+    def check(root: Path) -> int:
         newest = checkpoints.list_checkpoints(root)[-1]
         resumed = stepper(seed=1)
         checkpoints.restore(newest, resumed.policy, resumed)
         assert resumed.steps_done == newest.step >= 2
         assert_same(resumed.policy.state_dict(), steppers[newest.step].policy.state_dict())
-    print(f"killed at {kills} operations")
-    assert kills > 20
-    assert newest.step == 3
+        return newest.step
 
-
-def _save_until_killed(root: Path, steppers: list[PPOStepper], operations: int) -> None:
-    left = operations
-
-    def count(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(root) in str(arguments):
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    for one in steppers:
-        save(root, one)
+    before, root = tmp_path / "before", tmp_path / "run"
+    found = [check(root) for _ in kills.after_each_kill(work, before, root)]
+    assert found == sorted(found)
+    assert found[-1] == 3
+    print(f"checkpoints: {len(found) - 1} kills")
+    for operations in (len(found) // 3, found.index(3) - 1, len(found) - 2):
+        kills.fresh(before, root)
+        kills.really_killed(work, root, operations)
+        assert check(root) == found[operations]
 
 
 def test_going_on_from_an_earlier_checkpoint_forgets_those_of_the_steps_that_are_taken_again(tmp_path: Path) -> None:
@@ -154,7 +138,7 @@ def test_harmless_differences_are_told_and_others_refused_with_both_values() -> 
 
 
 def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default() -> None:
-    saved = to_dict(PPOConfig())
+    saved: dict[str, Any] = to_dict(PPOConfig())
     del saved["model"]["compile"]
     assert checkpoints.check_same_run(saved, to_dict(PPOConfig())) == []
     with pytest.raises(ConfigError, match=r"model\.compile: False -> True"):

@@ -11,6 +11,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from harness.machine.disks import fill, small_disk
+from plaudit import cli
 from plaudit.errors import ConfigError
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
 from plaudit.run.storage import NotWritten
@@ -53,8 +54,9 @@ def test_a_full_disk_is_told_with_the_files_name_and_costs_the_line_that_found_n
         assert [record["step"] for record in read_metrics(path)] == [0, 2]
 
 
-def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard writes in a thread of its own
+def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it_and_once(tmp_path, monkeypatch, capsys):
+    # TensorBoard writes in a thread of its own, and raises in its next call what that failed with.
+    monkeypatch.setattr(threading, "excepthook", cli.print_unless_of_tensorboard)
     with small_disk(tmp_path / "disk", 1024) as disk:
         log = MetricsLog(disk)
         fill(disk)
@@ -62,6 +64,11 @@ def test_a_disk_too_full_for_a_sample_table_is_told_in_the_step_that_wrote_it(tm
             log.write_samples(0, [("prompt", "response " * 5000, 1.0)])
         with pytest.raises(NotWritten):
             log.close()
+    assert "Traceback" not in capsys.readouterr().err
+    other = threading.Thread(target=json.loads, args=["{"])
+    other.start()
+    other.join()
+    assert "JSONDecodeError" in capsys.readouterr().err, "what another thread fails with is shown"
 
 
 def test_a_number_that_is_not_finite_is_null_in_the_file_and_missing_when_read(tmp_path):
@@ -107,7 +114,7 @@ def test_sampled_responses_cannot_break_their_table_in_tensorboard(tmp_path):
     ]
 
 
-class Notebook(GeneralTracker):  # type: ignore[misc]
+class Notebook(GeneralTracker):
     """A tracker that writes everything into a list."""
 
     name = "notebook"

@@ -1,8 +1,10 @@
 """What a person sees of a run."""
 
+import sys
+import time
+
 import pytest
 
-from plaudit.run import progress
 from plaudit.run.metrics import KL, REWARD_MEAN
 from plaudit.run.progress import Counting, StepProgress, WaitingLine
 
@@ -10,7 +12,7 @@ from plaudit.run.progress import Counting, StepProgress, WaitingLine
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
@@ -33,7 +35,7 @@ def test_a_wait_is_told_at_once_then_now_and_then_and_so_is_its_end(
 
 
 def as_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
 
 
 def test_on_a_terminal_a_wait_is_one_line_that_changes_and_is_gone_afterwards(

@@ -6,7 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from plaudit.rewards.errors import Exchange, RewardRejected
-from plaudit.run.storage import NotWritten, files_of, write_text, writing
+from plaudit.run.storage import NotWritten, replaced_files, write_text, writing
 
 UNREACHABLE = ConnectionRefusedError(111, "Connect call failed")
 
@@ -57,7 +57,7 @@ def test_a_link_at_a_temporary_name_leads_nowhere(tmp_path: Path) -> None:
     assert (out / "run.json").read_text() == "ours"
     assert not (out / "run.json").is_symlink()
     (out / ".writing").symlink_to(directory, target_is_directory=True)
-    with files_of(out) as beside:
+    with replaced_files(out, "thing") as beside:
         (beside / "a").write_text("x")
     assert (out / "a").read_text() == "x"
     assert [path.name for path in directory.iterdir()] == ["keep"]

@@ -75,18 +75,25 @@ def config(module_config: EvaluateConfig, tmp_path: Path) -> EvaluateConfig:
     return dataclasses.replace(module_config, output_dir=tmp_path / "out")
 
 
+def judge(config: EvaluateConfig) -> evaluate.EvaluationResult:
+    """The evaluation by a reward model."""
+    result = evaluate.run(config)
+    assert isinstance(result, evaluate.EvaluationResult)
+    return result
+
+
 @pytest.fixture(scope="module")
 def judged(module_config: EvaluateConfig) -> evaluate.EvaluationResult:
     """The trained adapters' evaluation, whose files are in `module_config.output_dir`."""
     with MetricsLog(Path(module_config.after), tensorboard=False) as log:
         for step in range(3):
             log.write(step, {REWARD_MEAN: float(step), KL: 0.1 * step})
-    return evaluate.run(module_config)
+    return judge(module_config)
 
 
 def test_untrained_adapters_change_nothing(config, policy_dir, tmp_path):
     untrained = save_adapters(policy_dir, tmp_path / "untrained", trained=False)
-    result = evaluate.run(dataclasses.replace(config, after=str(untrained)))
+    result = judge(dataclasses.replace(config, after=str(untrained)))
     assert all(row.response_before == row.response_after for row in result.samples)
     assert result.evaluation.reward.difference.mean == 0
     assert result.evaluation.kl == pytest.approx(0, abs=1e-4)
@@ -107,7 +114,7 @@ def test_every_reward_is_that_of_its_own_prompt_and_response(judged):
 def test_a_whole_model_is_judged_like_the_adapters_it_was_merged_from(config, judged, policy_dir, trained, tmp_path):
     merged = peft.PeftModel.from_pretrained(tiny_gpt2(), str(trained)).merge_and_unload()
     save(merged, tmp_path / "merged")
-    whole = evaluate.run(dataclasses.replace(config, after=str(tmp_path / "merged"), policy=str(policy_dir)))
+    whole = judge(dataclasses.replace(config, after=str(tmp_path / "merged"), policy=str(policy_dir)))
     assert whole.samples == judged.samples
     assert whole.evaluation.kl == pytest.approx(judged.evaluation.kl, abs=1e-3)
 
@@ -127,20 +134,20 @@ def test_the_perplexity_is_that_of_the_plain_reference_however_responses_were_sa
         labels = torch.tensor([[-100] * len(query) + response])
         loss += reference(torch.tensor([query + response]), labels=labels).loss.item() * len(response)
         tokens += len(response)
-    assert evaluate.run(config).evaluation.perplexity.after == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert judge(config).evaluation.perplexity.after == pytest.approx(math.exp(loss / tokens), rel=1e-4)
 
 
 def test_truncated_sampling_still_gives_a_kl_that_is_finite_and_positive(config):
     generation = GenerationSettings(batch_size=8, temperature=0.7, top_k=20)
-    kl = evaluate.run(dataclasses.replace(config, generation=generation)).evaluation.kl
+    kl = judge(dataclasses.replace(config, generation=generation)).evaluation.kl
     assert 0 < kl < math.inf
 
 
 def test_the_same_seed_gives_the_same_figures_and_the_batch_size_does_not_matter(config, judged):
-    again = evaluate.run(dataclasses.replace(config, generation=GenerationSettings(batch_size=7)))
+    again = judge(dataclasses.replace(config, generation=GenerationSettings(batch_size=7)))
     assert again.samples == judged.samples
     assert again.evaluation.kl == pytest.approx(judged.evaluation.kl, abs=1e-4)
-    assert evaluate.run(dataclasses.replace(config, seed=1)).samples != judged.samples
+    assert judge(dataclasses.replace(config, seed=1)).samples != judged.samples
 
 
 def test_the_files_hold_what_was_found(module_config, judged):
@@ -203,19 +210,19 @@ def test_a_refused_reward_leaves_the_exchange_on_disk_and_says_where(
 def test_two_runs_are_compared_with_each_other_and_not_with_their_base(config, policy_dir, trained, judged, tmp_path):
     """A run beside itself: no difference. Its merged model beside it: none either. Its base is another matter."""
     generation = GenerationSettings(batch_size=8)
-    again = evaluate.run(dataclasses.replace(config, policy=str(trained), generation=generation))
+    again = judge(dataclasses.replace(config, policy=str(trained), generation=generation))
     assert all(row.response_before == row.response_after for row in again.samples)
     assert [row.response_after for row in again.samples] == [row.response_after for row in judged.samples]
     assert again.evaluation.kl == pytest.approx(0, abs=1e-3)
     other = save_adapters(policy_dir, tmp_path / "other", trained=False)
-    turned = evaluate.run(dataclasses.replace(config, policy=str(trained), after=str(other), generation=generation))
+    turned = judge(dataclasses.replace(config, policy=str(trained), after=str(other), generation=generation))
     assert [row.response_before for row in turned.samples] == [row.response_after for row in judged.samples]
     assert [row.response_after for row in turned.samples] == [row.response_before for row in judged.samples]
 
 
 def test_adapters_are_put_on_the_model_they_were_trained_on_whatever_they_are_compared_with(config, judged, tmp_path):
     elsewhere = save(tiny_gpt2(seed=5), tmp_path / "elsewhere")
-    result = evaluate.run(dataclasses.replace(config, policy=str(elsewhere)))
+    result = judge(dataclasses.replace(config, policy=str(elsewhere)))
     assert [row.response_after for row in result.samples] == [row.response_after for row in judged.samples]
     assert [row.response_before for row in result.samples] != [row.response_before for row in judged.samples]
 
@@ -227,7 +234,7 @@ def test_adapters_whose_model_has_moved_go_on_the_one_that_is_named_and_it_says_
     described = moved / "adapter_config.json"
     settings = json.loads(described.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}
     described.write_text(json.dumps(settings))
-    result = evaluate.run(dataclasses.replace(config, after=str(moved), policy=str(policy_dir)))
+    result = judge(dataclasses.replace(config, after=str(moved), policy=str(policy_dir)))
     assert result.samples == judged.samples
     assert "no such directory" in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ def test_every_sample_is_trained_on_the_logit_of_its_text(
             policy=str(policy_dir),
             output_dir=tmp_path / "run",
             dataset=DataSettings(str(reviews)),
-            reward=RewardSettings.of(url=(url,), kind=kind, chunk_size=3, **changes),  # type: ignore[arg-type]
+            reward=RewardSettings.of(url=(url,), kind=kind, chunk_size=3, **changes),
             ppo=PPOHyperparameters(batch_size=8, mini_batch_size=4, ppo_epochs=1),
             steps=2,
         )

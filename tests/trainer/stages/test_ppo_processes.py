@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from harness.runs import (
     end_of_the_first_when_the_second,
@@ -24,10 +23,8 @@ from harness.stub_reward_server import StubRewardServer
 from plaudit.data.prompts import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
-from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
 from plaudit.policy.model import load_policy, load_tokenizer
-from plaudit.run.runtime import StopRequested
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
@@ -132,28 +129,7 @@ def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
     assert saved, "the steps before are there to go on from"
 
 
-def test_shares_are_consecutive_and_cover_every_row_once() -> None:
-    for rows, count in [(8, 2), (9, 2), (3, 3), (128, 5)]:
-        shares = [Processes(rank, count).share(rows) for rank in range(count)]
-        assert [row for share in shares for row in share] == list(range(rows))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_alone_an_error_is_raised_as_it_is() -> None:
-    def fail() -> None:
-        raise StopRequested(signal.SIGTERM)
-
-    with pytest.raises(StopRequested) as caught:
-        Processes().on_all(fail)
-    assert not hasattr(caught.value, "__notes__")
-
-
 def test_a_mini_batch_smaller_than_the_processes_is_refused(policy_dir: Path) -> None:
     policy = load_policy(policy_dir, LoraSettings())
     with pytest.raises(ConfigError, match="mini_batch_size=2 is less than 3 processes"):
         PPOStepper(policy, None, PPOHyperparameters(batch_size=2, mini_batch_size=2), processes=Processes(0, 3))
-
-
-def test_the_device_is_the_one_that_was_asked_for(config: PPOConfig) -> None:
-    with process_group(dataclasses.replace(config, device="meta")) as (processes, device):
-        assert (processes, device) == (Processes(), torch.device("meta"))

@@ -1,7 +1,6 @@
 """Weights split over real processes (FSDP): the numbers of one process, whole files, none left waiting."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -9,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +25,6 @@ from harness.runs import (
     weights,
 )
 from harness.stub_reward_server import StubRewardServer
-from plaudit.errors import ConfigError
-from plaudit.learner.memory import BatchSizeFinder
-from plaudit.parallel.launch import sharding_for
-from plaudit.parallel.sharding import Sharding
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
@@ -74,7 +70,7 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
     ],
 )
 def test_two_processes_with_half_the_weights_each_train_as_one_does(
-    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, object]
+    config: PPOConfig, tmp_path: Path, environment: dict[str, str], changes: dict[str, Any]
 ) -> None:
     config = dataclasses.replace(config, **changes)
     alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
@@ -165,86 +161,8 @@ def test_a_process_without_room_for_the_others_parts_says_so_and_ends_the_others
     assert "another process of this run has ended or does not answer" in stderr
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, None),
-        (FSDP, Sharding()),
-        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, Sharding(reshard_after_forward=False)),
-        ({**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "A, B"}, Sharding(blocks=("A", "B"))),
-        (ZERO_2, Sharding(reshard_after_forward=False)),
-        ({**ZERO_2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Sharding()),
-        ({**ZERO_2, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, None),
-    ],
-)
-def test_what_accelerates_configuration_asks_for(
-    environment: dict[str, str], expected: Sharding | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert sharding_for(PPOConfig()) == expected
-    # Every process needs the weights that it is about to split.
-    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if expected is None else "false")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"FSDP_VERSION": "1"}, "accelerate to-fsdp2"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--model.gradient-checkpointing"),
-        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
-        ({**ZERO_2, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload"),
-        ({**ZERO_2, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "missing.json"}, "missing.json can't be read"),
-    ],
-)
-def test_what_cannot_be_had_is_refused(changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (FSDP | changes).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        sharding_for(PPOConfig())
-
-
-def test_a_deepspeed_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "zero.json"
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}}))
-    assert sharding_for(PPOConfig()) == Sharding()
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}))
-    with pytest.raises(ConfigError, match="offload"):
-        sharding_for(PPOConfig())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": ModelSettings(quantization="4bit")}, "model.quantization=4bit"),
-        ({"model": ModelSettings(compile=True)}, "model.compile=True"),
-        ({"generation": GenerationSettings(static_cache=True)}, "generation.static_cache=True"),
-    ],
-)
-def test_settings_that_do_not_go_with_sharded_weights_are_refused(
-    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in FSDP.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
-        sharding_for(dataclasses.replace(PPOConfig(), **changes))
-
-
 def test_blocks_that_the_model_does_not_have_are_refused(config: PPOConfig) -> None:
     environment = {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
     for code, stderr in [rank.end() for rank in start_ranks(config, 2, environment=environment)]:
         assert code == 2
         assert "'LlamaDecoderLayer': GPT2LMHeadModel has no such modules" in stderr
-
-
-def test_a_full_memory_is_not_tried_again_but_says_what_to_do() -> None:
-    def full(_: int) -> None:
-        raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        BatchSizeFinder(8, fixed=True).run(full)
-    assert caught.value.__notes__ == ["8 samples at once are too many: give --ppo.micro-batch-size less"]

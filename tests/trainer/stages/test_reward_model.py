@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path
     assert scores[0] > scores[1] > scores[2]
 
 
-def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: Path, tokenizer: object) -> None:
+def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: Path, tokenizer: Any) -> None:
     settings = config(tmp_path, reviews, crop_fraction=1.0, crop_min_tokens=8, crop_max_tokens=8)
     collate = reward_model.CroppingCollator(tokenizer, settings)
     text = " ".join(f"w{i}" for i in range(200))

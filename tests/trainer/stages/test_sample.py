@@ -54,7 +54,7 @@ def test_every_prompt_has_k_answers_and_the_group_of_a_training_text(config: Sam
     rows = rows_of(config)
     groups = {
         split: {wire.group_of(text) for text in load_texts(config.dataset, split)} for split in ("train", "held_out")
-    }  # type: ignore[arg-type]
+    }
     assert (result.prompts, result.generated) == (10, 10)
     assert len({row.prompt for row in rows}) == 10
     for row in rows:

@@ -43,7 +43,11 @@ def stage(request: pytest.FixtureRequest, reviews: Path, tmp_path: Path) -> Stag
 
 def stage_of(name: str, reviews: Path, tmp_path: Path, **settings: Any) -> Stage:
     optimizer = OptimizerSettings(learning_rate=3e-3, batch_size=16, max_steps=STEPS, muon_learning_rate=1e-2)
-    common = {"from_scratch": True, "output_dir": tmp_path / "out", "dataset": DataSettings(str(reviews))}
+    common: dict[str, Any] = {
+        "from_scratch": True,
+        "output_dir": tmp_path / "out",
+        "dataset": DataSettings(str(reviews)),
+    }
     if name == "sft":
         sizes = ModelSizes("gpt2", vocab_size=300, hidden_size=16, layers=1, heads=2, max_positions=32)
         optimizer = dataclasses.replace(optimizer, batch_size=128)
@@ -273,7 +277,7 @@ def test_weights_that_float16_cannot_hold_are_not_saved(
 ) -> None:
     run, config = stage_of("sft", reviews, tmp_path, half_precision=True)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, max_steps=1))
-    trained = sft.train
+    trained = sft.train  # type: ignore[attr-defined]
 
     def huge(*args: Any) -> Any:
         model = trained(*args)

@@ -28,6 +28,7 @@ from plaudit.data.tables import DataError, Table, kind_of, require_characters
 from plaudit.errors import ConfigError
 from plaudit.policy.chat import render, use_chat_template
 from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.wire import ChatMessage
 
@@ -103,7 +104,7 @@ class PromptSchedule:
 def load_prompts(
     settings: DataSettings,
     prompts: PromptSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: Split,
     *,
     seed: int,
@@ -127,7 +128,7 @@ def load_prompts(
 def load_sourced_prompts(
     settings: DataSettings,
     prompts: PromptSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: Split,
     *,
     seed: int,
@@ -178,7 +179,7 @@ def load_sourced_prompts(
 def _openings(
     settings: DataSettings,
     prompts: PromptSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: Split,
     *,
     seed: int,
@@ -213,7 +214,7 @@ def _blocks(rows: Rows, limit: int | None) -> Iterator[Rows]:
 
 
 def _tokens(
-    tokenizer: Any, rows: Rows, conversations: list[list[ChatMessage]] | None, settings: DataSettings
+    tokenizer: Tokenizer, rows: Rows, conversations: list[list[ChatMessage]] | None, settings: DataSettings
 ) -> list[list[int]]:
     """What the policy sees of each row."""
     if conversations is not None:

@@ -1,8 +1,10 @@
 """PPO's optimizer, its learning rates, and its state in a checkpoint.
 
-Failure modes: a rate replaced where a recorded graph reads it, or kernels of one device taken over to another.
+Failure modes: a learning-rate tensor that is replaced while a recorded graph reads the old one, or one device's choice
+of kernels carried over to another.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from plaudit.policy.model import Policy
 from plaudit.settings.ppo import LearningRateSchedule, PPOHyperparameters
 
 OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
-"""Of an optimizer's options, those that a checkpoint does not decide: how it computes, and the rate, set each step."""
+"""Options that a loaded checkpoint leaves as they are: the choice of kernels, and the rate, which each step sets."""
 
 
 def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Processes) -> torch.optim.Adam:
@@ -39,6 +41,37 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Proces
     return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, fused=fused, capturable=bool(fused))
 
 
+def step_unless(optimizer: Any, found_inf: Tensor) -> None:
+    """Moves the weights unless `found_inf` [] is above 0, which the host does not read.
+
+    This is how `torch.amp.GradScaler` tells a fused optimizer to skip a step: by attributes that are not documented.
+    Use it only where `skips_on_found_inf` says that they work.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+@functools.cache
+def skips_on_found_inf(device_type: str) -> bool:
+    """Whether `step_unless` works with this version of torch on such a device: tried once, on a weight of its own."""
+    with torch.enable_grad():
+        weight = nn.Parameter(torch.ones(1, device=device_type))
+    weight.grad = torch.ones_like(weight)
+    moved = []
+    try:
+        adam = torch.optim.Adam([weight], fused=True, capturable=device_type == "cuda")
+        for found_inf in (1.0, 0.0):
+            before = weight.detach().clone()
+            step_unless(adam, torch.tensor(found_inf, device=device_type))
+            moved.append(bool((weight != before).any()))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return moved == [False, True] and all(float(state["step"]) == 1 for state in adam.state.values())
+
+
 def learning_rate_factor(
     step: int, schedule: LearningRateSchedule, *, warmup_steps: int = 0, total_steps: int | None = None
 ) -> float:
@@ -57,7 +90,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float
     for group in optimizer.param_groups:
         rate = group["initial_lr"] * factor
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)  # in place, for whatever graph reads it
+            group["lr"].fill_(rate)  # in place: a recorded graph may read it
         else:
             group["lr"] = rate
     return float(optimizer.param_groups[0]["initial_lr"] * factor)
@@ -82,7 +115,7 @@ def restore_state(
     own = _tensors(
         saved["state"], lambda i, moment: processes.own_shard(moment, parameters[i]) if moment.ndim else moment
     )
-    # How steps are computed is this process's business, not that of the one which wrote the file.
+    # The choice of kernels is this process's, not that of the one which wrote the file.
     pairs = zip(saved["param_groups"], optimizer.param_groups, strict=True)
     groups = [group | {name: current[name] for name in OWN_OPTIONS} for group, current in pairs]
     optimizer.load_state_dict({"state": own, "param_groups": groups})
@@ -91,5 +124,5 @@ def restore_state(
 def _tensors(
     states: Mapping[int, Mapping[str, Tensor]], change: Callable[[int, Tensor], Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's state, `change` applied to each parameter's number and each of its tensors."""
+    """An optimizer's state, with `change(index, tensor)` in place of each tensor; `index` is its parameter's."""
     return {i: {name: change(i, tensor) for name, tensor in state.items()} for i, state in states.items()}

@@ -3,7 +3,7 @@
 For a small model Python launches kernels more slowly than a GPU runs them. A recorded update (forward, losses,
 backward, clipping, Adam, statistics) is launched once and reads nothing back. Whether weights may move is decided on
 the device (`found_inf`, as for loss scaling), and the statistics of all mini-batches are read together. Shapes are
-rounded up, so that few graphs come up; the tokens added are padding, and see only themselves.
+rounded up, so that few graphs are recorded; the tokens added are padding, and attend to themselves alone.
 
 Failure modes: a graph that goes on with old addresses (weights are changed in place only; gradients have their own
 tensors here), or a warm-up that moves a weight (`hold` forbids it).
@@ -55,16 +55,16 @@ class FlatSamples:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What decides which graph fits."""
+        """The rounded shape, which decides which graph is replayed."""
         return (*self.given.arguments["input_ids"].shape, len(self.mask))
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """All of them by name."""
+        """All of its tensors by name."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "given"}
         return {**own, **self.given.arguments, "states": self.given.states}
 
     def copy_(self, other: Self) -> None:
-        """Takes another one's contents, of the same shapes, in place."""
+        """Copies the contents of another one of the same shapes, in place."""
         own = self.tensors()
         for name, tensor in other.tensors().items():
             own[name].copy_(tensor)
@@ -98,7 +98,11 @@ class Graphs(Generic[Batch]):
         self._pool: Any = None
 
     def run(self, batch: Batch) -> Tensor:
-        """What the work gives. Raises `RuntimeError` where it can't be recorded; on a CPU it just runs."""
+        """The result of the work on `batch`; on a CPU it runs unrecorded.
+
+        Raises:
+            RuntimeError: the work can't be recorded.
+        """
         if not batch.mask.is_cuda:
             return self._work(batch)
         if batch.shape not in self._recorded:
@@ -124,7 +128,7 @@ class Graphs(Generic[Batch]):
 
 
 class UpdateGraphs(Graphs[FlatMinibatch]):
-    """Updates. `learn` computes one from gradients of zero and moves the weights, unless `hold` is above 0."""
+    """Recorded updates. `learn` starts from zero gradients and moves the weights, unless its `hold` is above 0."""
 
     def __init__(self, parameters: list[nn.Parameter], learn: Callable[[FlatMinibatch, Tensor], Tensor]) -> None:
         super().__init__(self._from_zero)
@@ -134,13 +138,13 @@ class UpdateGraphs(Graphs[FlatMinibatch]):
         self._hold = torch.zeros((), device=parameters[0].device)
 
     def run(self, batch: FlatMinibatch) -> Tensor:
-        """Moves the weights once; the statistics, still on the device."""
+        """Moves the weights once; returns the statistics, which stay on the device."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         return super().run(batch)
 
     def _from_zero(self, batch: FlatMinibatch) -> Tensor:
-        torch._foreach_zero_(self._gradients)
+        zero_(self._gradients)
         return self._learn(batch, self._hold)
 
     def _record(self, own: FlatMinibatch) -> tuple[Any, FlatMinibatch, Tensor]:
@@ -151,7 +155,17 @@ class UpdateGraphs(Graphs[FlatMinibatch]):
             self._hold.zero_()
 
 
+def zero_(tensors: list[Tensor]) -> None:
+    """Sets all tensors to 0: by one kernel where torch has that (it is not documented), else by one for each."""
+    at_once = getattr(torch, "_foreach_zero_", None)
+    if at_once is None:
+        for tensor in tensors:
+            tensor.zero_()
+    else:
+        at_once(tensors)
+
+
 def warn_of_no_graphs(what: str, error: RuntimeError) -> None:
-    """Says why the ordinary way is taken."""
+    """Warns that `what` are computed without CUDA graphs, and why."""
     reason = " ".join(str(error).split())
     warnings.warn(f"{what} are not recorded as CUDA graphs, and slower for it: {reason:.200}", stacklevel=2)

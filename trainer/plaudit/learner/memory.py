@@ -20,7 +20,7 @@ T = TypeVar("T")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's malloc.h."""
 LARGEST_KEPT_MIB = 256
-"""Larger blocks go back at once: there are few, and they would leave holes."""
+"""Larger blocks are returned at once: there are few, and they would fragment the memory."""
 
 
 class BatchSizeFinder:
@@ -61,16 +61,16 @@ class BatchSizeFinder:
 
 
 def keep_freed_memory(mib: int = 1024) -> None:
-    """Lets glibc keep so much of what tensors on the CPU have freed, and hand it to the next ones.
+    """Has glibc keep up to `mib` MiB that tensors on the CPU have freed, for the tensors that follow.
 
-    By itself it gives the memory of large tensors back, and the kernel clears every page anew each time. Does nothing
-    with another C library.
+    By default glibc returns the memory of large tensors to the kernel, which clears every page again for the next one.
+    Does nothing with another C library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, TypeError, OSError):
         return
-    # glibc took no more than 32 MiB here until some years ago. Refused, it would now be worse off than untouched.
+    # Older versions of glibc accept no more than 32 MiB. A refused value would leave the threshold fixed and small.
     if mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_MIB * 2**20) or mallopt(M_MMAP_THRESHOLD, 32 * 2**20):
         mallopt(M_TRIM_THRESHOLD, mib * 2**20)
 

@@ -1,21 +1,20 @@
 """Epochs of mini-batches over one rollout: gradients, and the optimizer's steps.
 
-A mini-batch goes through the model in groups that fit into memory, on every process its share of the rows; or, on a
-GPU, as one recorded graph. Failure modes: a weight that moves on a skipped mini-batch or on a number that is not
-finite, and a batch that ran out of memory and counted twice.
+Each process computes its share of a mini-batch's rows, in groups that fit into memory; or, on a GPU, the whole
+mini-batch by one recorded CUDA graph. Failure modes: a weight that moves on a skipped mini-batch or on a number that is
+not finite, and a batch that ran out of memory and counted twice.
 """
 
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plaudit.errors import PlauditError
-from plaudit.learner.adam import make_optimizer
+from plaudit.learner.adam import make_optimizer, step_unless
 from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
@@ -41,7 +40,7 @@ class NonFiniteUpdate(PlauditError, RuntimeError):
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some rows of a rollout, as wide as the longest of them needs. Everything but the samples is [b, T]."""
+    """Some rows of a batch, as wide as the longest of them. Tensors are [b, T]; `support` is [b, T, V]."""
 
     samples: Samples
     logprobs: Tensor
@@ -52,7 +51,7 @@ class Minibatch:
 
     @classmethod
     def of(cls, experience: Experience, rows: Tensor) -> "Minibatch":
-        """These rows of the experience."""
+        """The given rows [b] of the experience."""
         rollout = experience.rollout
         batch = cls(
             samples=rollout.samples,
@@ -73,7 +72,7 @@ class Minibatch:
         return self.samples.mask
 
     def rows(self, rows: Tensor | Sequence[int]) -> "Minibatch":
-        """Some of its rows."""
+        """Some rows of this mini-batch, in the given order."""
         samples = self.samples.select(rows)
         width, chosen = samples.mask.shape[1], on_device(torch.as_tensor(rows), self.mask.device)
 
@@ -100,7 +99,7 @@ class _Recorded:
 
 
 class MinibatchEngine:
-    """The optimizer, and what moves the weights over one rollout."""
+    """The optimizer, and the loop that moves the weights: epochs x mini-batches, in groups that fit into memory."""
 
     def __init__(
         self,
@@ -113,8 +112,8 @@ class MinibatchEngine:
     ) -> None:
         """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
         self.policy, self.config, self.processes = policy, config, processes
-        self.optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
-        # With sharded weights, one process that tried again would be out of step with the others.
+        self._optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
+        # With sharded weights, a process that tried again would leave the others waiting in a collective operation.
         share = processes.largest_share(config.mini_batch_size)
         self.batch_size_finder = BatchSizeFinder(
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
@@ -122,6 +121,16 @@ class MinibatchEngine:
         self._step = 0
         self._temperature = temperature
         self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam, or the optimizer that was put in its place."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        # A recorded update leans on fused Adam: another optimizer may move weights that have to stay.
+        self._optimizer, self._updates = optimizer, None
 
     def parameters(self) -> list[nn.Parameter]:
         """Everything that learns, in the optimizer's order."""
@@ -151,7 +160,7 @@ class MinibatchEngine:
                 else:
                     recorded.append(done)
             if config.early_stopping or epoch == config.ppo_epochs - 1:
-                # One look at the device for all of them.
+                # One copy from the device for all of them.
                 history += self._read(recorded, experience)
                 recorded.clear()
             if config.early_stopping and history[-1]["ppo/policy/policykl"] > 1.5 * config.target_kl:
@@ -160,7 +169,7 @@ class MinibatchEngine:
         return averaged(history), taken
 
     def _optimizer_step(self, experience: Experience, rows: Tensor, *, epoch: int) -> list[dict[str, float]]:
-        """Accumulates the gradients of a group of mini-batches and moves the weights once, if any of them counted."""
+        """Accumulates the gradients of some mini-batches and moves the weights once, unless all were skipped."""
         config = self.config
         history = [
             self._accumulate(experience, minibatch, epoch=epoch)
@@ -179,7 +188,7 @@ class MinibatchEngine:
         return history
 
     def _recorded_step(self, experience: Experience, rows: Tensor, *, epoch: int) -> "_Recorded | None":
-        """The same for one mini-batch, by a recorded graph, unread; None where there is none."""
+        """`_optimizer_step` for one mini-batch by a recorded graph, statistics unread; None if there is no graph."""
         if self._updates is None:
             return None
         minibatch = Minibatch.of(experience, rows)
@@ -200,7 +209,7 @@ class MinibatchEngine:
             return None
 
     def _learn(self, minibatch: FlatMinibatch, hold: Tensor) -> Tensor:
-        """One mini-batch's update without a look from the host: its statistics, the gradient's norm last.
+        """One mini-batch's update, during which the host reads nothing; returns statistics, the gradient's norm last.
 
         No weight moves if the mean ratio is over the threshold, if loss or gradient is not finite, or if `hold` > 0.
         """
@@ -215,24 +224,18 @@ class MinibatchEngine:
             | ~measured["ppo/loss/total"].isfinite()
             | ~norm.isfinite()
         )
-        # As torch.amp.GradScaler tells a fused optimizer.
-        told: Any = self.optimizer
-        told.grad_scale, told.found_inf = None, torch.maximum(stays.float(), hold)
-        try:
-            told.step()
-        finally:
-            del told.grad_scale, told.found_inf
+        step_unless(self.optimizer, torch.maximum(stays.float(), hold))
         return torch.stack([*measured.values(), norm])
 
     def _read(self, recorded: Sequence["_Recorded"], experience: Experience) -> list[dict[str, float]]:
-        """The statistics of recorded updates. Raises `NonFiniteUpdate` for one whose weights did not move for that."""
+        """Reads the statistics of recorded updates. Raises `NonFiniteUpdate` if one held its weights for that."""
         history: list[dict[str, float]] = []
         if not recorded:
             return history
         for done, (*values, norm) in zip(
             recorded, torch.stack([done.statistics for done in recorded]).tolist(), strict=True
         ):
-            statistics, skipped = self._judged(dict(zip(STATISTICS, values, strict=True)))
+            statistics, skipped = self._check_ratio(dict(zip(STATISTICS, values, strict=True)))
             if not skipped:
                 if not math.isfinite(statistics["ppo/loss/total"]):
                     what = f"loss is {statistics['ppo/loss/total']}"
@@ -244,7 +247,7 @@ class MinibatchEngine:
         return history
 
     def _accumulate(self, experience: Experience, rows: Tensor, *, epoch: int) -> dict[str, float]:
-        """Adds a mini-batch's gradient to the parameters', unless its mean ratio says that the policy has left."""
+        """Adds a mini-batch's gradient to the accumulated one, unless its mean ratio exceeds `ratio_threshold`."""
         old = Minibatch.of(experience, rows)
         before = [parameter.grad for parameter in self.parameters()]
         own = self.processes.share(len(rows))
@@ -261,7 +264,7 @@ class MinibatchEngine:
         return statistics
 
     def _backward(self, minibatch: "Minibatch", own: range, size: int) -> Tensor:
-        """The gradient of this process's `own` rows, in groups that fit into memory, and their outputs [3, b, T].
+        """The gradient of this process's `own` rows, in groups of `size`; returns their outputs [3, b, T].
 
         The loss is a mean over all tokens of the mini-batch, so the groups' gradients add up to its gradient.
         """
@@ -292,13 +295,13 @@ class MinibatchEngine:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def _statistics(self, old: "Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
-        """What a whole mini-batch was like, and whether it has to be skipped."""
+        """The statistics of a whole mini-batch, and whether it has to be skipped."""
         measured = measure(old, new, self.config)
         # One copy from the device for all of them.
-        return self._judged(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
+        return self._check_ratio(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
 
-    def _judged(self, statistics: dict[str, float]) -> tuple[dict[str, float], bool]:
-        """The statistics of a mini-batch, and whether it was skipped."""
+    def _check_ratio(self, statistics: dict[str, float]) -> tuple[dict[str, float], bool]:
+        """The statistics of a mini-batch, and whether its mean ratio exceeds `ratio_threshold`."""
         config = self.config
         skipped = statistics["ppo/policy/ratio"] > config.ratio_threshold
         if skipped:

@@ -37,7 +37,7 @@ class RolloutTokens(Protocol):
 
 
 def token_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> Tensor:
-    """policy + vf_coef * value - entropy_coef * entropy, for each token."""
+    """policy + vf_coef * value - entropy_coef * entropy, for each token: [b, T] or [N]."""
     policy, value = clipped_losses(old, new, config)
     total = policy + config.vf_coef * value
     return total if config.entropy_coef == 0 else total - config.entropy_coef * new.entropy

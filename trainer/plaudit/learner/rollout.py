@@ -22,6 +22,7 @@ from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import EvaluatedSamples, Rollout, Samples
 from plaudit.policy.static_generation import StaticGenerator, supports
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings
@@ -90,7 +91,7 @@ def wait_for(future: "Future[Scores]") -> Scores:
 def sampler(
     policy: Policy,
     settings: GenerationSettings,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     cached: bool = True,
     processes: Processes | None = None,
@@ -124,7 +125,7 @@ def sampler(
 
 def collect_rollout(
     stepper: PPOStepper,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     draws: Draws,
     settings: GenerationSettings,
@@ -166,7 +167,7 @@ class RolloutCollector:
     """The rollouts of a run: which prompts, how to sample, and who scores."""
 
     stepper: PPOStepper
-    tokenizer: Any
+    tokenizer: Tokenizer
     schedule: PromptSchedule
     settings: GenerationSettings
     rewarder: Rewarder

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from plaudit.errors import ConfigError
 from plaudit.learner import step_statistics
-from plaudit.learner.adam import learning_rate_factor, restore_state, set_learning_rates, state_for_files
+from plaudit.learner.adam import (
+    learning_rate_factor,
+    restore_state,
+    set_learning_rates,
+    skips_on_found_inf,
+    state_for_files,
+)
 from plaudit.learner.evaluator import Evaluator
 from plaudit.learner.experience import Experience, make_experience
 from plaudit.learner.memory import BatchSizeFinder
@@ -200,6 +206,7 @@ class PPOStepper:
         )
 
     def _prepare_scores(self, scores: Tensor) -> Tensor:
+        """Scaled by the running moments, normalised and clipped, as the settings say."""
         config, scores = self.config, scores.float()
         if config.use_score_scaling:
             self.moments = self.moments.update(scores)
@@ -217,6 +224,7 @@ class PPOStepper:
         return set_learning_rates(self.optimizer, factor)
 
     def _order(self, epoch: int, permutations: Sequence[Sequence[int]] | None) -> Tensor:
+        """The order [B] in which this epoch takes the samples: the given one, or a drawn one."""
         if permutations is None:
             return torch.randperm(self.config.batch_size, generator=self._shuffles)
         if epoch >= len(permutations):
@@ -251,7 +259,7 @@ class PPOStepper:
 def _can_record(
     policy: Policy, config: PPOHyperparameters, generation: GenerationSettings, processes: Processes
 ) -> bool:
-    """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU."""
+    """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU, with this torch."""
     return (
         policy.device.type == "cuda"
         and processes.count == 1
@@ -261,4 +269,5 @@ def _can_record(
         and not getattr(policy.language_model, "is_gradient_checkpointing", False)
         and generation.top_k == 0
         and generation.top_p == 1.0
+        and skips_on_found_inf(policy.device.type)
     )

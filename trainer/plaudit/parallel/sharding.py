@@ -61,8 +61,8 @@ def gathered_weights(policy: Policy, sharding: Sharding) -> Iterator[None]:
             unit.unshard()
         yield
         for root in roots:
-            # PyTorch notes every pass for the backward pass to come, which a reference never has. (It has had no
-            # way to forget them for long.)
+            # FSDP keeps the order of forward passes for the backward pass to come, which a reference never has. Older
+            # versions of torch can't forget it: the list grows, and nothing else changes.
             if hasattr(root, "reset_iter_state"):
                 root.reset_iter_state()
     finally:

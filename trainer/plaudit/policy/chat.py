@@ -6,11 +6,11 @@ leaves out without a word, or a conversation rendered by another template than t
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 
 from plaudit.errors import ConfigError
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.wire import ChatMessage
 
 
@@ -18,7 +18,7 @@ class ChatTemplateError(ConfigError):
     """A chat template is missing, or refuses a conversation."""
 
 
-def use_chat_template(tokenizer: Any, file: Path | None, source: str) -> None:
+def use_chat_template(tokenizer: Tokenizer, file: Path | None, source: str) -> None:
     """Gives the tokenizer the template in `file`, so that it is saved with it; without a file it must have its own.
 
     Raises:
@@ -37,7 +37,7 @@ def use_chat_template(tokenizer: Any, file: Path | None, source: str) -> None:
 
 
 def render(
-    tokenizer: Any, conversations: Sequence[Sequence[ChatMessage]], where: Callable[[int], str]
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[ChatMessage]], where: Callable[[int], str]
 ) -> list[list[int]]:
     """Each conversation up to the point where the assistant's next turn begins, as tokens.
 
@@ -51,7 +51,7 @@ def render(
     return ids
 
 
-def _rendered(tokenizer: Any, messages: Sequence[ChatMessage], where: str) -> str:
+def _rendered(tokenizer: Tokenizer, messages: Sequence[ChatMessage], where: str) -> str:
     try:
         text = _apply(tokenizer, messages)
     except (TemplateError, TypeError, ValueError) as error:
@@ -75,7 +75,7 @@ def _rendered(tokenizer: Any, messages: Sequence[ChatMessage], where: str) -> st
     return text
 
 
-def _renders(tokenizer: Any, messages: Sequence[ChatMessage]) -> bool:
+def _renders(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> bool:
     try:
         _apply(tokenizer, messages)
     except (TemplateError, TypeError, ValueError, IndexError):
@@ -83,7 +83,7 @@ def _renders(tokenizer: Any, messages: Sequence[ChatMessage]) -> bool:
     return True
 
 
-def _apply(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
+def _apply(tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> str:
     text: str = tokenizer.apply_chat_template(
         [message.model_dump() for message in messages], add_generation_prompt=True, tokenize=False
     )

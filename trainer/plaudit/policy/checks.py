@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 FAILURES = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError)
@@ -21,7 +23,7 @@ FAILURES = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, Value
 
 
 def check_tokenizer_fits(
-    tokenizer: Any, model: Any, source: str, texts: Iterable[str] = (), *, setting: str = "policy"
+    tokenizer: Tokenizer, model: PreTrainedModel, source: str, texts: Iterable[str] = (), *, setting: str = "policy"
 ) -> None:
     """Raises `ConfigError` where the tokenizer has tokens without an embedding that `texts` need, or is another's.
 
@@ -47,13 +49,13 @@ def check_tokenizer_fits(
         )
 
 
-def _is_written(tokenizer: Any, token: str) -> bool:
+def _is_written(tokenizer: Tokenizer, token: str) -> bool:
     """Whether texts get this token without holding it: to begin, end or pad them."""
     roles = ("pad_token", "bos_token", "eos_token", "cls_token", "sep_token", "unk_token")
     return any(getattr(tokenizer, role, None) == token for role in roles)
 
 
-def max_positions(model: Any) -> int | None:
+def max_positions(model: PreTrainedModel) -> int | None:
     """How long a text the model takes, in tokens; None where its configuration names no bound."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -63,7 +65,7 @@ def max_positions(model: Any) -> int | None:
     return None
 
 
-def check_room(model: Any, longest_prompt: int, settings: GenerationSettings, source: str) -> None:
+def check_room(model: PreTrainedModel, longest_prompt: int, settings: GenerationSettings, source: str) -> None:
     """Raises `ConfigError` where a prompt and its response need more positions than the model has."""
     positions = max_positions(model)
     needed = longest_prompt + settings.max_new_tokens - 1  # nothing is read after the last token
@@ -82,8 +84,8 @@ def room_for_prompts(model: Any, settings: GenerationSettings) -> int | None:
 
 
 def check_prompts(
-    tokenizer: Any,
-    model: Any,
+    tokenizer: Tokenizer,
+    model: PreTrainedModel,
     token_ids: Sequence[Sequence[int]],
     settings: GenerationSettings,
     source: str,
@@ -97,7 +99,7 @@ def check_prompts(
     largest = max(map(max, token_ids))
     if largest >= rows:
         raise ConfigError(
-            f"{setting}={source!r}: prompts have the token {tokenizer.convert_ids_to_tokens(largest)!r}, number "
+            f"{setting}={source!r}: prompts have the token {tokenizer.convert_ids_to_tokens([largest])[0]!r}, number "
             f"{largest}, and the model has embeddings for 0 to {rows - 1} alone; enlarge it with "
             f"model.resize_token_embeddings({len(tokenizer)}) and save it, or use another chat template"
         )
@@ -175,7 +177,7 @@ def _cache_is_exact(policy: Policy) -> bool:
     return bool((cached - plain).abs().max() <= _tolerance(policy) * plain.std())
 
 
-def _ask(model: Any, ids: Tensor, seen: Tensor, position: Tensor, cache: Any) -> Any:
+def _ask(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, cache: Any) -> Any:
     return model(
         input_ids=ids,
         attention_mask=seen,

@@ -7,10 +7,12 @@ completes a stop string; the judge reads the text in front of it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import behind, decode, end_tokens, response_texts
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 CONTEXT_TOKENS = 4
@@ -20,7 +22,7 @@ CONTEXT_TOKENS = 4
 class StopStrings:
     """Finds stop strings in responses as they grow; none of them costs nothing."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         # At worst every byte of a string is a token.
         self._window = max((len(text.encode()) for text in stop), default=0)
@@ -65,13 +67,13 @@ class StopStrings:
 class Endings:
     """What ends the responses of one model."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     tokens: Sequence[int]
     """Each of them ends a response."""
     stop: StopStrings
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, settings: GenerationSettings) -> "Endings":
+    def of(cls, model: PreTrainedModel, tokenizer: Tokenizer, settings: GenerationSettings) -> "Endings":
         """The end tokens of model and tokenizer, and the stop strings of the settings."""
         return cls(tokenizer, end_tokens(model, tokenizer), StopStrings(tokenizer, settings.stop))
 

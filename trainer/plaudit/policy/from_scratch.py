@@ -4,7 +4,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from plaudit.errors import ConfigError
 from plaudit.settings.supervised import ModelSizes
@@ -64,7 +71,7 @@ def train_tokenizer(
     )
 
 
-def _config(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Any:
+def _config(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, **more: Any) -> PretrainedConfig:
     # The names transformers maps onto each architecture's own (n_embd, dim, ...) through its attribute_map.
     try:
         return AutoConfig.for_model(
@@ -88,12 +95,14 @@ def _config(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, **more: Any) 
         ) from error
 
 
-def new_causal_lm(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast) -> Any:
+def new_causal_lm(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A randomly initialised causal language model. torch's global seed decides the weights."""
     return AutoModelForCausalLM.from_config(_config(sizes, tokenizer))
 
 
-def new_classifier(sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, label_names: tuple[str, ...] | None) -> Any:
+def new_classifier(
+    sizes: ModelSizes, tokenizer: PreTrainedTokenizerFast, label_names: tuple[str, ...] | None
+) -> PreTrainedModel:
     """A randomly initialised sequence classifier; without label names it has the one score of a pairwise model."""
     if label_names is None:
         return AutoModelForSequenceClassification.from_config(_config(sizes, tokenizer, num_labels=1))

@@ -7,14 +7,15 @@ carries its own random numbers, drawn before anything is generated.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plaudit.policy.endings import Endings
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import response_texts as decode_responses
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.ppo import distributions
 from plaudit.settings.policy import GenerationSettings
 
@@ -48,7 +49,11 @@ class Draws:
 
 @torch.no_grad()
 def generate(
-    model: Any, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings, tokenizer: Any
+    model: PreTrainedModel,
+    queries: Sequence[Sequence[int]],
+    draws: Draws,
+    settings: GenerationSettings,
+    tokenizer: Tokenizer,
 ) -> Samples:
     """Samples one response for each query, all rows at once with a key-value cache.
 

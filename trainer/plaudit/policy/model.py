@@ -21,6 +21,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +29,9 @@ from plaudit import demo_models
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.head import fp32_logits
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
+from plaudit.policy.reading import reading, settle
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.ppo import distributions
 from plaudit.settings.policy import LoraSettings, ModelSettings, Quantization
 
@@ -77,7 +80,7 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         reference: nn.Module | None = None,
-        value_model: Any = None,
+        value_model: PreTrainedModel | None = None,
         autocast: torch.dtype | None = None,
     ) -> None:
         """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
@@ -125,12 +128,12 @@ class Policy(nn.Module):
         return isinstance(self.model, peft.PeftModel)
 
     @property
-    def language_model(self) -> Any:
+    def language_model(self) -> PreTrainedModel:
         """The Hugging Face model itself, for `generate` and its configuration; adapters stay active in it."""
         return _bare(self.model)
 
     @property
-    def transformers(self) -> list[Any]:
+    def transformers(self) -> list[PreTrainedModel]:
         """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
         return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
 
@@ -284,6 +287,7 @@ class Policy(nn.Module):
         return logits.squeeze(0), seen[0]
 
     def _value_states(self, given: ModelInput) -> Tensor:
+        assert self.value_model is not None
         with self.autocasting():
             states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
         return states.flatten(0, 1).index_select(0, given.states)
@@ -384,14 +388,10 @@ class Policy(nn.Module):
         else:
             whole = self.model.state_dict() if weights is None else weights.model
         head = self.v_head.state_dict() if weights is None else weights.value_head
-        read = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        require_finite(read.items(), str(directory))
-        expected = {**whole, **head}
-        # Of tied weights, a file has one.
-        lacking = sorted(expected.keys() - read.keys()) if self.has_adapters else []
-        differing = sorted(n for n in read if n not in expected or not torch.equal(read[n], expected[n].cpu()))
-        if lacking or differing:
-            raise NotAsSaved(f"{directory} was not written as it should be: {(lacking or differing)[0]} is not in it")
+        _require_saved(directory, {**whole, **head}, some_are_tied=not self.has_adapters)
+        if self.value_model is not None:
+            own = self.value_model.state_dict() if weights is None else weights.value_model
+            _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=True)
 
     def load_value_head(self, directory: Path) -> None:
         """The value head that `save` wrote."""
@@ -402,10 +402,22 @@ class Policy(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         if not self.has_adapters:
             self.save(directory, weights)
+            self.check_saved(directory, weights)
             return
         with tempfile.TemporaryDirectory(dir=directory) as adapters:
             self.save(Path(adapters), weights)
             merge_adapters(Path(adapters), directory)
+
+
+def _require_saved(directory: Path, expected: Mapping[str, Tensor], *, some_are_tied: bool) -> None:
+    """Raises `NotFinite` or `NotAsSaved` unless a directory's files hold these tensors; of tied ones, one is enough."""
+    read = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    require_finite(read.items(), str(directory))
+    lacking = [] if some_are_tied else sorted(expected.keys() - read.keys())
+    differing = sorted(n for n in read if n not in expected or not torch.equal(read[n], expected[n].cpu()))
+    if lacking or differing or not read:
+        problem = f"{(lacking or differing)[0]} is not in it" if read else "there are no weights in it"
+        raise NotAsSaved(f"{directory} was not written as it should be: {problem}")
 
 
 def _bare(model: Any) -> Any:
@@ -442,7 +454,7 @@ def fuse_activations(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def add_lora(model: Any, lora: LoraSettings) -> peft.PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
     """Wraps the model with fresh adapters, which start as the identity."""
     targets = (
         list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
@@ -478,7 +490,13 @@ def load_policy(
     of adapters that go on training is their base. A separate value model is the one saved beside the policy, or else a
     copy of the policy's start. Raises `ModelNotFound`.
     """
-    lora, settings = lora or LoraSettings(), settings or ModelSettings()
+    with reading(path):
+        return _load_policy(path, lora or LoraSettings(), settings or ModelSettings(), dtype=dtype, device=device)
+
+
+def _load_policy(
+    path: str | Path, lora: LoraSettings, settings: ModelSettings, *, dtype: torch.dtype, device: torch.device | str
+) -> Policy:
     quantization = settings.quantization
     directory = Path(path)
     base: str | Path = path
@@ -518,7 +536,12 @@ def load_policy(
 
 
 def require_no_random_weights(
-    model: Any, loaded: Mapping[str, Any], path: str | Path, setting: str, *, head_may_be_new: bool = False
+    model: PreTrainedModel,
+    loaded: Mapping[str, Any],
+    path: str | Path,
+    setting: str,
+    *,
+    head_may_be_new: bool = False,
 ) -> None:
     """Raises `ModelNotFound` where transformers made up weights that the files lack, or have in another shape."""
     parameters = dict(model.named_parameters())
@@ -535,24 +558,29 @@ def require_no_random_weights(
 
 def is_adapters(path: str | Path) -> bool:
     """Whether this is a directory of adapters, which are nothing without the model they were trained on."""
+    settle(path)
     return (Path(demo_models.resolve(path)) / "adapter_config.json").is_file()
 
 
 def base_of(adapters: str | Path) -> str:
     """The model that the adapters in a directory belong to. Raises `ConfigError` if they don't say."""
-    base = peft.PeftConfig.from_pretrained(demo_models.resolve(adapters)).base_model_name_or_path
+    with reading(adapters):
+        base = peft.PeftConfig.from_pretrained(demo_models.resolve(adapters)).base_model_name_or_path
     if not base:
         raise ConfigError(f"{adapters}: the adapters do not say which model they belong to")
     return str(base)
 
 
-def load_whole_causal_lm(path: str | Path, *, device: torch.device | str = "cpu", setting: str = "policy") -> Any:
+def load_whole_causal_lm(
+    path: str | Path, *, device: torch.device | str = "cpu", setting: str = "policy"
+) -> PreTrainedModel:
     """A bare causal language model in fp32; of a directory of adapters, their base with the adapters folded in."""
     if not is_adapters(path):
         return load_causal_lm(path, device=device, setting=setting)
-    base = load_causal_lm(base_of(path), device=device, setting=setting)
-    # peft freezes the base.
-    return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
+    with reading(path):
+        base = load_causal_lm(base_of(path), device=device, setting=setting)
+        # peft freezes the base.
+        return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
 
 
 def load_causal_lm(
@@ -562,7 +590,7 @@ def load_causal_lm(
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
     setting: str = "policy",
-) -> Any:
+) -> PreTrainedModel:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
     _require_reachable(path, setting)
     options: dict[str, Any] = {"dtype": dtype}
@@ -576,12 +604,13 @@ def load_causal_lm(
             bnb_4bit_compute_dtype=dtype,
         )
         options["device_map"] = {"": str(device)}
-    try:
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            demo_models.resolve(path), output_loading_info=True, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_found(path, "model", error, setting) from error
+    with reading(path):
+        try:
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                demo_models.resolve(path), output_loading_info=True, **options
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _not_found(path, "model", error, setting) from error
     require_no_random_weights(model, loaded, path, setting)
     if quantization is None:
         return model.to(device)
@@ -589,7 +618,7 @@ def load_causal_lm(
     return model
 
 
-def _compute_in_one_way(quantised: Any) -> None:
+def _compute_in_one_way(quantised: PreTrainedModel) -> None:
     """Keeps quantised layers in training mode for good.
 
     On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio
@@ -609,6 +638,12 @@ def merge_adapters(adapters: Path, directory: Path) -> None:
     model = peft.PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
     require_finite(model.named_parameters(), "the merged model")
     model.save_pretrained(directory)
+    again = load_causal_lm(directory, dtype="auto").state_dict()
+    expected = model.state_dict()
+    differing = {name for name in expected if name not in again or not torch.equal(again[name], expected[name])}
+    if differing or again.keys() - expected.keys():
+        name = min(differing or again.keys() - expected.keys())
+        raise NotAsSaved(f"{directory}: the merged model, loaded again, has another {name}")
     value_head = adapters / VALUE_HEAD_FILE
     if value_head.is_file():
         (directory / VALUE_HEAD_FILE).write_bytes(value_head.read_bytes())
@@ -621,7 +656,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
             raise NotFinite(f"{what} is not saved: its weight {name} ({tensor.dtype}) is not finite")
 
 
-def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
+def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Tokenizer:
     """The tokenizer in a model's directory or of a hub id, with a pad token; of adapters without one, their base's.
 
     Raises:
@@ -629,20 +664,21 @@ def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Any:
         ConfigError: it has neither a pad token nor an end-of-text token.
     """
     _require_reachable(path, setting)
-    tokenizer: Any = None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
-    except (OSError, ValueError) as error:
-        if not is_adapters(path):
-            raise _not_found(path, "tokenizer", error, setting) from error
+    tokenizer: Tokenizer | None = None
+    with reading(path):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
+        except (OSError, ValueError) as error:
+            if not is_adapters(path):
+                raise _not_found(path, "tokenizer", error, setting) from error
     words = [] if tokenizer is None else tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]
-    if len({tuple(ids) for ids in words if ids}) < 2:
+    if tokenizer is None or len({tuple(ids) for ids in words if ids}) < 2:
         if is_adapters(path):
             return load_tokenizer(base_of(path), setting=setting)
         raise ModelNotFound(
             f"{setting}={str(path)!r} has no tokenizer that tells words apart ({type(tokenizer).__name__} with "
-            f"{len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or vocab.json and merges.txt, ...) "
-            "of the model it was made from into the directory"
+            f"{0 if tokenizer is None else len(tokenizer)} tokens): copy the tokenizer files (tokenizer.json, or "
+            "vocab.json and merges.txt, ...) of the model it was made from into the directory"
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -660,6 +696,7 @@ _WORDS = ("good", "bad", "A", "C", "1", "2", "хорошо", "плохо", "好"
 
 def _require_reachable(path: str | Path, setting: str) -> None:
     """Raises `ModelNotFound` for a directory that isn't there, before the hub is asked about it and tried again."""
+    settle(path)
     path = demo_models.resolve(path)
     parent = Path(path).parent
     is_path = Path(path).is_absolute() or len(Path(path).parts) > 2 or str(path).startswith(".")

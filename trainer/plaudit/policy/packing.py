@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from plaudit.policy.samples import Samples, on_device
@@ -49,7 +49,7 @@ def padded(samples: Samples, *, takes_positions: bool, mask_dtype: torch.dtype |
     return ModelInput(arguments, _states(samples, starts))
 
 
-def attention_dtype(model: Any) -> torch.dtype:
+def attention_dtype(model: PreTrainedModel) -> torch.dtype:
     """The number format of the model's attention, here and now: that of autocast, or the model's own."""
     device = next(model.parameters()).device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -58,7 +58,7 @@ def attention_dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def takes_own_mask(model: Any) -> bool:
+def takes_own_mask(model: PreTrainedModel) -> bool:
     """Whether the model attends as a mask [R, 1, C, C] says and in no other way: torch's attention, no window."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False

@@ -39,7 +39,10 @@ class Samples:
         pad_token_id: int,
         device: torch.device | str | None = None,
     ) -> "Samples":
-        """Pads ragged token lists. `ValueError` if the counts differ or a query or response has no token."""
+        """Pads ragged token lists, B of each, to [B, Q] and [B, T].
+
+        Raises `ValueError` if the counts differ or a query or response has no token.
+        """
         if len(queries) != len(responses):
             raise ValueError(f"{len(queries)} queries and {len(responses)} responses must be as many")
         query_ids, query_mask = _pad(queries, pad_token_id, left=True, name="query")
@@ -82,7 +85,7 @@ class Samples:
         return on_device(real.flatten().nonzero().squeeze(1), self.mask.device)
 
     def select(self, indices: Tensor | Sequence[int]) -> "Samples":
-        """These rows in this order, without the padding columns that none of them needs."""
+        """The rows `indices` [b] in this order, without the padding columns that none of them needs."""
         chosen = torch.as_tensor(indices).cpu()
         lengths = self.lengths[:, chosen]
         skip = self.query_ids.shape[1] - int(lengths[0].max())
@@ -203,7 +206,10 @@ class Rollout(EvaluatedSamples):
 
 
 def stack_rows(tensors: Sequence[Tensor], *, dim: int, left: bool = False, fill: float = 0) -> Tensor:
-    """Rows of tensors that differ in width along `dim`, the dimension after theirs; `fill` pads the narrower ones."""
+    """Rows of tensors that differ in width along `dim`, the dimension after theirs; `fill` pads the narrower ones.
+
+    With `dim=1`, tensors [b_i, t_i, ...] give [sum b_i, max t_i, ...].
+    """
     width = max(tensor.shape[dim] for tensor in tensors)
     padded = []
     for tensor in tensors:

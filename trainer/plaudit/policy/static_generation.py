@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from plaudit.policy.endings import StopStrings
 from plaudit.policy.generation import Draws, sample_tokens
 from plaudit.policy.packing import additive, attention_dtype, takes_own_mask
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 QUERY_TOKENS = 8
@@ -31,7 +32,7 @@ LOOK_EVERY = 16
 class StaticGenerator:
     """`generate` for one model that `supports` it, as it is when first called: same adapters, same device."""
 
-    def __init__(self, model: Any, settings: GenerationSettings, tokenizer: Any) -> None:
+    def __init__(self, model: PreTrainedModel, settings: GenerationSettings, tokenizer: Tokenizer) -> None:
         self._model, self._settings, self._tokenizer = model, settings, tokenizer
         self._decoders: dict[int, Decoder] = {}
 
@@ -70,7 +71,7 @@ class StaticGenerator:
 
 
 @torch.no_grad()
-def supports(model: Any) -> bool:
+def supports(model: PreTrainedModel) -> bool:
     """Whether the model generates with fixed shapes: three tokens are tried, since no attribute tells.
 
     Call it as the model will be used, inside `Policy.generating`. On a GPU the graph is really recorded and replayed,
@@ -113,7 +114,9 @@ class _Cache(StaticCache):  # type: ignore[misc]
 class Decoder:
     """Everything a token reads and writes, at fixed addresses, for B queries of up to Q tokens."""
 
-    def __init__(self, model: Any, settings: GenerationSettings, rows: int, width: int, *, ends: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, settings: GenerationSettings, rows: int, width: int, *, ends: Sequence[int]
+    ) -> None:
         self._model, self._settings, self.width = model, settings, width
         steps, device = settings.max_new_tokens, next(model.parameters()).device
         self._ends = torch.tensor(ends, dtype=torch.long, device=device)

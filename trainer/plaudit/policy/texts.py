@@ -5,15 +5,17 @@ them; a prompt that ends inside a character, which both sides then see as U+FFFD
 """
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
 """What decoders write for bytes that are no whole character."""
 
 
-def tokens_in_front(tokenizer: Any) -> list[int]:
+def tokens_in_front(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts in front of every text: a begin-of-text token, if it is one that does."""
     alone: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked: list[int] = tokenizer("a")["input_ids"]
@@ -23,14 +25,14 @@ def tokens_in_front(tokenizer: Any) -> list[int]:
     return []
 
 
-def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+def decode(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
     """Each row as text, special tokens included, exactly as it is: no space is cleaned up."""
     texts: list[str] = tokenizer.batch_decode([list(row) for row in rows], clean_up_tokenization_spaces=False)
     return texts
 
 
 def cut_between_characters(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Sequence[Sequence[int]],
     texts: Sequence[str],
     lengths: Sequence[int],
@@ -61,13 +63,13 @@ def _ends_broken(decoded: str, text: str) -> bool:
     return decoded.endswith(BROKEN) and not text.lstrip().startswith(decoded.lstrip())
 
 
-def prompt_texts(tokenizer: Any, token_ids: Sequence[Sequence[int]]) -> list[str]:
+def prompt_texts(tokenizer: Tokenizer, token_ids: Sequence[Sequence[int]]) -> list[str]:
     """What a judge reads of prompts: all of their text, but not the token that the tokenizer puts in front of each."""
     in_front = tokens_in_front(tokenizer)
     return decode(tokenizer, [_without(ids, in_front) for ids in token_ids])
 
 
-def response_texts(tokenizer: Any, samples: Samples, ends: Sequence[int] = ()) -> list[str]:
+def response_texts(tokenizer: Tokenizer, samples: Samples, ends: Sequence[int] = ()) -> list[str]:
     """The responses without special tokens, each as it reads behind its prompt: prompt and response make the whole.
 
     `ends` are tokens that are no text either, though the tokenizer does not call them special.
@@ -96,13 +98,13 @@ def behind(prompt: str, whole: str) -> str:
     return whole[next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole)) :]
 
 
-def special_tokens(tokenizer: Any) -> set[int]:
+def special_tokens(tokenizer: Tokenizer) -> set[int]:
     """Tokens that are no text: they end, begin or pad one."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | set(tokenizer.all_special_ids)
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """Every token that ends a text: the tokenizer's, and all that the model's generation settings name."""
     settings = getattr(model, "generation_config", None) or model.config
     named = getattr(settings, "eos_token_id", None)

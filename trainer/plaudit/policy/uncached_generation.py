@@ -5,20 +5,25 @@ Every token reads its whole text again: slow, and the same samples as `generatio
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, sample_tokens
 from plaudit.policy.packing import padded
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 
 @torch.no_grad()
 def generate_uncached(
-    model: Any, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings, tokenizer: Any
+    model: PreTrainedModel,
+    queries: Sequence[Sequence[int]],
+    draws: Draws,
+    settings: GenerationSettings,
+    tokenizer: Tokenizer,
 ) -> Samples:
     """One response for each query; what `generation.generate` gives."""
     model.eval()

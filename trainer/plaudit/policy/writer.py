@@ -4,16 +4,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
+from transformers import PreTrainedModel
 
 from plaudit import demo_models
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy, base_of, is_adapters, load_causal_lm, load_tokenizer
+from plaudit.policy.reading import reading
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.settings.policy import GenerationSettings
 
@@ -26,8 +28,8 @@ class Writer:
     """`model` is a bare causal language model, in which adapters, if there are any, are active."""
 
     source: str
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: Tokenizer
     cached: bool
     """Whether it samples with its cache."""
     revision: str
@@ -51,6 +53,11 @@ def load_writer(path: str, *, device: torch.device | str = "cpu") -> Writer:
     Raises:
         ConfigError: there is none, the adapters don't say which model they belong to, or the model can't sample.
     """
+    with reading(path):
+        return _load_writer(path, device)
+
+
+def _load_writer(path: str, device: torch.device | str) -> Writer:
     directory = Path(demo_models.resolve(path))
     if is_adapters(path):
         base = load_causal_lm(base_of(path), device=device)

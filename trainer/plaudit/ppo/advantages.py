@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from plaudit.ppo.shapes import require_rank, require_same_shape
+
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each response token, both [B, T] and 0 outside the mask.
@@ -13,7 +15,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 
     `values[t]` is the value of the state *before* token t. Responses end: nothing is bootstrapped past the last real
     token. Advantages are not whitened here.
+
+    Args:
+        rewards: [B, T].
+        values: [B, T].
+        mask: [B, T] bool, True on real tokens.
+
+    Raises:
+        ValueError: the shapes differ.
     """
+    require_rank(2, rewards=rewards)
+    require_same_shape(rewards=rewards, values=values, mask=mask)
     rewards = rewards.masked_fill(~mask, 0.0)
     values = values.masked_fill(~mask, 0.0)
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plaudit.ppo.shapes import require_one_a_row, require_rank, require_same_shape
+
 
 def sampling_logits(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-    """Logits of the sampling distribution, [..., V] in fp32. `support` is True on tokens that could be chosen."""
+    """Logits of the sampling distribution, [..., V] in fp32. `support` [..., V] is True on tokens that could be chosen.
+
+    Raises `ValueError` for different shapes.
+    """
+    if support is not None:
+        require_same_shape(logits=logits, support=support)
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
@@ -44,7 +51,12 @@ def token_statistics(logits: Tensor, token_ids: Tensor, *, entropy: bool = False
     log p(token) = z_token - logsumexp(z) and H = -sum(p log p), in nats; `logits` [N, V] and `token_ids` [N] give [N]
     and [N]. Goes through a few rows at a time, forward and backward, so that nothing but the logits and their gradient
     is ever as large as they are.
+
+    Raises:
+        ValueError: the logits are not [N, V], or there are not as many tokens as rows.
     """
+    require_rank(2, logits=logits)
+    require_one_a_row(logits, "logits", token_ids=token_ids)
     logprobs, entropies = _TokenStatistics.apply(logits, token_ids, entropy)  # type: ignore[no-untyped-call]
     return logprobs, entropies
 

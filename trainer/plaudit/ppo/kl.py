@@ -1,32 +1,35 @@
 """How far the policy is from the reference, and how strongly that is punished.
 
-`logprobs` and `ref_logprobs` are those of the sampled tokens, [B, T]; the estimators are per token. Schulman,
-"Approximating KL divergence" (2020), names k1, k2 and k3.
+`logprobs` and `ref_logprobs` are those of the sampled tokens, [B, T]; the estimators give one number a token, [B, T],
+and raise `ValueError` for different shapes. Schulman, "Approximating KL divergence" (2020), names k1, k2 and k3.
 """
 
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from plaudit.ppo.shapes import require_same_shape
+
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """log p - log ref: unbiased, may be negative on a token."""
+    require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return logprobs - ref_logprobs
 
 
 def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """|log p - log ref|: punishes moving either way."""
-    return (logprobs - ref_logprobs).abs()
+    return k1(logprobs, ref_logprobs).abs()
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(log p - log ref)^2 / 2: biased, low variance."""
-    return 0.5 * (logprobs - ref_logprobs).square()
+    return 0.5 * k1(logprobs, ref_logprobs).square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """exp(-d) - 1 + d with d = log p - log ref: unbiased and never negative."""
-    difference = logprobs - ref_logprobs
+    difference = k1(logprobs, ref_logprobs)
     return (-difference).expm1() + difference
 
 
@@ -37,8 +40,9 @@ ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": k1, "abs":
 def full_kl(log_distribution: Tensor, ref_log_distribution: Tensor) -> Tensor:
     """KL(p || ref) summed over the vocabulary, [..., V] -> [...]. Exact, never negative.
 
-    Tokens that the policy cannot emit (log p = -inf) add nothing.
+    Tokens that the policy cannot emit (log p = -inf) add nothing. Raises `ValueError` for different shapes.
     """
+    require_same_shape(log_distribution=log_distribution, ref_log_distribution=ref_log_distribution)
     possible = log_distribution.isfinite()
     difference = (log_distribution - ref_log_distribution).masked_fill(~possible, 0.0)
     return (log_distribution.exp() * difference).sum(-1)

@@ -7,13 +7,14 @@ prompts, which several people's rankings of one prompt would make too narrow.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plaudit.report.evaluation import mean_ci95
 
-Array: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Array: TypeAlias = NDArray[np.float64]
 
 RESAMPLES = 2_000
 MAX_ITERATIONS = 100_000
@@ -196,7 +197,7 @@ def bradley_terry(wins: Array) -> Array:
     return scores
 
 
-def _each_reaches_all(beats: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
+def _each_reaches_all(beats: NDArray[np.bool_]) -> bool:
     """Whether a chain of wins leads from every policy to every other."""
     n = len(beats)
     reached = beats | np.eye(n, dtype=bool)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plaudit.errors import NotFinite
 
@@ -55,6 +56,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class RewardChange:
+    """The rewards of both policies' answers, and how they differ."""
+
     before: Summary
     after: Summary
     difference: Difference
@@ -62,16 +65,21 @@ class RewardChange:
 
 @dataclass(frozen=True)
 class Change:
+    """One figure of both policies."""
+
     before: float
     after: float
 
     @property
     def ratio(self) -> float:
+        """After over before."""
         return self.after / self.before
 
 
 @dataclass(frozen=True)
 class CountChange:
+    """How many there are with each policy."""
+
     before: int
     after: int
 
@@ -90,6 +98,7 @@ class Evaluation:
     """Different texts among the n responses: a collapse into one phrase shows here."""
 
     def to_dict(self) -> dict[str, Any]:
+        """As evaluation.json has it."""
         return dataclasses.asdict(self)
 
 
@@ -156,5 +165,5 @@ def distinct(texts: Sequence[str]) -> int:
     return len({text.strip() for text in texts})
 
 
-def _mean(values: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+def _mean(values: Sequence[float] | NDArray[np.float64]) -> float:
     return float(np.mean(values))

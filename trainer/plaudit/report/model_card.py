@@ -12,7 +12,10 @@ from plaudit.settings.ppo import PPOConfig
 
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
-    """Write `directory/README.md` with the metadata the hub reads in front. The trained weights are there already."""
+    """Write `directory/README.md` with the metadata the hub reads in front.
+
+    The trained weights are in `directory` already, and will be used from `config.output_dir`. Raises `NotWritten`.
+    """
     adapters = directory / "adapter_config.json"
     # Of adapters that went on training it is the model that they were first put on.
     base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapters.is_file() else None
@@ -31,11 +34,11 @@ def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str,
         f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{directory}")"""
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{config.output_dir}")"""
         if base
         else f"""from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{directory}")"""
+model = AutoModelForCausalLM.from_pretrained("{config.output_dir}")"""
     )
     write_text(
         directory / "README.md",

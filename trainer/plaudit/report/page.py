@@ -38,6 +38,7 @@ class Sample:
 
     @property
     def change(self) -> float:
+        """What the reward has gained."""
         return self.reward_after - self.reward_before
 
 

@@ -1,12 +1,12 @@
 """What can go wrong with a reward, sorted by what the caller can do about it."""
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from plaudit import atomic
 from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, PlauditError
 
 MAX_MESSAGE_CHARS = 4000
@@ -76,12 +76,8 @@ class RewardRejected(RewardError):
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
         text = TERMINAL_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.unlink(missing_ok=True)  # the name may be a link to somebody's file
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        return beside.replace(path)
+        atomic.write_file(path, text + "\n", mode=0o600)
+        return path
 
 
 class NoScore(RewardRejected):

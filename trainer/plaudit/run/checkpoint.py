@@ -1,13 +1,12 @@
 """Checkpoints: everything the next step depends on, whole or not at all.
 
-A checkpoint is written into a directory beside its place and renamed, its manifest last, so a kill or a full disk in
-mid-write leaves litter and the previous checkpoint. Prompts and sampling depend on seed and step alone, so the position
-in the data is the step itself and there are no generator states to save beyond the stepper's own.
+A checkpoint is written into a directory beside its place and then renamed (`atomic.new_directory`); its manifest comes
+last. So a kill or a full disk leaves the previous checkpoint, and a directory without a manifest. Prompts and sampling
+depend on seed and step alone: the position in the data is the step, and no generator state is saved but the stepper's.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from plaudit import atomic
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy
-from plaudit.run.storage import sync, writing
+from plaudit.run.storage import writing
 from plaudit.settings.plain import comparable, to_dict
 from plaudit.settings.ppo import PPOConfig
 
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = (
     "ppo.micro_batch_size",
     "reward.",
 )
-"""Settings, or the beginnings of their names, that a resumed run may give anew without becoming another run."""
+"""Settings, or prefixes of their names, that may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Checkpoint:
     config: dict[str, Any]
     reward_revision: str | None
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprints of what the run reads, by what it is; none in a checkpoint of an earlier version."""
+    """Fingerprints of what the run reads, by name; empty in a checkpoint of an earlier version."""
 
 
 def save_checkpoint(
@@ -73,7 +73,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write the state after `stepper.steps_done` steps under `root`, then delete all but the newest `keep`.
 
-    All processes of the run call this; the main one writes, and what it fails with all of them raise.
+    All processes call this. Rank 0 writes; if it fails, all raise its error.
 
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
@@ -107,38 +107,27 @@ def save_checkpoint(
 def write_checkpoint(final: Path, manifest: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> None:
     """Writes the checkpoint `final` whole or not at all: what `fill` puts into a directory, then the manifest.
 
-    Of the checkpoints beside it, the newest `keep` stay. Raises `NotWritten`.
+    Then deletes all but the newest `keep` checkpoints beside it.
+
+    Raises:
+        NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    beside = final.with_name(f".{final.name}.writing")
-    replaced = final.with_name(f"{final.name}.replaced")
-    _remove(beside)
-    with writing(beside):
-        try:
-            beside.mkdir(parents=True)
-            fill(beside)
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            for written in (*beside.iterdir(), beside):
-                sync(written)
-        except BaseException:
-            # Its room is needed for whatever comes next.
-            _remove(beside)
-            raise
-        # One of the same step is a whole checkpoint until the new one is.
-        if final.exists():
-            _remove(replaced)
-            final.rename(replaced)
-        beside.rename(final)
-        sync(final.parent)
-    _remove(replaced)
+    # One of the same step is a whole checkpoint until the new one is.
+    with (
+        writing(final.with_name(f".{final.name}.writing")),
+        atomic.new_directory(final, marker=MANIFEST) as beside,
+    ):
+        fill(beside)
+        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for old in list_checkpoints(final.parent)[:-keep]:
-        _remove(old.directory)
+        atomic.remove_directory(old.directory, marker=MANIFEST)
 
 
 def forget_checkpoints_after(root: Path, step: int) -> list[Path]:
-    """Removes checkpoints of later steps: a run that goes on from `step` is about to take those steps again."""
+    """Removes checkpoints of later steps, which a run that continues from `step` takes again; returns their paths."""
     later = [checkpoint.directory for checkpoint in list_checkpoints(root) if checkpoint.step > step]
     for directory in reversed(later):
-        _remove(directory)
+        atomic.remove_directory(directory, marker=MANIFEST)
     return later
 
 
@@ -151,7 +140,11 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """The checkpoint in `directory`. Raises ConfigError when there is none or this version can't read it."""
+    """The checkpoint in `directory`.
+
+    Raises:
+        ConfigError: there is none, or this version can't read it.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
@@ -197,7 +190,7 @@ def restore(checkpoint: Checkpoint, policy: Policy, stepper: PPOStepper) -> None
 
 
 def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None:
-    """Compare what the run read with what it would read now, by their fingerprints.
+    """Compares what the run read with what it would read now, by fingerprints.
 
     Raises:
         ConfigError: something has changed, and going on would be another run; both fingerprints are named.
@@ -215,10 +208,10 @@ def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None
 
 
 def frozen_weights_fingerprint(policy: Policy) -> str:
-    """Of the weights that no checkpoint holds: those of the base that stay as they are, and of the reference's copy.
+    """A fingerprint of the weights that no checkpoint holds: the base model's frozen ones, and the reference's copy.
 
-    Some numbers of each tensor stand for it: another training of the model moves nearly all. Quantised ones are left
-    out, since each device packs them otherwise.
+    Up to 64 numbers of each tensor enter it: further training of a model changes nearly all of them. Quantised weights
+    are left out, since each device packs them differently.
     """
     digest, count = hashlib.sha256(), 0
     frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
@@ -233,14 +226,14 @@ def frozen_weights_fingerprint(policy: Policy) -> str:
 def check_same_run(
     saved: dict[str, Any], current: dict[str, Any], *, defaults: object = None, free: tuple[str, ...] = FREE_TO_CHANGE
 ) -> list[str]:
-    """Compare a checkpoint's configuration with the current one; returns the harmless differences, one line each.
+    """Compares a checkpoint's settings with the current ones; returns the harmless differences, one line each.
 
-    `defaults` is a config of that kind as it is by default, `free` names what may change.
+    `defaults` is a configuration of that kind with default values; `free` names the settings that may change.
 
     Raises:
         ConfigError: a difference that would make the resumed run another run; all of them are named.
     """
-    # A setting that is younger than the checkpoint had its default.
+    # A setting added since the checkpoint was written had its default value.
     defaults = comparable(to_dict(PPOConfig() if defaults is None else defaults))
     before, after = defaults | comparable(saved), defaults | comparable(current)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -251,18 +244,9 @@ def check_same_run(
             f"cannot resume with other settings: {'; '.join(refused)}. "
             "Give the checkpoint's values, or start a new run in another --output-dir"
         )
-    # Where to go on from is no setting of the run.
+    # `resume` says where to continue from, and is no setting of the run.
     return [line for name, line in lines.items() if name != "resume"]
 
 
 def _trainable(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-
-
-def _remove(directory: Path) -> None:
-    """Deletes a checkpoint, its manifest first: without it, what a kill leaves is litter."""
-    if directory.is_symlink():
-        directory.unlink()  # what it points to is not ours
-        return
-    (directory / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)

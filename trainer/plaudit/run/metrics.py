@@ -105,6 +105,7 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
+        """Ends the file, TensorBoard and the trackers. Raises `NotWritten`."""
         self._file.close()
         for tracker in self._trackers:
             tracker.finish()

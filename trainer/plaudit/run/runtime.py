@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import filelock
 
+from plaudit import atomic
 from plaudit.errors import ConfigError, PlauditError
 from plaudit.run.storage import writing
 
@@ -77,11 +78,13 @@ class StopSignal:
 def exclusive(directory: Path) -> Iterator[None]:
     """Hold `directory` for one run; the operating system lets go when the process dies, however it dies.
 
+    What a killed process has left of a replacement in it (`plaudit.atomic`) is finished first.
+
     Raises:
         ConfigError: another run holds it.
         NotWritten: there can be no such directory, or no file in it.
     """
-    lock = filelock.FileLock(directory / ".lock")
+    lock = filelock.FileLock(directory / atomic.LOCK)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -91,6 +94,8 @@ def exclusive(directory: Path) -> Iterator[None]:
                 f"output_dir={directory} is in use by another run; wait for it or give another --output-dir"
             ) from error
     try:
+        with writing(directory):
+            atomic.finish(directory)
         yield
     finally:
         lock.release()

@@ -1,19 +1,25 @@
-"""Writing to disk: a file or a directory is there whole or not at all, and a failed write says where and what to do.
+"""What stages write to disk: whole or not at all (see `plaudit.atomic`). A failed write says where and what to do.
 
-What would be wrong here: half a file under the name of a whole one, or a full disk told without the place.
+What would be wrong here: a full disk told without the place, or an error of something else told as one of the disk.
 """
 
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from plaudit import atomic
 from plaudit.errors import EXIT_NOT_WRITTEN, PlauditError
+from plaudit.policy import reading
+
+MODEL_ENTRIES = ("config.json", "adapter_config.json")
+"""Without one of these, no program takes a directory for a model."""
+WEIGHTS = ("model*.safetensors", "adapter_model*", "*.safetensors.index.json", "pytorch_model*")
+"""Names of files that a loader may prefer to those that were written in their place."""
 
 
 class NotWritten(PlauditError):
@@ -41,64 +47,36 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes the file beside its place and renames it. Raises `NotWritten`; an older file is then as it was."""
-    beside = path.with_name(f".{path.name}.writing")
+    """Replaces one file by this text. Raises `NotWritten`; an older file is then as it was."""
     with writing(path):
-        try:
-            beside.unlink(missing_ok=True)  # the name may be a link to somebody's file
-            with beside.open("x", encoding="utf-8") as file:
-                file.write(text)
-            sync(beside)
-            beside.replace(path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+        atomic.write_file(path, text)
 
 
 @contextmanager
-def files_of(directory: Path) -> Iterator[Path]:
-    """A directory to write files into, which are moved to `directory` when the block ends and only if it ends well.
+def replaced_files(directory: Path, what: str, *, last: str = "") -> Iterator[Path]:
+    """A directory to write files into, which replace the result `what` of `directory` when the block ends well.
 
-    Raises `NotWritten`; what was in `directory` is then as it was.
+    They become its files together: a kill leaves the old ones or the new ones. `last` is the file by which others
+    recognise the result. Hold `directory` (`runtime.exclusive`). Raises `NotWritten`.
     """
-    beside = directory / ".writing"
-    with writing(directory):
-        if beside.is_symlink():
-            beside.unlink()  # to somebody's directory; ours is made anew
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
-            yield beside
-            # A model's config last: a directory without it is no model directory.
-            files = sorted(
-                (path for path in beside.rglob("*") if path.is_file()), key=lambda path: path.name == "config.json"
-            )
-            for file in files:
-                sync(file)
-            for file in files:
-                place = directory / file.relative_to(beside)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    with writing(directory), atomic.replacing(directory, what, entries=(last,)) as beside:
+        yield beside
 
 
-def forget_other_weights(directory: Path, written: Iterable[str]) -> None:
-    """Removes the weights of an earlier model that a loader would prefer to those just written in its place."""
-    kept = set(written)
-    for pattern in ("model*.safetensors", "*.safetensors.index.json", "pytorch_model*"):
-        for path in directory.glob(pattern):
-            if path.name not in kept:
-                path.unlink(missing_ok=True)
+@contextmanager
+def replaced_model(directory: Path) -> Iterator[Path]:
+    """`replaced_files` for a model and everything that belongs to it: weights, configuration, tokenizer, figures.
 
-
-def sync(path: Path) -> None:
-    """Waits until the file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Weights of an earlier model in `directory` that a loader would prefer to the new ones are deleted.
+    """
+    with (
+        writing(directory),
+        atomic.replacing(directory, reading.MODEL, entries=MODEL_ENTRIES, obsolete=WEIGHTS) as beside,
+    ):
+        yield beside
+        for path in beside.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
 
 
 def _reason(error: Exception, earlier: BaseException | None) -> str | None:

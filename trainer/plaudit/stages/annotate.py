@@ -14,6 +14,7 @@ from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named
 from plaudit.policy.model import load_tokenizer
+from plaudit.policy.reading import reading
 from plaudit.rewards import RewardClient
 from plaudit.run.annotator import Annotator, Habits, Judge, all_at_work
 from plaudit.run.progress import Counting
@@ -101,8 +102,9 @@ class _Classifier:
 
     def __init__(self, path: str, label: str, device: str | None) -> None:
         try:
-            self._tokenizer = load_tokenizer(path, setting="judge")
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(demo_models.resolve(path))
+            with reading(path):
+                self._tokenizer = load_tokenizer(path, setting="judge")
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(demo_models.resolve(path))
         except (ConfigError, OSError, ValueError) as error:
             raise ConfigError(
                 f"judge={path!r} is no classifier that loads ({' '.join(str(error).split()):.160})"

@@ -8,7 +8,7 @@ asked.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from plaudit.policy.writer import revision_of
 from plaudit.report.comparison import Judgement, WinRate, comparisons, win_rate
 from plaudit.run.progress import Counting
 from plaudit.run.rankings import RankingAdmin, RankingsRejected, RankingsUnavailable, answers_in_pieces
-from plaudit.run.storage import write_text, writing
+from plaudit.run.storage import replaced_files
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.wire import rankings as wire
@@ -91,9 +91,7 @@ def run(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> Peop
         agreement = admin.agreement(rows[0].batch)
     result = judge(rows, rankings, agreement)
     directory = config.output_dir
-    write_text(directory / RANKINGS_FILE, "".join(row.model_dump_json() + "\n" for row in rankings))
-    # Last: whoever finds the figures finds the rest.
-    write_text(directory / FIGURES_FILE, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    write_figures(directory, rankings, result)
     _say(result, directory)
     return result
 
@@ -166,11 +164,24 @@ def _rows(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> li
         ]
         made = wire.new_answers_row(batch, row.prompt, answers, group=wire.group_of(row.source), split="held_out")
         rows[made.id] = made
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    write_text(answers_file, "".join(row.model_dump_json() + "\n" for row in rows.values()))
-    write_text(settings_file, json.dumps(settings, indent=2) + "\n")
+    write_answers(directory, list(rows.values()), settings)
     return list(rows.values())
+
+
+def write_answers(directory: Path, rows: Sequence[wire.AnswersRow], settings: Mapping[str, Any]) -> None:
+    """The tasks for people, and what they depend on: both or neither. Raises `NotWritten`."""
+    with replaced_files(directory, "people-answers", last=SETTINGS_FILE) as beside:
+        (beside / ANSWERS_FILE).write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
+        (beside / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_figures(directory: Path, rankings: Sequence[wire.RankingRow], result: PeopleResult) -> None:
+    """What people said, and the figures from it: both or neither. Raises `NotWritten`."""
+    figures = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
+    with replaced_files(directory, "people", last=FIGURES_FILE) as beside:
+        lines = "".join(row.model_dump_json() + "\n" for row in rankings)
+        (beside / RANKINGS_FILE).write_text(lines, encoding="utf-8")
+        (beside / FIGURES_FILE).write_text(figures + "\n", encoding="utf-8")
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:

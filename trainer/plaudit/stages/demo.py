@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError
+from plaudit.policy.reading import settle
 from plaudit.run.reward_process import reward_service
 from plaudit.settings import files
 from plaudit.settings.demo import DemoConfig
@@ -59,6 +60,7 @@ def run(config: DemoConfig) -> None:
 
 def _require_models(**directories: str) -> None:
     for what, directory in directories.items():
+        settle(directory)
         if not (Path(demo_models.resolve(directory)) / "config.json").is_file():
             raise ConfigError(f"the {what.replace('_', ' ')} {directory!r} is not a model directory")
 

@@ -4,11 +4,12 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import peft
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
@@ -26,7 +27,9 @@ from plaudit.policy.model import (
     load_tokenizer,
     load_whole_causal_lm,
 )
+from plaudit.policy.reading import reading
 from plaudit.policy.samples import Samples
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.report.evaluation import Answers, Evaluation, compare
 from plaudit.report.page import (
@@ -42,7 +45,7 @@ from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run.metrics import FILE_NAME, read_metrics
 from plaudit.run.progress import WaitingLine
 from plaudit.run.runtime import exclusive
-from plaudit.run.storage import files_of, write_text
+from plaudit.run.storage import replaced_files
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
@@ -104,13 +107,18 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
     return result
 
 
-def load_pair(config: EvaluateConfig) -> tuple[Policy, Any]:
+def load_pair(config: EvaluateConfig) -> tuple[Policy, Tokenizer]:
     """The policy after PPO, whose reference is the policy before, and their tokenizer.
 
     Either may be a whole model or adapters. Adapters on the policy before itself are switched off to get it; any other
     pair is two models.
     """
-    after, before, device = config.after, _before(config), device_named(config.device)
+    before = _before(config)
+    with reading(config.after), reading(before):
+        return _load_pair(config.after, before, device_named(config.device))
+
+
+def _load_pair(after: str, before: str, device: torch.device) -> tuple[Policy, Tokenizer]:
     if not is_adapters(after):
         policy = Policy(load_causal_lm(after, device=device), reference=load_whole_causal_lm(before, device=device))
         return policy.eval(), _tokenizer_of(before, after)
@@ -148,9 +156,7 @@ def _same(one: str, other: str) -> bool:
     return paths[0] == paths[1] or (paths[0].exists() and paths[1].exists() and paths[0].samefile(paths[1]))
 
 
-def _with_adapters(model: Any, adapters: str) -> Any:
-    import peft
-
+def _with_adapters(model: PreTrainedModel, adapters: str) -> peft.PeftModel:
     try:
         return peft.PeftModel.from_pretrained(model, demo_models.resolve(adapters))
     except (RuntimeError, ValueError) as error:
@@ -160,7 +166,7 @@ def _with_adapters(model: Any, adapters: str) -> Any:
         ) from error
 
 
-def _tokenizer_of(before: str, after: str) -> Any:
+def _tokenizer_of(before: str, after: str) -> Tokenizer:
     """The tokenizer of both. Raises `ConfigError` where they differ: token by token there is nothing to compare."""
     one, other = load_tokenizer(before), load_tokenizer(after, setting="after")
     if one.get_vocab() != other.get_vocab():
@@ -171,7 +177,7 @@ def _tokenizer_of(before: str, after: str) -> Any:
     return one
 
 
-def _check(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prompts) -> bool:
+def _check(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts: Prompts) -> bool:
     """Tries both policies; whether both sample with their cache."""
     check_tokenizer_fits(tokenizer, policy.language_model, config.after, prompts.texts, setting="after")
     cached = check_policy(policy, config.after)
@@ -181,7 +187,7 @@ def _check(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prom
     return cached
 
 
-def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: Prompts) -> bool:
+def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts: Prompts) -> bool:
     """`_check`, and whether every prompt and its answer fit into both policies."""
     cached = _check(config, policy, tokenizer, prompts)
     for model, source in ((policy.language_model, config.after), (policy.transformers[-1], _before(config))):
@@ -189,12 +195,12 @@ def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Any, prompts: 
     return cached
 
 
-def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Any) -> Prompts:
+def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> Prompts:
     """As many as were asked for. Raises `ConfigError` if there are fewer."""
     return held_out_sources(config, policy, tokenizer)[0]
 
 
-def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Any) -> tuple[Prompts, list[str]]:
+def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> tuple[Prompts, list[str]]:
     """`held_out_prompts`, and the text that each comes from."""
     room = room_for_prompts(policy.language_model, config.generation)
     prompts, sources = load_sourced_prompts(
@@ -216,7 +222,7 @@ def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
     draw = generate if cached else generate_uncached
     draws = _draws(config, len(prompts))
 
-    def texts(model: Any) -> list[str]:
+    def texts(model: PreTrainedModel) -> list[str]:
         size = config.generation.batch_size
         listed: list[str] = []
         for start in range(0, len(prompts), size):
@@ -239,7 +245,7 @@ def _draws(config: EvaluateConfig, count: int) -> Draws:
 @torch.no_grad()
 def _answer(
     policy: Policy,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Prompts,
     draws: Draws,
     settings: GenerationSettings,
@@ -296,7 +302,7 @@ def _logprobs(
 
 
 def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
-    directory, after = config.output_dir, Path(config.after)
+    after = Path(config.after)
     settings = {"evaluate": to_dict(config)}
     if (after / CONFIG_FILE).is_file():
         settings = {"ppo": json.loads((after / CONFIG_FILE).read_text(encoding="utf-8")), **settings}
@@ -307,9 +313,13 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
         training=read_metrics(after / FILE_NAME) if (after / FILE_NAME).is_file() else (),
         settings=settings,
     )
-    with files_of(directory) as beside:
+    write_evaluation(config.output_dir, result, report)
+
+
+def write_evaluation(directory: Path, result: EvaluationResult, report: str) -> None:
+    """The figures, the samples and the report of one evaluation, all three or none. Raises `NotWritten`."""
+    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
+    with replaced_files(directory, "evaluation", last=EVALUATION_FILE) as beside:
         write_samples(beside / SAMPLES_FILE, result.samples)
         (beside / REPORT_FILE).write_text(report, encoding="utf-8")
-    # Last: whoever finds the figures finds the rest.
-    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
-    write_text(directory / EVALUATION_FILE, figures + "\n")
+        (beside / EVALUATION_FILE).write_text(figures + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ from plaudit.settings.files import from_dict
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo import MERGED
+from plaudit.stages.ppo_results import MERGED
 from plaudit.stages.ppo_setup import CONFIG_FILE
 from plaudit.wire import ChatMessage
 
@@ -172,7 +172,8 @@ def _tokens(
         if config.system is not None:
             raise ConfigError(f"system={config.system!r:.60} needs a chat template: give --chat True")
         in_front = tokens_in_front(tokenizer)
-        return [[*in_front, *ids] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return [[*in_front, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     use_chat_template(tokenizer, template, config.run)
     conversations = [
         with_system([ChatMessage(role="user", content=prompt)] if isinstance(prompt, str) else prompt, system)

@@ -15,17 +15,15 @@ from plaudit.learner.memory import measuring_peak
 from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
-from plaudit.report.model_card import write_model_card
 from plaudit.rewards import RewardRejected, RewardUnavailable
-from plaudit.run.metrics import ENDED_SHARE, FILE_NAME, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD, read_metrics
+from plaudit.run.metrics import ENDED_SHARE, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
 from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
-from plaudit.run.storage import NotWritten, files_of
+from plaudit.run.storage import NotWritten
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
 from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
+from plaudit.stages.ppo_results import write_results
 from plaudit.stages.ppo_setup import Training, set_up
-
-MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -158,18 +156,9 @@ def save_results(training: Training) -> None:
         NotWritten: a file can't be written.
         NotFinite, NotAsSaved: the policy is not finite, or its files, read again, hold something else.
     """
-    config, directory = training.config, training.config.output_dir
+    config = training.config
     policy, processes, tokenizer = training.stepper.policy, training.stepper.processes, training.rollouts.tokenizer
     weights = processes.full_weights_on_main(policy)
-    if not processes.is_main:
-        return
-    with files_of(directory) as beside:
-        policy.save(beside, weights)
-        tokenizer.save_pretrained(beside)
-        policy.check_saved(beside, weights)
-    write_model_card(config, directory, read_metrics(directory / FILE_NAME), training.client.revision)
-    if config.merge:
-        with files_of(directory / MERGED) as beside:
-            policy.merge(beside, weights)
-            tokenizer.save_pretrained(beside)
-    print(f"trained {training.stepper.steps_done} steps; adapters, value head and metrics are in {directory}")
+    if processes.is_main:
+        write_results(config, policy, tokenizer, reward_revision=training.client.revision, weights=weights)
+        print(f"trained {training.stepper.steps_done} steps; what they made is in {config.output_dir}")

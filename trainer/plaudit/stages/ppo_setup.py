@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,8 @@ from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.model import Policy, load_policy, load_tokenizer
+from plaudit.policy.reading import reading
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.metrics import FILE_NAME, forget_steps_after
@@ -32,6 +33,7 @@ from plaudit.run.step_log import StepLog
 from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
+from plaudit.stages.ppo_results import require_same_kind
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "run.json"
@@ -88,8 +90,9 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         StopSignal().listening() as stop,
     ):
         resumed = processes.on_main(hold_directory, config, held)
-        tokenizer = load_tokenizer(config.policy)
-        policy = load_policy(config.policy, config.lora, config.model, device=device)
+        with reading(config.policy):
+            tokenizer = load_tokenizer(config.policy)
+            policy = load_policy(config.policy, config.lora, config.model, device=device)
         cached = check_policy(policy, config.policy)
         prompts = _load_prompts(config, tokenizer, policy)
         inputs = _fingerprints(prompts, policy)
@@ -142,6 +145,7 @@ def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
 def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
     """Locks the output directory against other runs; returns the checkpoint to continue from."""
     held.enter_context(exclusive(config.output_dir))
+    require_same_kind(config)
     root = config.output_dir / CHECKPOINTS
     existing = checkpoints.list_checkpoints(root)
     if config.resume is None:
@@ -163,7 +167,7 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
     return chosen
 
 
-def _load_prompts(config: PPOConfig, tokenizer: Any, policy: Policy) -> Prompts:
+def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Prompts:
     """The prompts to train on, all of which the policy can read and respond to."""
     model = policy.language_model
     room = room_for_prompts(model, config.generation)

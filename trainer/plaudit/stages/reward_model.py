@@ -3,14 +3,14 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from plaudit import demo_models
 from plaudit.data.sources import (
@@ -26,6 +26,8 @@ from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import is_adapters, load_tokenizer, require_no_random_weights
+from plaudit.policy.reading import reading
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
@@ -37,7 +39,7 @@ from plaudit.stages.supervised import (
     forget_checkpoints,
     require_same_figures,
     resumable,
-    save_model_directory,
+    saved_model,
     train,
     training_arguments,
 )
@@ -61,12 +63,6 @@ def run(config: RewardModelConfig) -> dict[str, Judgement]:
     with begun(config) as run:
         set_seed(config.seed)
         measured = _pairwise(config, run) if config.kind == "pairwise" else _classifier(config, run)
-        report = {
-            "stage": "reward-model",
-            "config": to_dict(config),
-            "held_out": {name: asdict(judged) for name, judged in measured.items()},
-        }
-        write_text(config.output_dir / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         forget_checkpoints(run)
     for name, judged in measured.items():
         print(
@@ -82,9 +78,9 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
 
     texts = load_labelled_texts(config.dataset, "train")
     held_out = load_labelled_texts(config.dataset, "held_out")
-    reading = read_labels([*texts.labels, *held_out.labels], config.label_names, texts.class_names)
-    labels = [reading.index[spelled(label)] for label in texts.labels]
-    for line in reading.lines([*texts.labels, *held_out.labels]):
+    meaning = read_labels([*texts.labels, *held_out.labels], config.label_names, texts.class_names)
+    labels = [meaning.index[spelled(label)] for label in texts.labels]
+    for line in meaning.lines([*texts.labels, *held_out.labels]):
         print(line)
     if config.from_scratch:
         tokenizer = train_tokenizer(
@@ -121,13 +117,16 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
     inputs = {"labelled texts": fingerprint(zip(texts.texts, labels, strict=True))}
-    model = _saved(config, train(trainer, run, inputs, collator), tokenizer, held_out.texts)
-    targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels])
+    targets = torch.tensor([meaning.index[spelled(label)] for label in held_out.labels])
     openings = [" ".join(text.split()[: config.short_words]) for text in held_out.texts]
-    return {
-        name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
-        for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
-    }
+
+    def measure(model: PreTrainedModel) -> dict[str, Judgement]:
+        return {
+            name: judge(class_probabilities(model, tokenizer, judged, config.max_length), targets)
+            for name, judged in (("whole texts", held_out.texts), (f"first {config.short_words} words", openings))
+        }
+
+    return save(config, train(trainer, run, inputs, collator), tokenizer, held_out.texts, measure)
 
 
 def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
@@ -172,16 +171,20 @@ def _pairwise(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     )
     inputs = {"ranked answers": fingerprint(list(pair.values()) for pair in pairs)}
     sample = [pair["prompt"] + pair["chosen"] for pair in held_out]
-    model = _saved(config, train(trainer, run, inputs), tokenizer, sample)
-    better, worse = (
-        logits(model, tokenizer, [pair["prompt"] + pair[side] for pair in held_out], config.max_length)[:, 0]
-        for side in ("chosen", "rejected")
-    )
-    preferred = torch.sigmoid(better - worse)
-    return {"pairs": judge(torch.stack([1 - preferred, preferred], dim=1), torch.ones(len(held_out), dtype=torch.long))}
+
+    def measure(model: PreTrainedModel) -> dict[str, Judgement]:
+        better, worse = (
+            logits(model, tokenizer, [pair["prompt"] + pair[side] for pair in held_out], config.max_length)[:, 0]
+            for side in ("chosen", "rejected")
+        )
+        preferred = torch.sigmoid(better - worse)
+        targets = torch.ones(len(held_out), dtype=torch.long)
+        return {"pairs": judge(torch.stack([1 - preferred, preferred], dim=1), targets)}
+
+    return save(config, train(trainer, run, inputs), tokenizer, sample, measure)
 
 
-def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
+def _load_classifier(source: str, **settings: Any) -> tuple[PreTrainedModel, Tokenizer]:
     """A model to start from with a head for the labels that `settings` describe, and its tokenizer.
 
     In fp32 whatever its files hold: in half precision, small updates vanish and large ones overflow.
@@ -191,15 +194,16 @@ def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
             f"model={source!r} holds adapters and no whole model: merge them into their base first (`plaudit ppo "
             "--merge` writes OUTPUT_DIR/merged; else peft's merge_and_unload and save_pretrained) and name the result"
         )
-    tokenizer = load_tokenizer(source, setting="model")
     try:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            demo_models.resolve(source),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **settings,
-        )
+        with reading(source):
+            tokenizer = load_tokenizer(source, setting="model")
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                demo_models.resolve(source),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **settings,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model={source!r} can't be loaded as a classifier ({reason:.160}); name another") from error
@@ -211,7 +215,7 @@ def _load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
+def _check_start(config: RewardModelConfig, model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     """Tries the model on a short text and one as long as texts may be: alone and together they must be judged alike."""
     name = f"model={config.model!r}" if not config.from_scratch else f"sizes.model_type={config.sizes.model_type!r}"
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
@@ -236,8 +240,17 @@ def _check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: S
         )
 
 
-def _saved(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> Any:
-    """Saves the model, proves that it can be loaded again, and gives it in fp32 with the numbers as they were saved."""
+def save(
+    config: RewardModelConfig,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    measure: Callable[[PreTrainedModel], dict[str, Judgement]],
+) -> dict[str, Judgement]:
+    """Saves the model with reward_model.json, what `measure` says of it, once it is proven on `texts`.
+
+    It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
+    """
 
     def reproduces(directory: Path) -> None:
         again = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32).to(model.device)
@@ -247,9 +260,17 @@ def _saved(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequenc
         got = logits(again.eval(), load_tokenizer(directory), texts[:8], config.max_length)
         require_same_figures("the logits of held-out texts", own, got)
 
-    return save_model_directory(
+    with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
-    )
+    ) as (model, beside):
+        measured = measure(model)
+        report = {
+            "stage": "reward-model",
+            "config": to_dict(config),
+            "held_out": {name: asdict(judged) for name, judged in measured.items()},
+        }
+        write_text(beside / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    return measured
 
 
 class CroppingCollator(Drawing):
@@ -259,7 +280,7 @@ class CroppingCollator(Drawing):
     passage of a review says something about its label and openings alone are soon learnt by heart.
     """
 
-    def __init__(self, tokenizer: Any, config: RewardModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: RewardModelConfig) -> None:
         super().__init__(config.seed)
         self.tokenizer = tokenizer
         self.config = config
@@ -279,13 +300,13 @@ class CroppingCollator(Drawing):
         return " ".join(words[self.random.randint(0, last) :])
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def _token_ids(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[list[int]]:
     # Tokenised here, as the service will do it: TRL would end every text with an end-of-text token of its own.
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     return ids
 
 
-def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> dict[str, torch.Tensor]:
     """Token ids and attention mask, [B, T], of texts cut to `max_length` tokens."""
     cut = [text[: CHARS_PER_TOKEN * max_length] for text in texts]
     batch = tokenizer(cut, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
@@ -376,7 +397,9 @@ def label_indices(data: LabelledTexts, names: Sequence[str]) -> list[int]:
 
 
 @torch.no_grad()
-def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 64) -> torch.Tensor:
+def logits(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], max_length: int, batch_size: int = 64
+) -> torch.Tensor:
     """Raw logits [N, labels] of texts in their order, computed in batches of like length."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     rows = [
@@ -391,7 +414,9 @@ def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, ba
     return result[torch.argsort(torch.tensor(order))]
 
 
-def class_probabilities(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> torch.Tensor:
+def class_probabilities(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: Sequence[str], max_length: int
+) -> torch.Tensor:
     """Softmax over the labels, [N, labels]."""
     return logits(model, tokenizer, texts, max_length).softmax(dim=-1)
 

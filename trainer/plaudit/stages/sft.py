@@ -4,18 +4,19 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from plaudit.data.sources import fingerprint, load_texts
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
 from plaudit.policy.model import load_causal_lm, load_tokenizer, load_whole_causal_lm
+from plaudit.policy.reading import reading
 from plaudit.policy.texts import tokens_in_front
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -26,7 +27,7 @@ from plaudit.stages.supervised import (
     forget_checkpoints,
     require_same_figures,
     resumable,
-    save_model_directory,
+    saved_model,
     train,
     training_arguments,
 )
@@ -56,8 +57,9 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
         tokenizer = train_tokenizer(texts, vocab_size=config.sizes.vocab_size, max_length=config.sizes.max_positions)
         model = new_causal_lm(config.sizes, tokenizer)
     else:
-        model = load_whole_causal_lm(config.model, setting="model")
-        tokenizer = load_tokenizer(config.model, setting="model")
+        with reading(config.model):
+            model = load_whole_causal_lm(config.model, setting="model")
+            tokenizer = load_tokenizer(config.model, setting="model")
         _check_start(config, model, tokenizer, texts)
 
     # Only now: these take seconds to import, and wrong data should be told before.
@@ -80,7 +82,22 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
     model = train(trainer, run, {"training texts": fingerprint(ids)})
-    held_out_rows = token_rows(tokenizer, held_out, config.max_length)
+    result = save(config, model, tokenizer, held_out, train_rows=len(rows))
+    forget_checkpoints(run)
+    figures = f"perplexity {result.perplexity:.1f} (loss {result.held_out_loss:.3f} nats a token)"
+    print(f"held-out {figures}, saved in {config.output_dir}")
+    for text in result.samples:
+        print(f"  {text}")
+    return result
+
+
+def save(
+    config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, held_out: list[str], *, train_rows: int
+) -> SFTResult:
+    """Saves the model with sft.json, what is measured on `held_out`, once it is proven on some of these texts.
+
+    It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
+    """
 
     def reproduces(directory: Path) -> None:
         again, few = load_causal_lm(directory, device=model.device), held_out[:8]
@@ -96,23 +113,19 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
             torch.tensor([held_out_loss(again.eval(), own)]),
         )
 
-    model = save_model_directory(
+    with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
-    )
-    loss = held_out_loss(model, held_out_rows)
-    samples = sample(model, tokenizer, held_out, seed=config.seed, length=min(36, config.max_length))
-    result = SFTResult(loss, math.exp(loss), samples)
-    measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
-    report = {"stage": "sft", "config": to_dict(config), "train_rows": len(rows), **measured}
-    write_text(config.output_dir / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    forget_checkpoints(run)
-    print(f"held-out perplexity {result.perplexity:.1f} (loss {loss:.3f} nats a token), saved in {config.output_dir}")
-    for text in result.samples:
-        print(f"  {text}")
+    ) as (model, beside):
+        loss = held_out_loss(model, token_rows(tokenizer, held_out, config.max_length))
+        samples = sample(model, tokenizer, held_out, seed=config.seed, length=min(36, config.max_length))
+        result = SFTResult(loss, math.exp(loss), samples)
+        measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
+        report = {"stage": "sft", "config": to_dict(config), "train_rows": train_rows, **measured}
+        write_text(beside / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
-def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:
+def _check_start(config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str]) -> None:
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
     positions = max_positions(model)
     if positions is not None and config.max_length > positions:
@@ -126,7 +139,7 @@ def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]
         )
 
 
-def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
+def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
 
     A text begins with what the tokenizer puts in front of it. Rows never join two texts, so the model sees openings as
@@ -141,7 +154,7 @@ def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[i
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> float:
+def held_out_loss(model: PreTrainedModel, rows: list[list[int]], batch_size: int = 32) -> float:
     """Mean negative log-likelihood (nats) of the tokens of `rows` after each row's first."""
     total, count = 0.0, 0
     ordered = sorted(rows, key=len)
@@ -160,7 +173,9 @@ def held_out_loss(model: Any, rows: list[list[int]], batch_size: int = 32) -> fl
 
 
 @torch.no_grad()
-def sample(model: Any, tokenizer: Any, texts: list[str], *, seed: int, length: int, count: int = 8) -> list[str]:
+def sample(
+    model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str], *, seed: int, length: int, count: int = 8
+) -> list[str]:
     """What the model makes of the first four tokens of held-out texts, up to `length` tokens in all."""
     torch.manual_seed(seed)
     in_front = tokens_in_front(tokenizer)

@@ -6,26 +6,27 @@ weight, and what was written is loaded again and must give its own figures befor
 """
 
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from plaudit import atomic
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.memory import BatchSizeFinder, is_out_of_memory
 from plaudit.parallel.launch import world_size
 from plaudit.policy.model import require_finite
+from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.runtime import StopRequested, StopSignal, exclusive
-from plaudit.run.storage import NotWritten, files_of, forget_other_weights
+from plaudit.run.storage import NotWritten, replaced_model
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
@@ -35,6 +36,8 @@ CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """In a checkpoint: from where the epoch's order was drawn, and the state of a collator that draws."""
 FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every")
+RandomState: TypeAlias = tuple[Any, ...]
+"""Of Python's generator: version, numbers, and a number left over from `gauss`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
     }
 
 
-def train(trainer: Any, run: Run, inputs: Mapping[str, str], collator: "Drawing | None" = None) -> Any:
+def train(trainer: Trainer, run: Run, inputs: Mapping[str, str], collator: "Drawing | None" = None) -> PreTrainedModel:
     """Trains, from the checkpoint to resume if there is one, and gives the model. `trainer` is one of `resumable`.
 
     Raises:
@@ -165,7 +168,7 @@ class Drawing:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self._batches = 0
-        self._states: dict[int, Any] = {}
+        self._states: dict[int, RandomState] = {}
 
     def next_batch(self) -> None:
         """Call this before anything is drawn for a batch."""
@@ -173,11 +176,11 @@ class Drawing:
         self._states.pop(self._batches - 8, None)
         self._batches += 1
 
-    def state_after(self, batches: int) -> Any:
+    def state_after(self, batches: int) -> RandomState:
         """The state before anything was drawn for batch number `batches`, counted from 0."""
         return self._states.get(batches, self.random.getstate())
 
-    def restore(self, batches: int, state: Any) -> None:
+    def restore(self, batches: int, state: RandomState) -> None:
         self._batches = batches
         version, numbers, gauss = state
         self.random.setstate((version, tuple(numbers), gauss))
@@ -186,7 +189,7 @@ class Drawing:
 class _SameOrder(Sampler[int]):
     """A sampler that draws its order from torch's global generator, and can draw that of an epoch again."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: LengthGroupedSampler) -> None:
         self.inner = inner
         self.drawn_from: torch.Tensor | None = None
         self.draw_from: torch.Tensor | None = None
@@ -212,7 +215,7 @@ class _Keeper:
         self.random_states: dict[str, Any] = {}
         """As they were when the step under way began."""
 
-    def save(self, trainer: Any, *, after_failure: bool = False) -> None:
+    def save(self, trainer: Trainer, *, after_failure: bool = False) -> None:
         """A checkpoint of the last whole step."""
         step, config = trainer.state.global_step, self._run.config
         # What a step needs and what it had drawn before it failed.
@@ -255,7 +258,7 @@ class _Keeper:
         if self._collator is not None and order["collator"] is not None:
             self._collator.restore(checkpoint.step, order["collator"])
 
-    def watched(self, sampler: Any) -> Any:
+    def watched(self, sampler: Sampler[int]) -> Sampler[int]:
         """The sampler, with its order kept for checkpoints."""
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler  # of others, accelerate draws the order from seed and epoch alone
@@ -267,13 +270,17 @@ class _Keeper:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Looks at every step: a signal, a gradient that is not finite."""
 
-    def __init__(self, stop: StopSignal, trainer: Any) -> None:
+    def __init__(self, stop: StopSignal, trainer: Trainer) -> None:
         self._stop, self._trainer = stop, trainer
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self._trainer.keeper.random_states = _random_states()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         gradients = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
         if not bool(get_total_norm(gradients).isfinite()):
             raise NotFinite(
@@ -281,7 +288,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
                 "--optimizer.learning-rate, or look at the texts"
             )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self._stop.asked:
             control.should_save = control.should_training_stop = True
 
@@ -304,7 +313,7 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
         def _get_train_sampler(self, *args: Any) -> Any:
             return self.keeper.watched(super()._get_train_sampler(*args))
 
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        def _save_checkpoint(self, model: PreTrainedModel, trial: object) -> None:
             self.keeper.save(self)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -314,30 +323,33 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
         def _save_rng_state(self, output_dir: str) -> None:
             _save(self.rng_states, Path(output_dir, "rng_state.pth"))
 
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        def training_step(
+            self, model: PreTrainedModel, inputs: Mapping[str, Any], num_items_in_batch: Any = None
+        ) -> torch.Tensor:
             """One batch's gradient; as several smaller ones that add up to it, where it does not fit into memory."""
             examples = len(next(iter(inputs.values()))) // (2 if pairs else 1)
 
-            def in_parts(size: int) -> Any:
+            def in_parts(size: int) -> torch.Tensor:
                 if size >= examples:
                     self._share = 1.0
-                    return super(Resumable, self).training_step(model, inputs, num_items_in_batch)
+                    whole: torch.Tensor = super(Resumable, self).training_step(model, inputs, num_items_in_batch)
+                    return whole
                 model.zero_grad()
-                losses = []
+                losses: list[torch.Tensor] = []
                 for start in range(0, examples, size):
                     rows = list(range(start, min(start + size, examples)))
                     rows += [examples + row for row in rows] if pairs else []
                     part = {name: values[rows] for name, values in inputs.items() if isinstance(values, torch.Tensor)}
                     self._share = _items(part) / _items(inputs)
                     losses.append(super(Resumable, self).training_step(model, part, None))
-                return sum(losses)
+                return torch.stack(losses).sum()
 
             try:
                 return self._batch_size_finder.run(in_parts)
             finally:
                 self._share = 1.0
 
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        def compute_loss(self, model: PreTrainedModel, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             computed = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
             if self._share == 1.0:
                 return computed
@@ -362,24 +374,27 @@ def _random_states() -> dict[str, Any]:
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def _save(value: Any, path: Path) -> None:
+def _save(value: object, path: Path) -> None:
     # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
     with path.open("wb") as file:
         torch.save(value, file)
 
 
-def save_model_directory(
-    model: Any,
-    tokenizer: Any,
+@contextmanager
+def saved_model(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
     directory: Path,
     *,
     half_precision: bool,
     reproduces: Callable[[Path], None],
-) -> Any:
-    """Save a plain Hugging Face directory: config, safetensors, tokenizer. An interrupted save leaves the old files.
+) -> Iterator[tuple[PreTrainedModel, Path]]:
+    """Saves a plain Hugging Face directory: config, safetensors, tokenizer, and what the block adds to it.
 
-    `reproduces` is given the directory before it takes the old one's place, and raises unless it can be loaded again
-    and gives the figures of the model. Gives the model in fp32, with the numbers as they were saved.
+    Gives the model in fp32, with the numbers as they were saved, and the directory to write the stage's figures into.
+    All of it replaces what is in `directory` when the block ends, and only if it ends well.
+
+    `reproduces` is given the new files before that, and raises unless they can be loaded and give the model's figures.
 
     Raises:
         NotFinite: a weight is not finite, or not in float16.
@@ -387,16 +402,12 @@ def save_model_directory(
     """
     model = model.to(torch.float16 if half_precision else torch.float32)
     require_finite(model.named_parameters(), "the model")
-    with files_of(directory) as beside:
+    with replaced_model(directory) as beside:
         model.save_pretrained(beside, safe_serialization=True)
         tokenizer.save_pretrained(beside)
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
         model = model.float()
         reproduces(beside)
-        written = {file.name for file in beside.iterdir()}
-    forget_other_weights(directory, written)
-    return model
+        yield model, beside
 
 
 def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -> None:
@@ -410,4 +421,6 @@ def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -
 
 def forget_checkpoints(run: Run) -> None:
     """A finished stage needs none; its model is in its directory."""
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    for checkpoint in checkpoints.list_checkpoints(run.checkpoints):
+        atomic.remove_directory(checkpoint.directory, marker=checkpoints.MANIFEST)
+    atomic.remove_directory(run.checkpoints)

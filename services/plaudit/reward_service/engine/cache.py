@@ -1,4 +1,4 @@
-"""Scores of texts already judged, least recently used out first. Off unless asked for; used by the event loop alone."""
+"""A least-recently-used cache of scores. Off by default; used only by the event loop."""
 
 import hashlib
 from collections import OrderedDict
@@ -10,7 +10,7 @@ from plaudit.reward_service.engine.batching import Chat, Logits, Scored, Scorer,
 
 @dataclass(frozen=True, slots=True)
 class CachedScore:
-    """One text's row, and what was said of it."""
+    """One text's logits, whether it was truncated, and its length in tokens."""
 
     logits: Logits
     truncated: bool
@@ -18,13 +18,14 @@ class CachedScore:
 
 
 class ScoreCache:
-    """At most `capacity` scores, by model revision and text. Keys are digests, so long texts take no more room."""
+    """At most `capacity` scores, by model revision and text. Keys are digests, so long texts take no more memory."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._scores: OrderedDict[bytes, CachedScore] = OrderedDict()
 
     def lookup(self, scorer: Scorer, texts: Sequence[Text]) -> list[CachedScore | None]:
+        """The score of each text, or None where the cache has none from this model."""
         found = []
         for text in texts:
             key = _key(scorer.revision, text)
@@ -35,6 +36,7 @@ class ScoreCache:
         return found
 
     def keep(self, texts: Sequence[Text], scored: Scored) -> None:
+        """Add the scores of these texts, and evict the least recently used beyond the capacity."""
         truncated = set(scored.truncated)
         for index, text in enumerate(texts):
             key = _key(scored.scorer.revision, text)

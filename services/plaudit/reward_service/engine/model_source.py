@@ -1,13 +1,14 @@
-"""Where the served model comes from: decided once, at the start, and never again.
+"""Where the served model comes from: a directory or a hub model, decided once at start. No torch, no transformers.
 
-What would be wrong here: a reload that finds the directory gone and fetches a stranger's repository of the same name,
-or a revision that names other bytes than those that were loaded. Quick to import: no torch, no transformers.
+Failure modes: a reload that finds the directory gone and downloads someone else's repository of the same name; a
+revision that is the hash of other bytes than those that were loaded.
 """
 
 import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +26,26 @@ from plaudit.reward_service.engine.model_files import (
 )
 
 OPEN_FILES = Path("/proc/self/fd")
-"""Names of this process's open files, where the system has them (Linux)."""
+"""Paths of this process's open files, on systems that have them (Linux)."""
+ATTEMPTS = 20
+BETWEEN_ATTEMPTS_S = 0.05
+"""A trainer that replaces a model needs milliseconds."""
 
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """What `--model` and `--revision` mean: one directory, or one hub repository."""
+    """The meaning of `--model` and `--revision`: one directory, or one hub repository."""
 
     name: str
-    """As it was given."""
+    """`--model` as it was given."""
     path: Path | None
     """The directory, absolute; None for a hub model."""
     revision: str | None = None
-    """A hub model's branch, tag or commit, where it is pinned."""
+    """A hub model's branch, tag or commit, if it is pinned."""
 
     @classmethod
     def decide(cls, model: str, revision: str | None = None) -> "ModelOrigin":
-        """A directory here, else the embedded model of that name, else a hub id. Raises `ModelError`."""
+        """A local directory, else an embedded model of that name, else a hub id. Raises `ModelError`."""
         path = Path(demo_models.resolve(model)).expanduser()
         if path.exists() and not path.is_dir():
             raise ModelError(f"{model} is a file; give the directory that holds the model")
@@ -52,21 +56,21 @@ class ModelOrigin:
         return cls(model, None, revision)
 
     def directory(self) -> Path:
-        """Where the files are now, with every link on the way resolved. Raises `ModelError`.
+        """Where the files are now, with all links resolved. Raises `ModelError`.
 
-        A directory that has gone stays gone: the hub is not asked for it.
+        A directory that has been removed is never looked up on the hub.
         """
         if self.path is None:
             return snapshot(self.name, self.revision).resolve()
         if not self.path.is_dir():
             raise ModelError(
-                f"the directory {self.path} has gone; it was served as {self.name}. Put it back and reload again"
+                f"the directory {self.path} no longer exists; it was served as {self.name}. Restore it and reload again"
             )
         return self.path.resolve()
 
 
 class ModelOrigins:
-    """The served model's origin and, if it is a directory of adapters, its base model's: each is decided once."""
+    """The origin of the served model and, for adapters, of its base model. Each is decided once."""
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         """Raises `ModelError`."""
@@ -91,31 +95,58 @@ class ModelOrigins:
 
 @contextlib.contextmanager
 def pinned_files(source: ModelSource) -> Iterator[ModelSource]:
-    """The model's files as they are at this moment, in directories to hash and to load.
+    """The model's files as they are now, in directories to hash and to load.
 
-    Every file is opened once, so what is hashed is what is loaded, even if a directory becomes another model's in the
-    meantime. Raises `ModelError` if a directory or the bytes of a file changed before the block ends.
+    Every file is opened once, so the hashed bytes are the loaded bytes, even if a directory is replaced meanwhile.
+    Raises `ModelError` if a directory, or the content of a file, changed before the block ends.
     """
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-model-")))
-        names = file_stamps(*source.directories)
-        opened: list[BinaryIO] = []
+        opened, names = _opened(source, stack)
         places: list[Path] = []
         for index, directory in enumerate(source.directories):
             place = root / str(index) / directory.name
             place.mkdir(parents=True)
             places.append(place)
-            for path in model_files(directory):
-                opened.append(stack.enter_context(path.open("rb")))
+            for name, file in opened[index].items():
                 if OPEN_FILES.is_dir():
-                    (place / path.name).symlink_to(OPEN_FILES / str(opened[-1].fileno()))
+                    (place / name).symlink_to(OPEN_FILES / str(file.fileno()))
                 else:
-                    with (place / path.name).open("wb") as copy:
-                        shutil.copyfileobj(opened[-1], copy)
-        before = [_stamp(file.fileno()) for file in opened]
+                    with (place / name).open("wb") as copy:
+                        shutil.copyfileobj(file, copy)
+        before = _stamps(opened)
         yield ModelSource(*places)
-        if [_stamp(file.fileno()) for file in opened] != before or file_stamps(*source.directories) != names:
+        if _stamps(opened) != before or file_stamps(*source.directories) != names:
             raise ModelError(f"{source.directory} changed while it was being read; try again when it is complete")
+
+
+def _opened(
+    source: ModelSource, stack: contextlib.ExitStack
+) -> tuple[list[dict[str, BinaryIO]], list[tuple[str, int, int, int]]]:
+    """Every file of each directory by its name, open until `stack` ends, and the stamps of all.
+
+    Opened again where the directory became another model's in the meantime. Raises `ModelError` if it keeps changing.
+    """
+    for attempt in range(ATTEMPTS):
+        with contextlib.ExitStack() as files:
+            try:
+                names = file_stamps(*source.directories)
+                opened: list[dict[str, BinaryIO]] = [
+                    {path.name: files.enter_context(path.open("rb")) for path in model_files(directory)}
+                    for directory in source.directories
+                ]
+                if file_stamps(*source.directories) == names:
+                    stack.enter_context(files.pop_all())
+                    return opened, names
+            except FileNotFoundError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        time.sleep(BETWEEN_ATTEMPTS_S)
+    raise ModelError(f"{source.directory} changes all the time; try again when it is complete")
+
+
+def _stamps(opened: list[dict[str, BinaryIO]]) -> list[tuple[int, int]]:
+    return [_stamp(file.fileno()) for files in opened for file in files.values()]
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """A loaded sequence classifier that scores texts: without padding, in padded batches, by length or one by one.
 
-A model that can't give an honest reward never starts: what its files lack shows in `loading`, and what it does in
-`self_check`. Each ends in a `ModelError` that says what to do.
+A model whose rewards would be wrong is refused with a `ModelError` that says what to do: `loading` checks its files,
+`self_check` its scores.
 """
 
 import copy
@@ -36,13 +36,13 @@ from plaudit.reward_service.engine.self_check import WORDS, BatchingMode, check_
 from plaudit.reward_service.settings import Settings
 
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
-"""What torch's plain RuntimeError names when an allocation on the CPU fails."""
+"""The name in torch's RuntimeError when an allocation on the CPU fails."""
 
 
 def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "TransformersScorer":
-    """The scorer that `settings` ask for, warmed up and proven on its own model. Raises `ModelError`.
+    """The scorer that `settings` describe, warmed up and checked. Raises `ModelError`.
 
-    `origins` is what was decided at the start, so that a reload reads the same place.
+    `origins` are the places that were resolved at start, so that a reload reads the same ones.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -66,7 +66,7 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
 
 
 class TransformersScorer:
-    """Any Hugging Face sequence classifier: without padding where its family allows, in padded batches elsewhere."""
+    """Any Hugging Face sequence classifier: without padding if its family is known, else in padded batches."""
 
     batching: BatchingMode
     packed: bool
@@ -97,7 +97,7 @@ class TransformersScorer:
             self._template.require_room(self._tokenized, self.id)
         self._loaded: Loaded | None = loaded
         self._models: list[Any] = []
-        # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
+        # On a GPU, attention for each text alone would be bound by kernel launches: padding is cheaper there.
         if all(device.type == "cpu" for device in devices) and can_pack(loaded.model):
             if settings.compile:
                 raise ModelError(f"--compile is for padded batches, and {self.id} runs without padding on a CPU")
@@ -106,7 +106,7 @@ class TransformersScorer:
             self.use("padded" if loaded.pad_id is not None else "by length")
 
     def run_self_check(self) -> None:
-        """Check the model's scores and how it may be batched, once. Raises `ModelError`."""
+        """Check the model's scores, and choose how it is batched. Call it once. Raises `ModelError`."""
         assert self._loaded is not None
         self.checked = check_scores(self, self._loaded, self._settings, self._devices[0])
         self._loaded = None
@@ -120,13 +120,13 @@ class TransformersScorer:
         assert self._loaded is not None
         loaded = self._loaded
         if loaded.pad_id is None:
-            # A decoder pools at the last token that isn't padding, and without a padding token it refuses batches. All
-            # texts of a batch have one length then, so an id that no token has will do.
+            # A decoder pools at the last token that isn't padding, and refuses batches without a padding token. The
+            # texts of a batch then have one length, so an id that no token has works.
             loaded.model.config.get_text_config().pad_token_id = -1
         return _replicas(_quantised(loaded.model) if self.dtype == "int8" else loaded.model, self._devices)
 
     def use(self, batching: BatchingMode) -> None:
-        """Score in this way from now on, warmed up."""
+        """Switch to this way of batching, and warm up. Raises `ModelError` when the model doesn't run."""
         assert self._loaded is not None
         loaded = self._loaded
         self.batching, self.packed = batching, batching == "packed"
@@ -186,7 +186,7 @@ class TransformersScorer:
         return Encoded(encoding["input_ids"], type_ids, len(full) > self.max_tokens)
 
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
-        """Logits for each text, in order: the model's own for the text alone, but for rounding (1e-5 in fp32)."""
+        """Logits for each text, in order: equal to those of the text alone, within rounding (1e-5 in fp32)."""
         rows: dict[int, Logits] = {}
         try:
             for group in self._groups(batch):
@@ -206,7 +206,7 @@ class TransformersScorer:
 
     def _groups(self, batch: Sequence[Encoded]) -> list[list[int]]:
         if self._deterministic or self.batching == "alone":
-            # Matrix products round differently for different shapes; alone, a text always has the same shape.
+            # Matrix products of different shapes round differently; alone, a text always has the same shape.
             return [[index] for index in range(len(batch))]
         if self.batching == "by length":
             by_length: dict[int, list[int]] = {}
@@ -221,7 +221,7 @@ class TransformersScorer:
         return logits
 
     def _fast_backend(self) -> Any:
-        """The tokenizer's core, which takes many texts at once; None where transformers' own call differs from it."""
+        """The tokenizer's fast core, which takes many texts at once; None if its tokens differ from transformers'."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -259,7 +259,7 @@ def _devices(settings: Settings) -> list[torch.device]:
 
 def _quantised(model: Any) -> Any:
     with warnings.catch_warnings():
-        # torch points at torchao, whose dynamic quantisation needs a further package for the same arithmetic.
+        # torch recommends torchao, which needs another package for the same arithmetic.
         warnings.simplefilter("ignore")
         return quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})  # type: ignore[no-untyped-call]
 

@@ -28,7 +28,7 @@ Refusal = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class FastRouteMiddleware:
-    """ASGI middleware that answers `POST path` with `handler`; `refusals` turn what it raises into answers."""
+    """ASGI middleware that answers `POST path` with `handler`. `refusals` map its exceptions to responses."""
 
     def __init__(self, app: ASGIApp, path: str, handler: Handler, refusals: Mapping[type[Exception], Refusal]) -> None:
         self._app = app
@@ -36,9 +36,10 @@ class FastRouteMiddleware:
         self._handler = handler
         self._refusals = dict(refusals)
         self._expected = tuple(refusals)
-        self._route = SimpleNamespace(path=path)  # what the gate counts answers by
+        self._route = SimpleNamespace(path=path)  # the route in AccessMiddleware's count of responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the route, or pass the request on."""
         if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -96,23 +97,25 @@ def _wants_msgpack(request: Request, content_type: str) -> bool:
 
 
 def json_response(answer: wire.RewardResponse, headers: dict[str, str] | None = None) -> Response:
+    """The answer as JSON, without the fields that the client didn't ask for."""
     body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
     return Response(body, media_type=JSON_TYPE, headers=headers)
 
 
 def model_response(service: Service, request: Request) -> Response:
-    """What is served. Its version and fields are told to clients that say which version of the wire they speak."""
+    """The answer to `GET /v1/model`. Only clients that name their version of the wire get its version and fields."""
     info = service.model_info(request_id_of(request))
     unasked = _unasked_fields(info) | (set() if wire.WIRE_HEADER in request.headers else {"wire", "fields"})
     return Response(info.model_dump_json(exclude=unasked), media_type=JSON_TYPE)
 
 
 def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str]:
-    """Fields that older clients don't know, and refuse: they didn't ask for them."""
+    """Fields to leave out: older clients, which don't ask for them, refuse unknown fields."""
     return {"request_id"} if answer.request_id is None else set()
 
 
 def request_id_of(request: Request) -> str | None:
+    """The value of `Plaudit-Request-Id`; None without it. Raises `ProblemError`."""
     sent = request.headers.get(wire.REQUEST_ID_HEADER)
     if sent is None:
         return None
@@ -126,6 +129,6 @@ def request_id_of(request: Request) -> str | None:
 
 
 def _server_timing(scored: Scored) -> str:
-    """Where the time went, as a `Server-Timing` header, in milliseconds."""
+    """The `Server-Timing` header: milliseconds in each phase."""
     phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
     return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)

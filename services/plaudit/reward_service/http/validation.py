@@ -117,7 +117,7 @@ def _invalid(error: ValidationError, raw: bytes | None, limits: ServiceLimits) -
     errors = _errors(error)
     first = errors[0]
     if first["type"] == "json_invalid" and raw is not None:
-        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
+        # JSON may escape half of a surrogate pair, which is not text. Python's parser accepts it, so that
         # validation can say which item holds it.
         try:
             wire.RewardRequest.model_validate(json.loads(raw))

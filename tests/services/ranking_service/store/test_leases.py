@@ -146,6 +146,7 @@ def test_taking_a_skip_back_unparks_the_task(database: Database, fill: Fill, som
         assignment = take(database, person)
         assert assignment is not None
         skip(database, person, assignment)
+    assert assignment is not None
     with database.write() as connection:
         submissions.submit(database, connection, person, assignment, "undo", 1, Judgement("withdraw"), now_ms())
     assert progress(database).parked == 0

@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -12,7 +13,23 @@ from plaudit.ranking_service.store.database import Database, now_ms
 
 pytestmark = pytest.mark.anyio
 REQUESTS = 1500
-VALUES = (None, True, -1, 0, 1.5, 10**30, "", "x", "\x00", "\ud800", "9" * 5000, [], {}, [[[[]]]], {"a": {"b": []}})
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    "",
+    "x",
+    "\x00",
+    "\ud800",
+    "9" * 5000,
+    [],
+    {},
+    [[[[]]]],
+    {"a": {"b": []}},
+)
 TYPES = ("application/json", "application/x-www-form-urlencoded", "text/plain", "application/json; charset=utf-16", "")
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,14 +12,13 @@ import pytest
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import (
     SLICE_CHARS,
-    BatchQueue,
     Encoded,
     Engine,
     Job,
     Logits,
+    Scored,
     TemporaryOutOfMemory,
     Text,
-    _Item,
 )
 from plaudit.reward_service.problems import ProblemError
 
@@ -27,50 +27,67 @@ def texts(*words: str) -> list[tuple[str, None]]:
     return [(word, None) for word in words]
 
 
-def waiting_of(lengths: list[int], scorer: FakeScorer) -> tuple[BatchQueue, list[_Item]]:
-    loop = asyncio.new_event_loop()
-    waiting = BatchQueue()
-    items = []
-    for order, length in enumerate(lengths):
-        job = Job([], scorer, 0, loop, loop.create_future(), length, 0.0)
-        items.append(_Item(job, 0, Encoded([0] * length), order))
-        waiting.add(items[-1])
-    loop.close()
-    return waiting, items
+async def tokenised(*jobs: Job) -> None:
+    """Wait until every text of these waits for the model."""
+    await until(lambda: all(len(job.items) == job.count for job in jobs))
 
 
-def drain(waiting: BatchQueue, budget: int) -> list[list[int]]:
-    batches = []
-    while batch := waiting.take(budget)[0]:
-        batches.append([item.length for item in batch])
-    return batches
+def batches_of(lengths: list[int], budget: int, make_engine: Callable[..., Engine], *, packed: bool) -> list[list[int]]:
+    """The batches in which texts of these lengths, which all wait, reach the model."""
+    scorer = FakeScorer(packed=packed, held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer, batch_tokens=budget)
+        plug = engine.submit(texts("plug"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        job = engine.submit(texts(*("a" * length for length in lengths)))
+        await tokenised(job)
+        scorer.open()
+        await asyncio.gather(plug.future, job.future)
+
+    asyncio.run(run())
+    return scorer.batches[1:]
 
 
-def test_a_padded_batch_is_the_length_neighbourhood_of_the_oldest() -> None:
-    waiting, _ = waiting_of([10, 90, 11, 100, 9, 12], FakeScorer())
-    # 4 rows of at most 12 tokens fit a budget of 48; 90 and 100 are left to a batch of their own kind.
-    assert drain(waiting, 48) == [[9, 10, 11, 12], [90], [100]]
+def test_a_padded_batch_is_the_length_neighbourhood_of_the_oldest(make_engine: Callable[..., Engine]) -> None:
+    # 4 rows of at most 12 tokens fit a budget of 48, and 5 of 13 don't; 90 and 100 are more than the budget.
+    lengths = [10, 90, 11, 100, 9, 12, 13]
+    assert batches_of(lengths, 48, make_engine, packed=False) == [[9, 10, 11, 12], [90], [100], [13]]
 
 
-def test_a_packed_batch_is_filled_in_order_of_arrival() -> None:
-    waiting, _ = waiting_of([10, 90, 11, 100], FakeScorer(packed=True))
-    assert drain(waiting, 111) == [[10, 90, 11], [100]]
-
-
-def test_a_text_longer_than_the_budget_runs_alone() -> None:
-    assert drain(waiting_of([600, 5], FakeScorer())[0], 512) == [[600], [5]]
-    assert drain(waiting_of([600, 5], FakeScorer(packed=True))[0], 512) == [[600], [5]]
+def test_a_packed_batch_is_filled_in_order_of_arrival(make_engine: Callable[..., Engine]) -> None:
+    assert batches_of([10, 90, 11, 100], 111, make_engine, packed=True) == [[10, 90, 11], [100]]
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_abandoned_texts_are_dropped_before_the_forward_pass(packed: bool) -> None:
-    waiting, items = waiting_of([5, 6, 7], FakeScorer(packed=packed))
-    items[0].job.over = True
-    items[2].job.deadline = time.monotonic()
-    batch, dropped = waiting.take(512)
-    assert [item.length for item in batch] == [6]
-    assert sorted(item.length for item in dropped) == [5, 7]
-    assert waiting.take(512) == ([], [])
+def test_a_text_longer_than_the_budget_runs_alone(packed: bool, make_engine: Callable[..., Engine]) -> None:
+    assert batches_of([600, 5], 512, make_engine, packed=packed) == [[600], [5]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_abandoned_texts_are_dropped_before_the_forward_pass(packed: bool, make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer(packed=packed, held=True)
+
+    async def run() -> None:
+        engine = make_engine(scorer)
+        plug = engine.submit(texts("plug"))
+        await asyncio.to_thread(scorer.entered.acquire)
+        gone, wanted = engine.submit(texts("a" * 5)), engine.submit(texts("a" * 6))
+        await tokenised(gone, wanted)
+        # Whether it is late already when it is tokenised or only afterwards, the model must not see it.
+        late = engine.submit(texts("a" * 7), deadline=time.monotonic() + 0.3)
+        engine.abandon(gone)
+        await until(lambda: time.monotonic() > late.admitted_at + 0.4)
+        scorer.open()
+        await asyncio.gather(plug.future, wanted.future)
+        with pytest.raises(ProblemError) as caught:
+            await late.future
+        assert caught.value.name == "deadline-exceeded"
+        assert gone.future.cancelled()
+        assert engine.queued_tokens == 0
+
+    asyncio.run(run())
+    assert scorer.batches[1:] == [[6]]
 
 
 async def score(engine: Engine, *words: str) -> list[float]:
@@ -93,10 +110,10 @@ def test_a_batch_forms_while_the_previous_one_runs(make_engine: Callable[..., En
         engine = make_engine(scorer)
         first = asyncio.create_task(score(engine, "a"))
         await asyncio.to_thread(scorer.entered.acquire)
-        rest = [asyncio.create_task(score(engine, "b" * n)) for n in range(2, 10)]
-        await until(lambda: len(engine._waiting._arrival) == 8)
+        rest = [engine.submit(texts("b" * n)) for n in range(2, 10)]
+        await tokenised(*rest)
         scorer.open()
-        await asyncio.gather(first, *rest)
+        await asyncio.gather(first, *(job.future for job in rest))
 
     asyncio.run(run())
     assert scorer.batches == [[1], [2, 3, 4, 5, 6, 7, 8, 9]]
@@ -111,23 +128,25 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_a_failed_batch_fails_its_own_requests_and_the_next_one_succeeds(make_engine: Callable[..., Engine]) -> None:
     scorer = FakeScorer(packed=True, held=True)
 
-    async def run() -> tuple[list[object], list[float]]:
+    async def run() -> tuple[list[Scored | BaseException], list[float]]:
         engine = make_engine(scorer)
         plug = asyncio.create_task(score(engine, "plug"))
         await asyncio.to_thread(scorer.entered.acquire)
-        jobs = [score(engine, "good", "better"), score(engine, "fine", "poison", "fine"), score(engine, "best")]
-        gathered = asyncio.gather(*jobs, return_exceptions=True)
-        await until(lambda: len(engine._waiting._arrival) == 6)
+        requests = [texts("good", "better"), texts("fine", "poison", "fine"), texts("best")]
+        jobs = [engine.submit(request) for request in requests]
+        await tokenised(*jobs)
         scorer.open()
         await plug
-        outcomes = await gathered
+        outcomes = await asyncio.gather(*(job.future for job in jobs), return_exceptions=True)
         return outcomes, await score(engine, "after")
 
-    outcomes, after = asyncio.run(run())
-    assert outcomes[0] == [4, 6]
-    assert isinstance(outcomes[1], ProblemError)
-    assert (outcomes[1].name, outcomes[1].item) == ("scoring-failed", 1)
-    assert outcomes[2] == [4]
+    (first, poisoned, last), after = asyncio.run(run())
+    assert isinstance(first, Scored)
+    assert [row[0] for row in first.logits] == [4, 6]
+    assert isinstance(poisoned, ProblemError)
+    assert (poisoned.name, poisoned.item) == ("scoring-failed", 1)
+    assert isinstance(last, Scored)
+    assert [row[0] for row in last.logits] == [4]
     assert after == [5]
     assert scorer.batches[1] == [4, 6, 4, 6, 4, 4], "the poisoned batch was one batch"
 
@@ -214,10 +233,10 @@ def test_a_dead_thread_fails_what_waits_and_says_why(make_engine: Callable[..., 
         assert engine.unready() is None
         lost = asyncio.create_task(score(engine, "lost"))
         await asyncio.to_thread(scorer.entered.acquire)
-        waits = asyncio.create_task(score(engine, "waits"))
-        await until(lambda: len(engine._waiting._arrival) == 1)
+        waits = engine.submit(texts("waits"))
+        await tokenised(waits)
         scorer.open()
-        for outcome in await asyncio.gather(lost, waits, return_exceptions=True):
+        for outcome in await asyncio.gather(lost, waits.future, return_exceptions=True):
             assert isinstance(outcome, ProblemError)
             assert outcome.name == "not-ready"
         with pytest.raises(ProblemError, match="device gone"):
@@ -283,9 +302,9 @@ def test_a_caller_with_one_text_passes_a_caller_with_a_thousand(make_engine: Cal
         engine = make_engine(scorer, batch_tokens=100, max_queue_tokens=1000)
         greedy = engine.submit(texts(*["a" * 50] * 1000), caller="greedy")
         await asyncio.to_thread(scorer.entered.acquire)
-        await until(lambda: len(engine._waiting._arrival) >= 20)
+        await until(lambda: len(greedy.items) >= 20)
         small = engine.submit(texts("b" * 7), caller="small")
-        await until(lambda: any(item.job is small for _, _, item in list(engine._waiting._arrival)))
+        await tokenised(small)
         scorer.open()
         await asyncio.gather(small.future, greedy.future)
 
@@ -311,12 +330,29 @@ def test_a_full_queue_takes_a_callers_share_and_no_more(make_engine: Callable[..
                 jobs.append(engine.submit(texts("c" * 100), caller=f"one of many {number}"))
             except ProblemError:
                 break
-        await until(lambda: not engine._arrived)
+        await tokenised(*jobs)
         assert engine.queued_tokens <= 4000 + 4 * 1000, "an estimate of a quarter"
         scorer.open()
         await asyncio.gather(*(job.future for job in jobs))
         assert engine.queued_tokens == 0
-        assert engine._callers == {}
+
+    asyncio.run(run())
+
+
+def test_callers_who_were_answered_take_nothing_from_the_share_of_others(make_engine: Callable[..., Engine]) -> None:
+    scorer = FakeScorer()
+
+    async def run() -> None:
+        engine = make_engine(scorer, max_queue_tokens=1000)
+        before = [engine.submit(texts("a"), caller=f"one of many {number}") for number in range(50)]
+        await asyncio.gather(*(job.future for job in before))
+        scorer.hold()
+        greedy = engine.submit(texts(*["a" * 400] * 10), caller="greedy")
+        # Some 300 tokens, of the 500 that are a share of two callers; of fifty-two it would be 19.
+        small = engine.submit(texts("b" * 1200), caller="small")
+        scorer.open()
+        await greedy.future
+        assert (await small.future).logits == [(1200, -1200)]
 
     asyncio.run(run())
 
@@ -328,15 +364,16 @@ def test_two_large_requests_are_served_in_turns(make_engine: Callable[..., Engin
         engine = make_engine(scorer, batch_tokens=100, max_queue_tokens=100_000)
         plug = engine.submit(texts("plug"), caller="plug")
         await asyncio.to_thread(scorer.entered.acquire)
-        jobs = [engine.submit(texts(*[letter * 100] * 40), caller=letter) for letter in ("a", "b")]
-        await until(lambda: len(engine._waiting._arrival) == 80)
-        letters = "".join(item.job.caller for _, _, item in sorted(engine._waiting._arrival))
-        assert letters != "a" * 40 + "b" * 40
-        assert max(map(len, letters.replace("ab", "a b").replace("ba", "b a").split())) < 20
+        jobs = [engine.submit(texts(*["a" * length] * 40), caller=f"{length}") for length in (100, 101)]
+        await tokenised(*jobs)
         scorer.open()
         await asyncio.gather(plug.future, *(job.future for job in jobs))
 
     asyncio.run(run())
+    assert all(len(batch) == 1 for batch in scorer.batches), "two of these texts are more than a batch"
+    served = [length for [length] in scorer.batches[1:]]
+    assert sorted(served) == [100] * 40 + [101] * 40
+    assert max(len(list(turn)) for _, turn in itertools.groupby(served)) < 20
 
 
 def test_a_request_is_tokenised_in_slices(make_engine: Callable[..., Engine]) -> None:
@@ -348,7 +385,7 @@ def test_a_request_is_tokenised_in_slices(make_engine: Callable[..., Engine]) ->
         taken.append(sum(len(first) for first, _ in wanted))
         return encode(wanted)
 
-    scorer.encode = watched  # type: ignore[method-assign]
+    scorer.encode = watched  # type: ignore[assignment, method-assign]
     words = [letter * 10_000 for letter in "abcdefghijklmnopqrst"]
     assert asyncio.run(score(make_engine(scorer, batch_tokens=10**6, max_queue_tokens=10**7), *words)) == [10_000] * 20
     assert sum(taken) == 200_000

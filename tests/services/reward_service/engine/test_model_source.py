@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from harness import kills
 from harness.tiny_models import tiny_classifier_dir
-from plaudit import demo_models
+from plaudit import atomic, demo_models
+from plaudit.reward_service.engine import model_files
 from plaudit.reward_service.engine import model_source as model_source_module
 from plaudit.reward_service.engine import scorer as scorer_module
+from plaudit.reward_service.engine.loading import read_model
 from plaudit.reward_service.engine.model_files import ModelError, ModelSource, content_revision
 from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.scorer import load_scorer
@@ -31,7 +34,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
 
 def settings_of(model: str, **more: Any) -> Settings:
-    return Settings(model=model, _cli_parse_args=[], **more)
+    return Settings(model=model, **more)
 
 
 def test_a_directory_that_has_gone_is_never_looked_for_on_the_hub(
@@ -43,7 +46,7 @@ def test_a_directory_that_has_gone_is_never_looked_for_on_the_hub(
     source = ModelOrigins(settings.model)
     first = load_scorer(settings, source)
     mine.rename(tmp_path / "away")
-    with pytest.raises(ModelError, match=r"models/mine has gone; .* Put it back"):
+    with pytest.raises(ModelError, match=r"models/mine no longer exists; .* Restore it"):
         load_scorer(settings, source)
     (tmp_path / "away").rename(mine)
     assert load_scorer(settings, source).revision == first.revision
@@ -82,7 +85,7 @@ def test_a_link_that_flips_while_a_model_is_read_gives_one_model_and_its_own_rev
         beside.symlink_to(target)
         beside.replace(link)
 
-    load = scorer_module.read_model
+    load = read_model
 
     def load_while_it_flips(*arguments: Any) -> Any:
         flip(two)
@@ -114,3 +117,38 @@ def test_what_is_held_stays_as_it_was_when_files_are_replaced(
 
     with pytest.raises(ModelError, match="changed while it was being read"):
         replace_while_held()
+
+
+def test_a_model_that_a_killed_trainer_left_half_moved_is_served_whole(tmp_path: Path) -> None:
+    before, other = tiny_classifier_dir(tmp_path / "before"), tiny_classifier_dir(tmp_path / "other", seed=1)
+    directory, new = tmp_path / "model", content_revision(other)
+
+    def replace(directory: Path) -> None:
+        with atomic.replacing(directory, "model", entries=("config.json",)) as beside:
+            shutil.copytree(other, beside, dirs_exist_ok=True)
+
+    for _ in kills.after_each_kill(replace, before, directory):
+        if atomic.is_pending(directory) and not (directory / "config.json").exists():
+            break
+    assert load_scorer(settings_of(str(directory))).revision == new
+    # The service only reads; whoever writes there moves the rest.
+    assert atomic.finish(directory)
+    assert content_revision(directory) == new
+
+
+def test_a_model_that_is_replaced_while_its_files_are_opened_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, other = tiny_classifier_dir(tmp_path / "model"), tiny_classifier_dir(tmp_path / "other", seed=1)
+    new, stamps, calls = content_revision(other), model_files.file_stamps, iter([True])
+
+    def replaced_after_the_first_look(*directories: Path) -> list[tuple[str, int, int, int]]:
+        found = stamps(*directories)
+        if next(calls, False):
+            with atomic.replacing(directory, "model") as beside:
+                shutil.copytree(other, beside, dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(model_source_module, "file_stamps", replaced_after_the_first_look)
+    with pinned_files(ModelSource(directory)) as files:
+        assert content_revision(*files.directories) == new

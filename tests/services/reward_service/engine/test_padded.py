@@ -1,4 +1,4 @@
-"""Batches with padding: one piece of memory that is used again and leaves nothing behind, also where a GPU would be."""
+"""Batches with padding: one piece of memory that is used again and leaves nothing behind, also widened as for a GPU."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine.batching import Encoded
-from plaudit.reward_service.engine.padded import GPU_WIDTH_STEP, PaddedModel
+from plaudit.reward_service.engine.padded import PaddedModel
 
 
 class Recorded:
@@ -18,9 +18,17 @@ class Recorded:
 
     def __init__(self) -> None:
         self.inputs: list[dict[str, Any]] = []
+        self.held: list[torch.Tensor] = []
+        """The very tensors, so that their memory can't be given to others."""
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and width of each batch."""
+        return [(len(given["input_ids"]), len(given["input_ids"][0])) for given in self.inputs]
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         self.inputs.append({name: tensor.tolist() for name, tensor in inputs.items()})
+        self.held.append(inputs["input_ids"])
         return SimpleNamespace(logits=inputs["input_ids"].sum(1, keepdim=True).half())
 
 
@@ -49,35 +57,42 @@ def test_a_model_without_type_ids_is_given_none() -> None:
 
 
 def test_memory_is_taken_anew_only_for_a_larger_batch() -> None:
-    run = padded(Recorded())
-    run([Encoded([1] * 8)] * 4)
-    address = run._staging.data_ptr()
-    run([Encoded([1] * 4)] * 2)
-    assert run._staging.data_ptr() == address
+    model = Recorded()
+    run = padded(model)
+    for length, rows in ((8, 4), (4, 2), (8, 4), (8, 5)):
+        run([Encoded([1] * length)] * rows)
+    first, smaller, equal, larger = (tensor.data_ptr() for tensor in model.held)
+    assert first == smaller == equal
+    assert larger != first
 
 
-def test_the_path_of_a_gpu_gives_what_transformers_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widened_rows_and_the_warm_up_change_no_logit(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_classifier_dir(tmp_path)).eval()
-    run = PaddedModel(model, torch.device("cpu"), pad_id=0, max_tokens=60, takes_type_ids=False)
-    monkeypatch.setattr(run, "_on_gpu", True)  # widths in steps and the warm-up; there is no memory to pin here
-    run._staging = torch.empty(10_000, dtype=torch.int64)
+    run = PaddedModel(model, torch.device("cpu"), pad_id=0, max_tokens=60, takes_type_ids=False, width_step=8)
     run.warm_up(batch_tokens=256)
     texts = [[2, 7, 3], [2, *range(5, 20), 3]]
     with torch.inference_mode():
         wanted = torch.cat([model(torch.tensor([ids])).logits for ids in texts])
     torch.testing.assert_close(run([Encoded(ids) for ids in texts]), wanted, atol=1e-5, rtol=2e-6)
-    assert run._stage([Encoded([1])], GPU_WIDTH_STEP).shape == (2, 1, GPU_WIDTH_STEP)
+
+
+def test_the_warm_up_meets_every_order_of_width_in_batches_of_the_usual_size() -> None:
+    model = Recorded()
+    PaddedModel(model, torch.device("cpu"), pad_id=0, max_tokens=60, takes_type_ids=False, width_step=8).warm_up(
+        batch_tokens=256
+    )
+    assert model.shapes == [(32, 8), (16, 16), (8, 32), (4, 60)]
 
 
 @pytest.mark.parametrize(
     ("pad_id", "max_tokens", "length", "width"), [(0, 64, 5, 8), (0, 60, 58, 60), (0, 60, 60, 60), (-1, 64, 5, 5)]
 )
-def test_on_a_gpu_rows_are_widened_neither_past_the_positions_nor_without_a_padding_token(
-    pad_id: int, max_tokens: int, length: int, width: int, monkeypatch: pytest.MonkeyPatch
+def test_rows_are_widened_neither_past_the_positions_nor_without_a_padding_token(
+    pad_id: int, max_tokens: int, length: int, width: int
 ) -> None:
     model = Recorded()
-    run = PaddedModel(model, torch.device("cpu"), pad_id=pad_id, max_tokens=max_tokens, takes_type_ids=False)
-    monkeypatch.setattr(run, "_on_gpu", True)
-    run._staging = torch.empty(10_000, dtype=torch.int64)
+    run = PaddedModel(
+        model, torch.device("cpu"), pad_id=pad_id, max_tokens=max_tokens, takes_type_ids=False, width_step=8
+    )
     run([Encoded([1] * length)])
-    assert len(model.inputs[0]["input_ids"][0]) == width
+    assert model.shapes == [(1, width)]

@@ -9,7 +9,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine import scorer as scorer_module
-from plaudit.reward_service.engine.scorer import ModelError, TransformersScorer, content_revision, load_scorer
+from plaudit.reward_service.engine.loading import read_model
+from plaudit.reward_service.engine.model_files import ModelError, content_revision
+from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
 
 TEXTS = [
@@ -152,7 +154,7 @@ def test_another_model_written_over_its_files_does_not_touch_the_one_that_serves
 
 def test_files_that_change_while_they_are_read_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = tiny_classifier_dir(tmp_path / "model")
-    load = scorer_module.read_model
+    load = read_model
 
     def load_and_write(*arguments: Any) -> Any:
         loaded = load(*arguments)

@@ -11,8 +11,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 
 from harness.tiny_judges import MAX_TOKENS, tiny_judge
 from harness.tiny_models import tiny_classifier_dir
-from plaudit.reward_service.engine import packed, scorer, self_check
+from plaudit.reward_service.engine import packed, self_check
 from plaudit.reward_service.engine.batching import Encoded, Logits
+from plaudit.reward_service.engine.loading import Loaded
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
@@ -152,7 +153,7 @@ class Moody:
 
 def found_by(subject: Moody) -> Any:
     tokenizer = type("Tokenizer", (), {"pad_token": None})()
-    loaded = scorer.Loaded(subject, tokenizer, ("LABEL",), 16, 0, ("input_ids", "attention_mask"))
+    loaded = Loaded(subject, tokenizer, ("LABEL",), 16, 0, ("input_ids", "attention_mask"))
     return self_check.check_scores(subject, loaded, Settings(model="moody"), torch.device("cpu"))
 
 
@@ -174,12 +175,12 @@ class Guessing(Moody):
 
 def test_a_model_that_is_random_in_its_last_digits_is_refused() -> None:
     torch.manual_seed(0)
-    with pytest.raises(ModelError, match="no scores that depend on the text alone"):
+    with pytest.raises(ModelError, match="scores that do not depend on the text alone"):
         found_by(Guessing({}))
 
 
 def test_a_model_that_changes_its_mind_is_refused() -> None:
-    with pytest.raises(ModelError, match="no scores that depend on the text alone"):
+    with pytest.raises(ModelError, match="scores that do not depend on the text alone"):
         found_by(Moody(dict.fromkeys(("padded", "by length", "alone"), 0.1)))
 
 
@@ -187,7 +188,7 @@ def test_a_family_that_attends_otherwise_after_a_short_text_is_refused_at_length
     tmp_path: Path,
 ) -> None:
     sparse = tiny_judge(tmp_path, "big_bird", max_position_embeddings=256, block_size=4, num_random_blocks=2)
-    with pytest.raises(ModelError, match=r"changes with what it has judged before.*try a smaller --max-tokens"):
+    with pytest.raises(ModelError, match=r"change with earlier inputs.*try a smaller --max-tokens"):
         scorer_of(sparse)
     assert scorer_of(sparse, max_tokens=32).batching == "padded"
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+from fastapi import FastAPI
 
+from harness.processes import until
 from harness.scorers import FakeScorer
 from plaudit.reward_service.engine.batching import Engine
 from plaudit.reward_service.http import body
@@ -30,24 +32,34 @@ CHUNKED = b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
 def serving(scorer: FakeScorer | None = None, max_connections: int = 1000, **options: object) -> Iterator[int]:
     """The real server over a fake model, on an event loop in a thread; gives its port."""
     engine = Engine(scorer or FakeScorer(), batch_tokens=512, max_queue_tokens=100_000).start()
-    app = create_app(engine, **options)  # type: ignore[arg-type]
+    try:
+        with listening(create_app(engine, **options), max_connections) as port:  # type: ignore[arg-type]
+            yield port
+    finally:
+        engine.close()
+
+
+@contextmanager
+def listening(app: FastAPI, max_connections: int = 1000) -> Iterator[int]:
+    """The real server of `app`, on an event loop in a thread; gives its port."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
 
     async def reload() -> None: ...
 
     server = Server(app, 600.0, Hooks(ready.set, reload, lambda event, **_: None), max_connections=max_connections)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
-    loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign, assignment]
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment, method-assign]
+    loop.add_signal_handler = lambda *_: None  # type: ignore[method-assign]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(sockets=[listener])))
         thread.start()
         assert ready.wait(30)
-        yield listener.getsockname()[1]
-        server._stop_at = 0.0
-        server.should_exit = True
-        thread.join(30)
-    loop.close()
-    engine.close()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server._stop_at = 0.0
+            server.should_exit = True
+            thread.join(30)
+            loop.close()
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +73,15 @@ def answers_to(port: int, sent: bytes) -> list[bytes]:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(ConnectionError):
             connection.sendall(sent)
-        received = b""
-        with contextlib.suppress(ConnectionError):
-            while piece := connection.recv(65536):
-                received += piece
+        return rest_of(connection)
+
+
+def rest_of(connection: socket.socket) -> list[bytes]:
+    """The answers until the server closes the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := connection.recv(65536):
+            received += piece
     return re.split(rb"HTTP/1\.1 (?=\d{3} )", received)[1:]
 
 
@@ -99,6 +116,11 @@ AUTH = KEY.strip()
         (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: chunked", version=b"1.0", body=CHUNKED + b"\r\n"), 400),
         (request(b"Host: x", JSON, AUTH, LENGTH, b"Transfer-Encoding: chunked", body=CHUNKED + b"\r\n"), 400),
         (request(b"Host: x", JSON, AUTH, LENGTH, LENGTH, body=BODY), 400),
+        (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: chunked", body=b"5\r\nhello, and more\r\n"), 400),
+        (request(b"Host: x", JSON, AUTH, b"Transfer-Encoding: chunked", b"Expect: 100-continue", body=b"-5\r\n"), 400),
+        (request(b"Host: x", JSON, AUTH, LENGTH, version=b"2.0", body=BODY), 400),
+        (request(b"Host: x", JSON, AUTH, LENGTH, version=b"0.9", body=BODY), 400),
+        (request(b"Host:\t x \t", JSON, AUTH, LENGTH, body=BODY), 200),
         (request(JSON, AUTH, LENGTH, body=BODY), 400),
         (request(b"Host: x", b"Host: y", JSON, AUTH, LENGTH, body=BODY), 400),
         (request(b"Host: x y", JSON, AUTH, LENGTH, body=BODY), 400),
@@ -121,26 +143,57 @@ def test_an_upgrade_without_a_body_is_not_taken_and_nothing_behind_it_is_a_reque
 
 
 @pytest.mark.parametrize(
-    ("sent", "expected"),
+    "refused",
     [
+        b"nonsense\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        request(b"Host: x", JSON, b"Transfer-Encoding: chunked", body=b"no size\r\n"),
+    ],
+)
+def test_requests_are_answered_before_what_is_refused_behind_them(refused: bytes) -> None:
+    scorer = FakeScorer(held=True)
+    with serving(scorer) as port, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        kept = request(b"Host: x", b"Connection: keep-alive", JSON, LENGTH, body=BODY)
+        connection.sendall(kept + kept + refused + INNER)
+        assert scorer.entered.acquire(timeout=30)
+        scorer.open()
+        assert [int(answer[:3]) for answer in rest_of(connection)] == [200, 200, 400]
+
+
+def test_a_request_that_was_answered_before_its_body_has_no_second_answer(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request(b"Host: x", b"Connection: keep-alive", b"Transfer-Encoding: chunked"))
+        first = b""
+        while not first.endswith(b"}"):
+            first += connection.recv(65536)
+        assert first.startswith(b"HTTP/1.1 401")
+        connection.sendall(b"no size\r\n" + INNER)
+        assert rest_of(connection) == []
+
+
+def test_whoever_sends_nothing_more_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(connection_module, "REST_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 1.0)
+    livez = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+    cut_off = [
         (b"", []),
         (b"\r\n", []),
         (b"GET /livez HTTP/1.1\r\nHo", [408]),
-        (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nG", [200, 408]),
-        (b"GET /livez HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n1", [200]),
+        (livez + b"\r\nG", [200, 408]),
+        (livez + b"Content-Length: 10\r\n\r\n1", [200]),
         (request(b"Host: x", JSON, AUTH, LENGTH), [408]),
         (request(b"Host: x", JSON, AUTH, LENGTH, body=b"{"), [408]),
         (request(b"Host: x", JSON, AUTH, LENGTH, body=b"{").replace(b"/v1/rewards", b"/predict"), [408]),
-    ],
-)
-def test_whoever_sends_nothing_more_is_cut_off(
-    monkeypatch: pytest.MonkeyPatch, sent: bytes, expected: list[int]
-) -> None:
-    monkeypatch.setattr(connection_module, "HEAD_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(connection_module, "REST_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(body, "BODY_TIMEOUT_S", 0.2)
-    with serving(api_keys=["key"]) as port:
-        assert [int(answer[:3]) for answer in answers_to(port, sent)] == expected
+    ]
+    with serving(api_keys=["key"]) as port, ExitStack() as stack:
+        silent = []
+        for sent, expected in cut_off:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            connection.sendall(sent)
+            silent.append((connection, sent, expected))
+        for connection, sent, expected in silent:
+            assert [int(answer[:3]) for answer in rest_of(connection)] == expected, sent
 
 
 def test_a_request_that_takes_long_is_not_cut_off_for_what_the_next_one_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +222,7 @@ def test_beyond_the_bound_on_connections_health_answers_and_everything_else_is_t
         [refused] = answers_to(port, request(b"Host: x", JSON, LENGTH, body=BODY))
         assert refused.startswith(b"503")
         assert b"connection: close" in refused
-        assert b"3 connections are open, and that is the bound" in refused
+        assert b"3 connections are open, the most that the service takes" in refused
 
 
 def test_the_bound_on_connections_leaves_files_for_other_uses() -> None:
@@ -198,6 +251,47 @@ def test_parked_bodies_have_one_bound_together_and_small_requests_still_find_roo
         assert statuses(port, request(b"Host: x", JSON, LENGTH, body=BODY)) == [200]
 
 
+def test_what_waits_at_openrlhfs_door_is_bounded_and_whoever_leaves_gives_it_back(
+    make_engine: Callable[..., Engine],
+) -> None:
+    limits = ServiceLimits(max_body_bytes=1_000_000, max_held_bytes=4_000_000)
+    scorer = FakeScorer(held=True)
+    app = create_app(make_engine(scorer), limits=limits, default_label="LENGTH")
+    service = app.state.service
+    # Of the queue's 100,000 tokens the first fills 76,800; each of the others is more than its share of the rest.
+    first, other = (json.dumps({"query": ["a" * 2048] * count}).encode() for count in (150, 120))
+    with listening(app) as port, ExitStack() as stack:
+
+        def ask(body: bytes) -> socket.socket:
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            head = b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body)
+            return connection
+
+        def answered(connections: list[socket.socket]) -> list[socket.socket]:
+            return select.select(connections, [], [], 0)[0]
+
+        served = ask(first)
+        assert scorer.entered.acquire(timeout=30)
+        held_by_first = service.memory.bytes
+        assert held_by_first == len(first)
+        parked = [ask(other) for _ in range(60)]
+        until(lambda: held_by_first + len(other) * (60 - len(answered(parked))) == service.memory.bytes, "60 requests")
+        refused = answered(parked)
+        assert 40 <= len(refused) < 60
+        assert service.memory.bytes <= limits.max_held_bytes
+        for connection in refused:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 503")
+        for connection in parked:
+            connection.close()
+        until(lambda: service.memory.bytes == held_by_first, "what had been held")
+        assert not service.unadmitted
+        scorer.open()
+        assert served.recv(65536).startswith(b"HTTP/1.1 200")
+        assert ask(other).recv(65536).startswith(b"HTTP/1.1 200")
+        until(lambda: service.memory.bytes == 0, "the rest")
+
+
 def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None:
     app = create_app(make_engine())
     sent: list[dict[str, object]] = []
@@ -210,7 +304,7 @@ def test_what_was_held_is_given_back(make_engine: Callable[..., Engine]) -> None
             sent.append(message)  # type: ignore[arg-type]
 
         scope = {"type": "http", "method": "POST", "path": "/v1/rewards", "headers": [], "query_string": b""}
-        await app(scope, receive, send)  # type: ignore[arg-type]
+        await app(scope, receive, send)
 
     asyncio.run(run([{"type": "http.request", "body": BODY, "more_body": False}]))
     asyncio.run(run([{"type": "http.request", "body": b"{" * 100, "more_body": True}, {"type": "http.disconnect"}]))

@@ -52,7 +52,7 @@ def test_a_request_leaves_nothing_to_collect(
         scorer.open()
         engine.close()
         gc.collect()
-        ours = [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith("services.")]
+        ours = [type(each).__name__ for each in gc.garbage if type(each).__module__.startswith("plaudit.")]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

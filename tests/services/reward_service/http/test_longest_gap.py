@@ -59,7 +59,7 @@ HOSTILE: dict[str, Callable[[], tuple[str, bytes, dict[str, str]]]] = {
 @pytest.fixture(scope="module")
 def scorer() -> TransformersScorer:
     """The embedded model with its own tokenizer. Its forward pass is left out: it doesn't run on the event loop."""
-    scorer = load_scorer(Settings(model="imdb-distilbert-mini", threads=1, _cli_parse_args=[]))
+    scorer = load_scorer(Settings(model="imdb-distilbert-mini", threads=1))
 
     def score(batch: list[Encoded], replica: int) -> list[tuple[float, ...]]:
         return [(0.0, 0.0)] * len(batch)

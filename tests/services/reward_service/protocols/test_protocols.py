@@ -179,7 +179,8 @@ def test_vllm_classify_gives_raw_logits_on_request(post: Callable[..., httpx.Res
 
 
 def test_vllm_errors_are_400(post: Callable[..., httpx.Response]) -> None:
-    for body in ({"input": ""}, {"input": []}, {"input": 3}, {}):
+    bodies: list[dict[str, Any]] = [{"input": ""}, {"input": []}, {"input": 3}, {}]
+    for body in bodies:
         answer = post("/classify", body)
         assert answer.status_code == 400
         assert answer.json()["error"]["message"]

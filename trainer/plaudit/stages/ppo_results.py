@@ -1,0 +1,55 @@
+"""What a finished PPO run leaves: the trained policy, its value head, tokenizer and model card, and a merged model.
+
+What would be wrong here: adapters of one run beside the value head of another, or adapters beside a whole model that a
+loader takes for their base.
+"""
+
+from plaudit.errors import ConfigError
+from plaudit.policy.model import Policy, PolicyWeights, is_adapters
+from plaudit.policy.tokenizer import Tokenizer
+from plaudit.report.model_card import write_model_card
+from plaudit.run.metrics import FILE_NAME, read_metrics
+from plaudit.run.storage import replaced_model
+from plaudit.settings.ppo import PPOConfig
+
+MERGED = "merged"
+
+
+def write_results(
+    config: PPOConfig,
+    policy: Policy,
+    tokenizer: Tokenizer,
+    *,
+    reward_revision: str,
+    weights: PolicyWeights | None = None,
+) -> None:
+    """Replaces what an earlier run left in `config.output_dir`, all at once, by what is read again and is as saved.
+
+    The run's metrics are there already. `weights` are the policy's where it holds only a part of each.
+
+    Raises:
+        NotFinite: a weight is not finite.
+        NotAsSaved: what was written reads back as something else.
+        NotWritten: the disk is full, or can't be written to. In all three cases the earlier files stay.
+    """
+    directory = config.output_dir
+    with replaced_model(directory) as beside:
+        policy.save(beside, weights)
+        tokenizer.save_pretrained(beside)
+        policy.check_saved(beside, weights)
+        write_model_card(config, beside, read_metrics(directory / FILE_NAME), reward_revision)
+        if config.merge:
+            policy.merge(beside / MERGED, weights)
+            tokenizer.save_pretrained(beside / MERGED)
+
+
+def require_same_kind(config: PPOConfig) -> None:
+    """Raises `ConfigError` where adapters would replace a whole model in the output directory, or the other way round.
+
+    A whole model there may be the very one that the adapters are trained on.
+    """
+    directory = config.output_dir
+    adapters = config.lora.enabled or is_adapters(config.policy)
+    found, made = ("a whole model", "adapters") if adapters else ("adapters", "a whole model")
+    if (directory / ("config.json" if adapters else "adapter_config.json")).is_file():
+        raise ConfigError(f"output_dir={directory} holds {found}, and this run makes {made}: give another --output-dir")
