@@ -38,12 +38,13 @@ from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
+from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
-REPEATABLE = ("--reward.url", "--reward.header")
+REPEATABLE = ("--reward.url", "--reward.header", "--generation.stop", "--prompts.fields", "--stop")
 
 T = TypeVar("T")
 
@@ -111,6 +112,12 @@ COMMANDS = {
         "plaudit.stages.evaluate_judge",
         "judge a reward model by preferences: accuracy, calibration, length bias",
         "plaudit evaluate-judge --preferences rankings.jsonl --reward.url http://127.0.0.1:8000",
+    ),
+    "generate": Command(
+        GenerateConfig,
+        "plaudit.stages.generate",
+        "answer prompts with the policy that a run trained",
+        'plaudit generate runs/ppo "The film was"',
     ),
     "demo": Command(
         DemoConfig,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from plaudit.data import prompts as data_prompts
 from plaudit.data import sources as data
 from plaudit.data.tables import DataError
 from plaudit.settings.data import DataSettings, PromptSettings
@@ -98,7 +99,7 @@ def test_imdb_reviews_come_from_the_package_without_markup() -> None:
 
 def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: Any) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)))
-    prompts = data.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
+    prompts = data_prompts.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
     long = [text for text in data.load_texts(settings, "train") if len(text) > 200]
     assert len(prompts) == len(long)
     assert {len(ids) for ids in prompts.token_ids} == set(range(2, 9))
