@@ -182,6 +182,7 @@ class ProbabilityCheck:
         self._look_for_sigmoids = asked
 
     def __call__(self, rows: Sequence[Sequence[object]]) -> None:
+        """Check one answer's rows of scores, one row a text."""
         numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
         if self._accepts or not numbers:
             return
