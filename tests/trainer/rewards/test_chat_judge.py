@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.chat_completions import ChatServer
+from harness.foreign.chat_completions import ChatServer
 from harness.foreign.stand_ins import serving
 from harness.stub_reward_server import stub_reward_of
 from plaudit.errors import ConfigError
@@ -97,7 +97,11 @@ def test_each_score_is_of_its_own_prompt_response_and_fields(tmp_path: Path) -> 
 
     chats = [[{"role": "system", "content": f"s{i}"}, {"role": "user", "content": f"u{i}"}] for i in range(30)]
     answers = [f"a{i}" for i in range(30)]
-    columns = {"key": [f"k{i}" for i in range(30)], "rubric": [{"points": i} for i in range(30)], "other": [0] * 30}
+    columns: dict[str, list[Any]] = {
+        "key": [f"k{i}" for i in range(30)],
+        "rubric": [{"points": i} for i in range(30)],
+        "other": [0] * 30,
+    }
     expected = []
     for i in range(30):
         shown = json.dumps({"rubric": {"points": i}})

@@ -22,7 +22,7 @@ CHATS = [
 ]
 RESPONSES = [f"Film {i} was fine." for i in range(40)]
 ANSWERS = [{"right": i, "tests": [f"t{i}", None, 1.5]} for i in range(40)]
-COLUMNS = {"answer": ANSWERS, "unasked": [object()] * 40}
+COLUMNS: dict[str, list[Any]] = {"answer": ANSWERS, "unasked": [object()] * 40}
 EXPECTED = [
     stub_reward_of({"prompt": chat, "response": response, "fields": {"answer": answer}})
     for chat, response, answer in zip(CHATS, RESPONSES, ANSWERS, strict=True)
@@ -50,7 +50,12 @@ def test_every_reward_is_of_its_own_prompt_response_and_fields_through_retries_h
     start_stub: Start,
 ) -> None:
     first, second, third = start_stub(), start_stub(), start_stub()
-    acts = [{"do": "reset"}, {"do": "status", "status": 503}, {"do": "cut"}, {"do": "score", "delay_s": 0.3}]
+    acts: list[dict[str, Any]] = [
+        {"do": "reset"},
+        {"do": "status", "status": 503},
+        {"do": "cut"},
+        {"do": "score", "delay_s": 0.3},
+    ]
     for server in (first, second, third):
         server.set(info=CHAT_WITH_ANSWERS)
     first.script([act | {"times": 2} for act in acts])
@@ -187,7 +192,7 @@ def test_a_function_gets_the_columns_that_its_parameters_name() -> None:
 def test_a_function_that_takes_any_column_gets_all_of_them() -> None:
     with RewardClient(RewardSettings.of(function=f"{HERE}:by_anything", chunk_size=4)) as client:
         client.connect()
-        columns = {"place": list(range(10)), "other": [None] * 10}
+        columns: dict[str, list[Any]] = {"place": list(range(10)), "other": [None] * 10}
         assert client.score(["a"] * 10, ["b"] * 10, columns) == [2000.0 + place for place in range(10)]
         assert client.score(["a"] * 2, ["b"] * 2) == [0.0, 0.0]
 

@@ -35,6 +35,7 @@ class LengthSampler:
             raise ValueError(f"LengthSampler({min_value}, {max_value}): max_value itself is never drawn, so nothing is")
 
     def __call__(self) -> int:
+        """The next length."""
         return int(np.random.choice(self.values))
 
 

@@ -26,6 +26,14 @@ def load(config_type: type[T], path: Path) -> T:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def from_dict(config_type: type[T], values: Mapping[str, Any], path: Path) -> T:
+    """The config that a run recorded as plain values (`settings.plain.to_dict`) in the file `path`."""
+    try:
+        return _replaced(config_type(), _section(config_type, values, path, prefix="", root=config_type))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def unchecked_defaults(config_type: type[T], path: Path) -> T:
     """The file's settings over the defaults, *not checked against each other*.
 

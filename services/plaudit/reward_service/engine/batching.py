@@ -154,6 +154,8 @@ class Job:
     admitted_at: float
     deadline: float | None = None
     caller: str = ""
+    places: Sequence[int] | None = None
+    """Which items of the request the texts are, where others of it need no score."""
     count: int = 0
     items: "list[_Item]" = field(default_factory=list)
     open_items: int = 0
@@ -162,6 +164,10 @@ class Job:
     tokenized_at: float = 0.0
     tokenize_s: float = 0.0
     first_batch_at: float | None = None
+
+    def place(self, index: int) -> int:
+        """Which item of the request text `index` is."""
+        return index if self.places is None else self.places[index]
 
 
 @dataclass(eq=False, slots=True)
@@ -425,11 +431,18 @@ class Engine:
         self.metrics.model.remove(old.id, old.revision, old.dtype)
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
 
-    def submit(self, texts: Sequence[Text], *, deadline: float | None = None, caller: str = "") -> Job:
-        """Admit all of `texts`, or raise `ProblemError`. Await `job.future`; call `abandon(job)` to cancel it.
+    def submit(
+        self,
+        texts: Sequence[Text],
+        *,
+        deadline: float | None = None,
+        caller: str = "",
+        places: Sequence[int] | None = None,
+    ) -> Job:
+        """Admit all of `texts` or raise `ProblemError`. Await `job.future`; call `abandon(job)` to cancel it.
 
-        `deadline` is on the clock of `time.monotonic()`. `caller` is the key of fair queueing. Must be called in a
-        running event loop.
+        `deadline` is on the clock of `time.monotonic()`. `caller` is the key of fair queueing. `places` are the
+        texts' indices in the request, for error messages. Must be called in a running event loop.
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
@@ -440,7 +453,9 @@ class Engine:
             tokens = sum(estimates)
             if not self._has_room(tokens, caller):
                 raise self._queue_full(tokens)
-            job = Job(texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller)
+            job = Job(
+                texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller, places
+            )
             job.count = job.open_items = len(texts)
             self._open.add(job)
             self._queued_tokens += tokens
@@ -570,11 +585,13 @@ class Engine:
             return []
         for index, encoded in enumerate(encodings, part.start):
             if encoded.refused is not None:
-                problem = ProblemError("template-refused", f"items[{index}]: {encoded.refused}", item=index)
+                place = job.place(index)
+                problem = ProblemError("template-refused", f"items[{place}]: {encoded.refused}", item=place)
                 self._resolve([(job, problem)])
                 return []
             if not encoded.ids:
-                problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
+                place = job.place(index)
+                problem = ProblemError("no-tokens", f"items[{place}] is empty for this model's tokenizer", item=place)
                 self._resolve([(job, problem)])
                 return []
         if part.stop == job.count:
@@ -620,7 +637,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 self.metrics.failed_items.inc()
-                return [(batch[0].job, _scoring_failed(error, batch[0].index))]
+                return [(batch[0].job, _scoring_failed(error, batch[0].job.place(batch[0].index)))]
             middle = len(batch) // 2
             return self._score(batch[:middle], replica) + self._score(batch[middle:], replica)
         outcomes: list[tuple[Job, ProblemError | None]] = []
@@ -628,8 +645,9 @@ class Engine:
         for item, row in zip(batch, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self.metrics.failed_items.inc()
+                place = item.job.place(item.index)
                 problem = ProblemError(
-                    "non-finite-score", f"the model's logits for items[{item.index}] are not finite", item=item.index
+                    "non-finite-score", f"the model's logits for items[{place}] are not finite", item=place
                 )
                 outcomes.append((item.job, problem))
                 continue
@@ -715,16 +733,17 @@ def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
 
 
 def _estimated_tokens(text: Text, max_tokens: int) -> int:
-    if all(part.isascii() for part in _parts(text)):
+    if all(part.isascii() for part in parts_of(text)):
         return min(max_tokens, 2 + _chars(text) // CHARS_PER_TOKEN_ESTIMATE)
     return min(max_tokens, 2 + _chars(text))
 
 
 def _chars(text: Text) -> int:
-    return sum(map(len, _parts(text)))
+    return sum(map(len, parts_of(text)))
 
 
-def _parts(text: Text) -> Sequence[str]:
+def parts_of(text: Text) -> Sequence[str]:
+    """What there is to read of it: a text, both of a pair, or what each turn says."""
     if isinstance(text, Chat):
         return [content for _, content in text.turns]
     first, second = text

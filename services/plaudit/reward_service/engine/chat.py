@@ -17,6 +17,8 @@ from plaudit.reward_service.engine.model_files import ModelError
 
 MAX_RENDER_S = 5.0
 """How long the template may work on one conversation. Hundreds of turns take some milliseconds."""
+LINES_BETWEEN_LOOKS = 500
+"""Lines of the template's code between two looks at the clock."""
 RENDERED_PER_CHAR = 4
 RENDERED_BESIDE = 64 * 1024
 """Characters that a template may make: so many for each of the conversation, and so many beside."""
@@ -185,14 +187,22 @@ def _refused(attempt: _Attempt) -> Encoded:
 def _time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` in a template that takes longer: its loops are Python, and may go on for ever."""
     end = time.monotonic() + seconds
+    left = LINES_BETWEEN_LOOKS
 
-    def look(frame: FrameType, event: str, argument: object) -> Any:
-        if time.monotonic() > end:
-            raise TimeoutError(f"it took more than {seconds:g} s")
-        return look if frame.f_code.co_filename == TEMPLATE_FILE else None
+    def line(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            left = LINES_BETWEEN_LOOKS
+            if time.monotonic() > end:
+                raise TimeoutError(f"it took more than {seconds:g} s")
+        return line
+
+    def call(frame: FrameType, event: str, argument: object) -> Any:
+        return line if frame.f_code.co_filename == TEMPLATE_FILE else None
 
     before = sys.gettrace()
-    sys.settrace(look)
+    sys.settrace(call)
     try:
         yield
     finally:

@@ -113,19 +113,21 @@ class Service:
         if self.cache is None:
             return await self._run(texts, request)
         known = self.cache.lookup(self.engine.scorer, texts)
-        missing = [text for text, score in zip(texts, known, strict=True) if score is None]
+        places = [place for place, score in enumerate(known) if score is None]
+        missing = [texts[place] for place in places]
         self.engine.metrics.cached_items.inc(len(texts) - len(missing))
         if not missing:
             self.engine.require_open()
             return _merged(known, Scored([], [], [], self.engine.scorer, 0.0, 0.0, 0.0))
-        scored = await self._run(missing, request)
+        scored = await self._run(missing, request, places)
         self.cache.keep(missing, scored)
         return _merged(known, scored)
 
-    async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
+    async def _run(self, texts: Sequence[Text], request: Request, places: Sequence[int] | None = None) -> Scored:
         timeout_s = timeout_of(request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        job = self.engine.submit(texts, deadline=deadline, caller=request.scope.get(CALLER, ""))
+        caller = request.scope.get(CALLER, "")
+        job = self.engine.submit(texts, deadline=deadline, caller=caller, places=places)
         self.in_flight.add(job)
         # The future itself is awaited, so that an answer costs one turn of the event loop. A disconnect, or the
         # deadline, cancels it.

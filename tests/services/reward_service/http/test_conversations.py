@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -22,7 +22,7 @@ ITEM = {"prompt": MESSAGES, "response": "Hello"}
 class ChatScorer(FakeScorer):
     """The first logit is the length of all turns, roles included."""
 
-    def encode(self, texts: list[Text]) -> list[Encoded]:  # type: ignore[override]
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
         encoded = []
         for text in texts:
             assert isinstance(text, Chat)
@@ -95,6 +95,23 @@ def test_a_template_that_refuses_an_item_names_it(ask: Callable[..., httpx.Respo
     problem = problem_of(ask({"items": [ITEM, {**ITEM, "prompt": [{"role": "pirate", "content": "Arr"}]}]}))
     assert (problem.status, problem.type, problem.item) == (422, wire.problem_type("template-refused"), 1)
     assert "no such role" in problem.detail
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"), [("", "no-tokens"), ("poison", "scoring-failed"), ("nan", "non-finite-score")]
+)
+def test_beside_items_whose_scores_are_known_the_one_at_fault_keeps_its_index(
+    make_engine: Callable[..., Engine], client_of: Callable[..., Any], bad: str, name: str
+) -> None:
+    async def run() -> httpx.Response:
+        async with client_of(make_engine(), default_label="LENGTH", cache=ScoreCache(10)) as http:
+            known = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "bc"}]
+            await http.post(wire.REWARDS_PATH, json={"items": known})
+            return await http.post(wire.REWARDS_PATH, json={"items": [*known, {"prompt": "", "response": bad}]})
+
+    problem = problem_of(asyncio.run(run()))
+    assert (problem.type, problem.item) == (wire.problem_type(name), 2)
+    assert "items[2]" in problem.detail
 
 
 DEEP: Any = 1
@@ -198,7 +215,7 @@ def test_the_cache_tells_conversations_apart_by_turns_and_roles() -> None:
         ("ab", "c"),
         ("userabassistantc", None),
     ]
-    rows = [(float(place),) for place in range(len(chats))]
+    rows: list[tuple[float, ...]] = [(float(place),) for place in range(len(chats))]
     cache.keep(chats, Scored(rows, [], [1] * len(chats), scorer, 0.0, 0.0, 0.0))
     known = cache.lookup(scorer, chats)
     assert [score.logits for score in known if score is not None] == rows

@@ -59,7 +59,8 @@ class ChatServer:
             said = self.says(question)
             if "response_format" in body and self.has_formats and said is not None:
                 json.loads(said)
-        message = {"role": "assistant", "content": None if refusal else said, "refusal": refusal, "annotations": []}
+        content = None if refusal else said
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": refusal, "annotations": []}
         choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
         usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
         number = next(self.numbers)
