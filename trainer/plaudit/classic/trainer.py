@@ -397,29 +397,27 @@ class PPOTrainer:
         """
         numbers = torch.stack([torch.as_tensor(reward, dtype=torch.float32).reshape(()) for reward in rewards])
         numbers = self.accelerator.gather(numbers.to(self.accelerator.device)).flatten().cpu()
-        logs: dict[str, Any] = dict(stats)
+        self.current_step += 1
         if self.config.log_with == "wandb":
-            logs |= self._table(batch, numbers, tuple(columns_to_log))
-        logs |= {
+            self._log_table(batch, numbers, tuple(columns_to_log))
+        logs = {
+            **stats,
             "env/reward_mean": numbers.mean().item(),
             "env/reward_std": std_or_zero(numbers),
             "env/reward_dist": numbers.numpy(),
         }
-        if self.config.log_with == "tensorboard":
-            self.current_step += 1
-        # Trackers count steps themselves, but for TensorBoard's; it draws numbers alone.
-        self.accelerator.log(logs, step=self.current_step if self.config.log_with == "tensorboard" else None)
+        self.accelerator.log(logs, step=self.current_step)
 
-    def _table(self, batch: Mapping[str, Any], rewards: Tensor, columns: tuple[str, ...]) -> dict[str, Any]:
-        import wandb  # type: ignore[import-not-found]
-
+    def _log_table(self, batch: Mapping[str, Any], rewards: Tensor, columns: tuple[str, ...]) -> None:
         missing = [name for name in columns if name not in batch]
         if missing:
             raise ValueError(f"columns_to_log names {missing[0]!r}, and the batch has {sorted(batch)}")
         parts = self._processes.on_all(lambda: [list(batch[name]) for name in columns])
         cells = [[cell for part in parts for cell in part[i]] for i in range(len(columns))]
         rows = [list(row) for row in zip(*cells, rewards.tolist(), strict=True)]
-        return {"game_log": wandb.Table(columns=[*columns, "reward"], rows=rows)}
+        if self.accelerator.is_main_process:
+            tracker = self.accelerator.get_tracker("wandb")
+            tracker.log_table("game_log", columns=[*columns, "reward"], data=rows, step=self.current_step)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """The model with its value head, the tokenizer and a model card, together. Raises `NotWritten`."""
