@@ -88,6 +88,7 @@ def test_a_configuration_is_mutable_and_flattens() -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"use_score_norm": True}, "use_score_norm=True"),
         ({"push_to_hub_if_best_kwargs": {"private": True}}, "no repo_id"),
+        ({"log_with": "wandb"}, "needs the package wandb"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_their_numbers(settings: dict[str, Any], message: str) -> None:

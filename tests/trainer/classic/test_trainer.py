@@ -14,6 +14,7 @@ from harness.tiny_models import tiny_gpt2, tiny_gpt2_dir, tiny_tokenizer
 from plaudit.classic import (
     AutoModelForCausalLMWithValueHead,
     FixedKLController,
+    LengthSampler,
     PPOConfig,
     PPOTrainer,
     create_reference_model,
@@ -257,6 +258,64 @@ def test_a_step_says_what_is_wrong_with_its_arguments(change: dict[str, Any], me
     arguments = {"queries": QUERIES, "responses": RESPONSES, "scores": SCORES} | change
     with pytest.raises(ValueError, match=message):
         make_trainer().step(**arguments)
+
+
+def test_a_trainer_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
+    def fresh() -> PPOTrainer:
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(tiny_gpt2())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+        return PPOTrainer(
+            make_config(),
+            model,
+            create_reference_model(model),
+            tiny_tokenizer(),
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+        )
+
+    def go_on(trainer: PPOTrainer) -> dict[str, Any]:
+        responses = trainer.generate(QUERIES, return_prompt=False, length_sampler=LengthSampler(2, 6), **SAMPLING)
+        return {n: v for n, v in trainer.step(QUERIES, responses, SCORES).items() if isinstance(v, float)}
+
+    straight = fresh()
+    go_on(straight)
+    torch.save({"weights": straight.model.state_dict(), "trainer": straight.state_dict()}, tmp_path / "state.pt")
+    expected = go_on(straight)
+    resumed = fresh()
+    saved = torch.load(tmp_path / "state.pt", weights_only=False)
+    resumed.model.load_state_dict(saved["weights"])
+    resumed.load_state_dict(saved["trainer"])
+    result = go_on(resumed)
+    assert {n: v for n, v in result.items() if "time/" not in n} == {
+        n: v for n, v in expected.items() if "time/" not in n
+    }
+    assert result["ppo/learning_rate"] == 5e-3
+
+
+def test_a_table_of_texts_goes_to_wandb(trainer: PPOTrainer) -> None:
+    class Tracker:
+        name = "wandb"
+        tables: list[dict[str, Any]] = []  # noqa: RUF012
+        logged: list[dict[str, Any]] = []  # noqa: RUF012
+
+        def log_table(self, name: str, **table: Any) -> None:
+            self.tables.append({"name": name, **table})
+
+        def log(self, values: dict[str, Any], **_: Any) -> None:
+            self.logged.append(values)
+
+    trainer.accelerator.trackers = [Tracker()]
+    trainer.config.log_with = "wandb"
+    statistics = trainer.step(QUERIES, RESPONSES, SCORES)
+    batch = {"query": ["a", "b", "c", "d"], "response": ["e", "f", "g", "h"]}
+    trainer.log_stats(statistics, batch, SCORES)
+    (table,) = Tracker.tables
+    assert table["columns"] == ["query", "response", "reward"]
+    assert table["data"][1] == ["b", "f", -2.0]
+    assert Tracker.logged[0]["env/reward_dist"].tolist() == [1.0, -2.0, 0.5, 3.0]
+    with pytest.raises(ValueError, match="columns_to_log names 'ref_response'"):
+        trainer.log_stats(statistics, batch, SCORES, columns_to_log=["query", "ref_response"])
 
 
 # Set-up

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from plaudit.classic.core import flatten_dict
+from plaudit.classic.import_utils import is_wandb_available
 from plaudit.errors import ConfigError
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -120,6 +121,8 @@ class PPOConfig:
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
         self.hyperparameters()
         self.total_ppo_epochs = math.ceil(self.steps / self.batch_size)
+        if self.log_with == "wandb" and not is_wandb_available():
+            raise ConfigError("log_with='wandb' needs the package wandb: pip install wandb")
         if self.push_to_hub_if_best_kwargs and "repo_id" not in self.push_to_hub_if_best_kwargs:
             raise ConfigError(
                 f"push_to_hub_if_best_kwargs={dict(self.push_to_hub_if_best_kwargs)} has no repo_id: name the "

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
@@ -380,6 +381,31 @@ class PPOTrainer:
             if self.accelerator.is_main_process:
                 self.push_to_hub(**kwargs)
         self._compared += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the model's weights and the batch that the next `generate` and `step` depend on."""
+        return {
+            "stepper": self.stepper.state_dict(),
+            "rates": [float(group["lr"]) for group in self.optimizer.param_groups],
+            "kl_coef": self.kl_ctl.value,
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict`, once the model has the weights of that moment."""
+        self.stepper.load_state_dict(state["stepper"])
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.kl_ctl.value = state["kl_coef"]
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        torch.set_rng_state(state["torch"])
+        np.random.set_state(state["numpy"])
 
     # Logs and files
 
