@@ -343,6 +343,8 @@ def test_arguments_of_another_kind_are_refused_by_name(arguments: dict[str, Any]
 def test_a_two_dimensional_query_is_refused(trainer: PPOTrainer) -> None:
     with pytest.raises(ValueError, match=r"shape \(1, 4\)"):
         trainer.generate(QUERIES[0].unsqueeze(0))
+    with pytest.raises(ValueError, match="num_return_sequences=3"):
+        trainer.generate(QUERIES[0], num_return_sequences=3)
 
 
 @pytest.mark.parametrize("hook", ["compute_rewards", "loss", "train_minibatch", "batched_forward_pass"])

@@ -226,8 +226,12 @@ class PPOTrainer:
         the reference's.
 
         Raises:
-            ValueError: `query_tensor` has two dimensions.
+            ValueError: `query_tensor` has two dimensions, or several responses to one query are asked for.
         """
+        if generation_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError(
+                f"num_return_sequences={generation_kwargs['num_return_sequences']}: give a list with the query as often"
+            )
         if isinstance(query_tensor, Tensor) and query_tensor.ndim != 1:
             raise ValueError(
                 f"query_tensor has the shape {tuple(query_tensor.shape)}: give one query (query.squeeze(0)) or a list"
