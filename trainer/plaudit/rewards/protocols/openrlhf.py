@@ -29,11 +29,7 @@ class OpenRLHF(TextsAlone):
         self._component = component
 
     async def describe(self, get: Get) -> ModelInfo:
-<<<<<<< HEAD
-        """Only the configured model name: the server has no route that describes it. Raises `UnusableAnswer` for a label."""
-=======
         """Only the configured model name: the server doesn't describe itself. Raises `UnusableAnswer` for a label."""
->>>>>>> english
         if self._component.label is not None:
             raise UnusableAnswer(
                 f"this protocol has no labels, so {self._component.label!r} can't be asked for: take what the server's "
