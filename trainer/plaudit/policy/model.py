@@ -629,11 +629,11 @@ def load_causal_lm(
     require_no_random_weights(model, loaded, path, setting)
     if quantization is None:
         return model.to(device)
-    _compute_in_one_way(model)
+    compute_quantised_layers_in_one_way(model)
     return model
 
 
-def _compute_in_one_way(quantised: PreTrainedModel) -> None:
+def compute_quantised_layers_in_one_way(quantised: PreTrainedModel) -> None:
     """Keeps quantised layers in training mode for good.
 
     On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio

@@ -37,7 +37,7 @@ def padded(samples: Samples, *, takes_positions: bool, mask_dtype: torch.dtype |
     With `mask_dtype` the model gets the whole attention mask, [B, 1, C, C]. Given one of [B, C], transformers would
     first read on the host whether there is any padding.
     """
-    mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
+    mask = torch.cat([samples.query_mask, samples.written], dim=1)[:, :-1].long()
     arguments = {
         "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
         "attention_mask": mask if mask_dtype is None else _own_segments(mask, mask_dtype),
