@@ -2,9 +2,9 @@
 
     serve run deploy/ray/serve.yaml
 
-A replica reads its settings from REWARD_* variables, like `plaudit-reward`; serve.yaml sets them. There are two differences to
-a standalone service: Ray's health check replaces the probes, and reloading is refused because it would reach only one replica;
-redeploy for a new model.
+A replica reads its settings from REWARD_* variables, like `plaudit-reward`; serve.yaml sets them. It differs from a
+standalone service in two ways. Ray's health check replaces the probes. Reloading is refused, because it would reach
+only one replica; redeploy for a new model.
 """
 
 from fastapi import FastAPI
