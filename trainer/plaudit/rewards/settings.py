@@ -36,8 +36,8 @@ class JudgeSettings:
     """File with the question. {response} stands for the response to judge, {conversation} for the prompt's messages,
     {prompt} for the last of them, {fields.NAME} for a column, {fields} for the columns in `fields` as JSON."""
     answer: Literal["pattern", "json", "logprobs"] = "pattern"
-    """Source of the score: the match of a pattern, JSON that follows a schema (response_format), or the probabilities of
-    the first token (top_logprobs)."""
+    """Source of the score: the match of a pattern, JSON that follows a schema (response_format), or the probabilities
+    of the first token (top_logprobs)."""
     pattern: str = r"[Ss]core:\s*\**\s*(-?\d+(?:\.\d+)?)"
     """Regular expression whose first group is the score. The last match in the answer counts."""
     schema: Path | None = None
@@ -53,8 +53,8 @@ class JudgeSettings:
     high: float | None = None
     """The highest valid score."""
     tries: int = 3
-    """Maximum number of requests for an answer without a score before the run stops. At temperature 0 a judge may repeat
-    its answer."""
+    """Maximum number of requests for an answer without a score before the run stops. At temperature 0 a judge may
+    repeat its answer."""
     max_tokens: int = 512
     """Maximum length of the judge's answer, in tokens."""
     temperature: float = 0.0
@@ -121,8 +121,8 @@ class RewardComponent:
     ca_file: Path | None = None
     """PEM file of the certificate authority for https endpoints."""
     function: str | None = None
-    """A Python function as a reward, `module:name`. It takes prompts and responses and returns one number for each; it may
-    be async. It also receives the columns that its further parameters name."""
+    """A Python function as a reward, `module:name`. It takes prompts and responses and returns one number for each; it
+    may be async. It also receives the columns that its further parameters name."""
 
     def __post_init__(self) -> None:
         for url in self.url:

@@ -17,8 +17,8 @@ class EvaluateConfig:
     after: str = "runs/ppo"
     """The trained policy: an output directory of `plaudit ppo`, or a full model."""
     policy: str | None = None
-    """The policy before training: a full model, or an output directory of `plaudit ppo`. It is also the reference for KL
-    and perplexity. Default: the model that the adapters were trained on."""
+    """The policy before training: a full model, or an output directory of `plaudit ppo`. It is also the reference for
+    KL and perplexity. Default: the model that the adapters were trained on."""
     output_dir: Path = Path("runs/evaluation")
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)

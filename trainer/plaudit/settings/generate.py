@@ -24,8 +24,8 @@ class GenerateConfig:
     messages_column: str | None = None
     """The file's column of conversations."""
     chat: bool | None = None
-    """Put each prompt into the chat template as the user's message. Default: if the run's prompts were conversations; for
-    a model without a run's settings, if it has a chat template."""
+    """Put each prompt into the chat template as the user's message. Default: if the run's prompts were conversations;
+    for a model without a run's settings, if it has a chat template."""
     system: str | None = None
     """System message for each prompt without one."""
     chat_template: Path | None = None

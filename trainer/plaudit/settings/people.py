@@ -12,8 +12,8 @@ class PeopleSettings:
     """The ranking service, and the tasks for its annotators."""
 
     batch: str | None = None
-    """The batch's name in the ranking service: letters, digits, dot, underscore, hyphen. Default: a name derived from the
-    round or the answers."""
+    """The batch's name in the ranking service: letters, digits, dot, underscore, hyphen. Default: a name derived from
+    the round or the answers."""
     api_key_file: Path | None = None
     """File with the ranking service's key. Alternative: RANK_API_KEY in the environment."""
     overlap: int = 3

@@ -58,8 +58,8 @@ class GenerationSettings:
     """With drawn lengths: the lower bound of a response's length limit."""
     max_new_tokens: int = 16
     draw_lengths: bool | None = None
-    """Draw each response's length limit between min_new_tokens and max_new_tokens. Default: on for openings of texts, as
-    in the published recipe; off for prompts from a column, where the limit is max_new_tokens."""
+    """Draw each response's length limit between min_new_tokens and max_new_tokens. Default: on for openings of texts,
+    as in the published recipe; off for prompts from a column, where the limit is max_new_tokens."""
     stop: tuple[str, ...] = ()
     """Stop strings. PPO trains on their tokens; the reward sees only the text before them."""
     temperature: float = 1.0
@@ -69,8 +69,8 @@ class GenerationSettings:
     batch_size: int = 128
     """Prompts generated at once. Also the size of the chunks passed to the reward client."""
     static_cache: bool | None = None
-    """Sample with CUDA graphs and a static key-value cache. Default: on for GPUs if the model supports it; slower on CPUs.
-    `plaudit evaluate` doesn't use it."""
+    """Sample with CUDA graphs and a static key-value cache. Default: on for GPUs if the model supports it; slower on
+    CPUs. `plaudit evaluate` doesn't use it."""
 
     def answering(self, kind: PromptKind) -> "GenerationSettings":
         """These settings with `draw_lengths` resolved for prompts of this kind."""

@@ -29,9 +29,9 @@ class RewardModelConfig:
     """Names of the labels in the head's order, as the reward service lists them. The data may contain these names, or
     their indices from 0."""
     ranked: str | None = None
-    """Pairwise: file or hub id of rankings, or the address of a ranking service (http://…). Rows are {"prompt", "answers"}
-    (best first, or with "ranks"), chosen and rejected (optionally with a prompt and a margin), or exports of the
-    ranking service. Prompts may be texts or conversations."""
+    """Pairwise: file or hub id of rankings, or the address of a ranking service (http://…). Rows are {"prompt",
+    "answers"} (best first, or with "ranks"), chosen and rejected (optionally with a prompt and a margin), or exports of
+    the ranking service. Prompts may be texts or conversations."""
     batches: tuple[str, ...] = ()
     """Batches of the ranking service to train on. Default: all training batches."""
     api_key_file: Path | None = None
@@ -39,8 +39,8 @@ class RewardModelConfig:
     patience_s: float = 600.0
     """How long to retry while the ranking service is unavailable."""
     weights: Literal["equal", "reliability"] = "equal"
-    """Pairwise: weights of the annotators. `reliability` uses the ranking service's estimates, for people with 30 tasks or
-    more in common with others."""
+    """Pairwise: weights of the annotators. `reliability` uses the ranking service's estimates, for people with 30 tasks
+    or more in common with others."""
     center_rewards_coefficient: float = 0.0
     """Pairwise: coefficient of (r_i + r_j)^2 in the loss, which pulls scores towards a mean of 0. A usual value is
     0.01."""
@@ -52,8 +52,8 @@ class RewardModelConfig:
     allow_chance: bool = False
     """Pairwise: save the model even if its accuracy on held-out pairs can't be distinguished from guessing."""
     chat_template: str | None = None
-    """Jinja file with a chat template for prompts that are conversations, if the tokenizer has none. It is saved with the
-    tokenizer."""
+    """Jinja file with a chat template for prompts that are conversations, if the tokenizer has none. It is saved with
+    the tokenizer."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
     """Train low-rank adapters instead of all parameters (--lora.enabled). They are merged into the saved model."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
