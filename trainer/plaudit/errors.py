@@ -3,6 +3,7 @@
     PlauditError            1
     ├── ConfigError         2    an invalid setting, file or model: change the command
     │   ├── ModelNotFound        (policy.model)
+    │   ├── ChatTemplateError    (policy.chat)
     │   └── DataError            (data.tables)
     ├── NotFinite           1    a NaN or infinite number; nothing with one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update
@@ -15,6 +16,7 @@
     ├── RankingsUnavailable 75   (run.rankings) it is unreachable, or people have not finished: continue later
     └── RewardError              (rewards.errors)
         ├── RewardRejected 65    the reward service refused a request: a retry won't help
+        │   └── NoScore    65    a generative judge's answer contains no score
         └── RewardUnavailable 75 the reward service is unreachable: start it, then resume
 
 To add one, derive it from `PlauditError` in the package that raises it. Set `exit_code` if a supervisor should react
