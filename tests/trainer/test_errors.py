@@ -12,6 +12,7 @@ from plaudit.errors import PlauditError
 CODES = {
     "ConfigError": 2,
     "ModelNotFound": 2,
+    "ChatTemplateError": 2,
     "DataError": 2,
     "NotFinite": 1,
     "NonFiniteUpdate": 1,
@@ -24,6 +25,7 @@ CODES = {
     "RankingsUnavailable": 75,
     "RewardError": 1,
     "RewardRejected": 65,
+    "NoScore": 65,
     "RewardUnavailable": 75,
 }
 

@@ -1,7 +1,7 @@
 """The policy: a causal language model with a value head, and the reference it is held to.
 
-Wrong here would be a log-probability that depends on padding, a reference that is the policy itself, or an adapter
-that only this program can load.
+Failure modes: a log-probability that depends on padding; a reference that is the policy itself; an adapter that only
+this program can load.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Start the reward service as a process of its own on this machine, and stop it. It is still spoken to over HTTP."""
+"""Start and stop the reward service as a separate process on this machine. Requests still go over HTTP."""
 
 import importlib.util
 import json
@@ -26,9 +26,9 @@ def reward_service(
     device: str | None = None,
     flags: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Serve `model` on a free port for the length of the block; gives the URL. The service's output goes to
-    `directory/reward-service.log`. `device` is where the model runs, by default where the service puts it;
-    `flags` are any others of `plaudit-reward`.
+    """Serve `model` on a free port inside the block; yields the URL. The service logs to
+    `directory/reward-service.log`. `device` is the model's device, by default the service's choice. `flags` are further
+    flags of `plaudit-reward`.
 
     Raises:
         ConfigError: the service isn't installed, can't load the model, or isn't ready in time.
@@ -51,7 +51,7 @@ def reward_service(
         *(() if device is None else ("--devices", device)),
         *flags,
     ]
-    # A stray REWARD_* variable is meant for a service that the user starts, not for this one.
+    # REWARD_* variables are meant for services that the user starts, not for this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REWARD_")}
     with log_file.open("wb") as log:
         process = subprocess.Popen(
