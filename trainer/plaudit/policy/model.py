@@ -17,17 +17,18 @@ from typing import Any, Literal
 import peft
 import torch
 import transformers
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.head import fp32_logits
+from plaudit.policy.lora_targets import default_targets, require_adaptable, unadaptable
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.reading import reading, settle
 from plaudit.policy.samples import Samples
@@ -386,11 +387,11 @@ class Policy(nn.Module):
         if self.has_adapters:
             whole = peft.get_peft_model_state_dict(self.model, state_dict=weights and weights.model)
         else:
-            whole = self.model.state_dict() if weights is None else weights.model
+            whole = _as_saved(self.model, None if weights is None else weights.model)
         head = self.v_head.state_dict() if weights is None else weights.value_head
         _require_saved(directory, {**whole, **head}, some_are_tied=not self.has_adapters)
         if self.value_model is not None:
-            own = self.value_model.state_dict() if weights is None else weights.value_model
+            own = _as_saved(self.value_model, None if weights is None else weights.value_model)
             _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=True)
 
     def load_value_head(self, directory: Path) -> None:
@@ -407,6 +408,12 @@ class Policy(nn.Module):
         with tempfile.TemporaryDirectory(dir=directory) as adapters:
             self.save(Path(adapters), weights)
             merge_adapters(Path(adapters), directory)
+
+
+def _as_saved(model: PreTrainedModel, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """A whole model's tensors under the names and in the shapes that transformers saves them in, experts one by one."""
+    saved: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict() if weights is None else weights)
+    return saved
 
 
 def _require_saved(directory: Path, expected: Mapping[str, Tensor], *, some_are_tied: bool) -> None:
@@ -456,9 +463,8 @@ def fuse_activations(model: nn.Module) -> None:
 
 def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
     """Wraps the model with fresh adapters, which start as the identity."""
-    targets = (
-        list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
-    )
+    targets = list(lora.target_modules) if lora.target_modules else default_targets(model)
+    reasons = unadaptable(model)
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -468,12 +474,14 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(
             f"lora: no adapters can be put on {type(model).__name__} ({' '.join(str(error).split()):.200}); name "
             "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.no-enabled"
         ) from error
+    require_adaptable(adapted.targeted_module_names, reasons, model)
+    return adapted
 
 
 def load_policy(
