@@ -51,13 +51,10 @@ def unadaptable(model: PreTrainedModel) -> dict[str, str]:
     return {**fused, **dict.fromkeys(_sharing_weights(model), "other layers share its weight")}
 
 
-def require_adaptable(names: Collection[str], reasons: dict[str, str], model: PreTrainedModel) -> None:
+def require_adaptable(names: Collection[str], reasons: dict[str, str], source: str, remedy: str) -> None:
     """Raises `ConfigError` if one of the layers `names` is one that `unadaptable` gave a reason for."""
     for name in sorted(set(names) & reasons.keys()):
-        raise ConfigError(
-            f"lora.target_modules: adapters on {name} of {type(model).__name__} would come out wrong, since "
-            f"{reasons[name]}; leave it out, or give no --lora.target-modules to have layers chosen that can be adapted"
-        )
+        raise ConfigError(f"{source}: adapters on {name} can't be right, since {reasons[name]}; {remedy}")
 
 
 def _read_without_a_call(model: nn.Module) -> list[str]:

@@ -480,8 +480,17 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
             f"lora: no adapters can be put on {type(model).__name__} ({' '.join(str(error).split()):.200}); name "
             "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.no-enabled"
         ) from error
-    require_adaptable(adapted.targeted_module_names, reasons, model)
+    remedy = "leave that one out, or give no --lora.target-modules to have layers chosen that can be adapted"
+    require_adaptable(adapted.targeted_module_names, reasons, "lora.target_modules", remedy)
     return adapted
+
+
+def _with_adapters(base: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> peft.PeftModel:
+    """The base with the adapters in a directory. Raises `ConfigError` if they could not be folded in."""
+    reasons = unadaptable(base)
+    model = peft.PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
+    require_adaptable(model.targeted_module_names, reasons, str(directory), "train adapters on other layers")
+    return model
 
 
 def load_policy(
@@ -511,11 +520,8 @@ def _load_policy(
     reference = value_model = None
     if is_adapters(directory):
         base = base_of(directory)
-        model = peft.PeftModel.from_pretrained(
-            load_causal_lm(base, dtype=dtype, quantization=quantization, device=device),
-            str(directory),
-            is_trainable=True,
-        )
+        whole = load_causal_lm(base, dtype=dtype, quantization=quantization, device=device)
+        model = _with_adapters(whole, directory, is_trainable=True)
     elif lora.enabled:
         model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
     elif quantization is not None:
@@ -588,7 +594,7 @@ def load_whole_causal_lm(
     with reading(path):
         base = load_causal_lm(base_of(path), device=device, setting=setting)
         # peft freezes the base.
-        return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
+        return _with_adapters(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
 
 
 def load_causal_lm(
@@ -643,7 +649,7 @@ def _compute_in_one_way(quantised: PreTrainedModel) -> None:
 def merge_adapters(adapters: Path, directory: Path) -> None:
     """Folds a directory of adapters into the full-precision weights of their base, quantised in training or not."""
     base = load_causal_lm(base_of(adapters), dtype="auto")
-    model = peft.PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    model = _with_adapters(base, adapters).merge_and_unload()
     require_finite(model.named_parameters(), "the merged model")
     model.save_pretrained(directory)
     again = load_causal_lm(directory, dtype="auto").state_dict()
