@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from plaudit.reward_service.engine.batching import Encoded, Logits, ScorerLostError, Text
+from plaudit.reward_service.engine.batching import Encoded, Logits, ScorerLostError, Text, parts_of
 
 
 class FakeScorer:
@@ -35,7 +35,7 @@ class FakeScorer:
         self._gate.clear()
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        return [Encoded([ord(character) for character in first + (second or "")]) for first, second in texts]
+        return [Encoded([ord(character) for part in parts_of(text) for character in part]) for text in texts]
 
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
         self.batches.append([len(encoded.ids) for encoded in batch])

@@ -42,6 +42,14 @@ def stub_reward(prompt: str, response: str) -> float:
     return int.from_bytes(digest[:4]) / 2**31 - 1
 
 
+def stub_reward_of(item: dict[str, Any]) -> float:
+    """Of an item of the wire: another one for every prompt, conversation, response and fields."""
+    prompt, fields = item["prompt"], item.get("fields")
+    if isinstance(prompt, str) and not fields:
+        return stub_reward(prompt, item["response"])
+    return stub_reward(json.dumps([prompt, fields or {}], sort_keys=True), item["response"])
+
+
 @dataclass
 class State:
     script: list[dict[str, Any]] = field(default_factory=list)
@@ -52,6 +60,9 @@ class State:
     largest_request: int = 0
     scored: dict[str, int] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    """What `/v1/model` says beside or in place of the usual."""
+    last_request: dict[str, Any] = field(default_factory=dict)
     in_flight: int = 0
     max_in_flight: int = 0
 
@@ -91,7 +102,7 @@ def asked_by(headers: dict[str, str]) -> dict[str, str]:
 
 
 async def reward(state: State, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
-    if all(item["prompt"] in PROBES for item in request["items"]):
+    if all(str(item["prompt"]) in PROBES for item in request["items"]):
         state.probes += 1
         act = next((act for act in state.script if act.get("probes")), {"do": "score"})
         await act_out(State(revision=state.revision), act, request, writer)
@@ -107,14 +118,16 @@ async def reward(state: State, request: dict[str, Any], writer: asyncio.StreamWr
 
 def model_info(state: State) -> dict[str, Any]:
     limits = {"max_items": 64, "max_text_chars": 100_000, "max_body_bytes": 10_000_000, "max_tokens": 512}
-    return {"id": MODEL, "revision": state.revision, "labels": LABELS, "default_label": "POSITIVE", "limits": limits}
+    usual = {"id": MODEL, "revision": state.revision, "labels": LABELS, "default_label": "POSITIVE", "limits": limits}
+    return usual | state.info
 
 
 async def act_out(state: State, act: dict[str, Any], request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
     items = [(item["prompt"], item["response"]) for item in request["items"]]
+    state.last_request = {name: value for name, value in request.items() if name != "request_id"}
     state.largest_request = max(state.largest_request, len(items))
     answer: dict[str, Any] = {
-        "rewards": [stub_reward(prompt, response) for prompt, response in items],
+        "rewards": [stub_reward_of(item) for item in request["items"]],
         "model": MODEL,
         "revision": state.revision,
         "label": request.get("label") or "POSITIVE",

@@ -117,6 +117,60 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+CHAT_TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+        "{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "llama3": (
+        "{% for message in messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+        "{% endif %}{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
+        "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+        "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+}
+"""As published with Qwen 2, Llama 3 and Gemma. The last two begin texts themselves; Gemma's takes no system message."""
+_TURNS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<start_of_turn>", "<end_of_turn>"],
+}
+
+
+CHATML = CHAT_TEMPLATES["chatml"]
+
+
+def chat_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` for conversations: a template, and its two tokens beyond the 300."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": _TURNS["chatml"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_chat_tokenizer(style: str) -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with a chat template of this style; but for ChatML's, it puts a token in front of texts."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": _TURNS[style], "bos_token": "<bos>"})
+    if style != "chatml":
+        begin = tokenizer.convert_tokens_to_ids("<bos>")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", begin)]
+        )
+    tokenizer.chat_template = CHAT_TEMPLATES[style]
+    return tokenizer
+
+
 def tiny_llama2_tokenizer() -> PreTrainedTokenizerFast:
     """As Llama-2's: spaces become a mark, one is put in front and decoding takes it away; bytes; a token in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -154,7 +208,9 @@ def tiny_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
 def tiny_qwen2(seed: int = 0, **settings: Any) -> Qwen2ForCausalLM:
     """As Llama, with biases and a tied head."""
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**_SHAPE, num_key_value_heads=1, tie_word_embeddings=True, **settings)).eval()
+    return Qwen2ForCausalLM(
+        Qwen2Config(**_SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True} | settings)
+    ).eval()
 
 
 def tiny_gpt_neox(seed: int = 0, **settings: Any) -> GPTNeoXForCausalLM:

@@ -83,6 +83,35 @@ def test_in_every_protocol_that_client_and_service_both_speak_the_rewards_are_th
         assert client.score(PROMPTS, RESPONSES) == expected
 
 
+def test_conversations_get_the_logits_of_their_judges_own_chat_template(tmp_path: Path) -> None:
+    directory = tiny_classifier_dir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = (
+        "[CLS]{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.role }} . {{ m.content }} [SEP]{% endfor %}"
+    )
+    tokenizer.save_pretrained(directory)
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    chats = [[{"role": "system", "content": "be kind"}, {"role": "user", "content": f"film {i} ?"}] for i in range(20)]
+    responses = [f"number {i} was good" for i in range(20)]
+    asked = [[*chat, {"role": "assistant", "content": said}] for chat, said in zip(chats, responses, strict=True)]
+    with torch.no_grad():
+        ids = [tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"] for messages in asked]
+        expected = [model(torch.tensor([each])).logits[0, 1].item() for each in ids]
+    service = RewardService(directory, "--join", "chat", "--cache-items", "100", api_key=KEY)
+    try:
+        with RewardClient(settings(service, chunk_size=7)) as client:
+            assert client.connect().join == "chat"
+            for _ in range(2):  # the second time, the cache answers
+                assert client.score(chats, responses, {"unasked": [1] * 20}) == pytest.approx(expected, abs=1e-4)
+            by_text = client.score(["film 0 ?"], responses[:1])
+            assert by_text == client.score([[{"role": "user", "content": "film 0 ?"}]], responses[:1])
+            with pytest.raises(RewardRejected, match=r"items\[1\]: the chat template refuses .* no tools here"):
+                client.score([chats[0], [{"role": "tool", "content": "42"}]], responses[:2])
+    finally:
+        service.kill()
+
+
 def test_chunks_keep_to_the_services_limit(service: RewardService) -> None:
     with RewardClient(settings(service, chunk_size=1000)) as client:
         assert client.connect().limits.max_items == 16

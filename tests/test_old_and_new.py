@@ -18,6 +18,8 @@ from harness.tiny_models import tiny_classifier_dir
 from plaudit import wire
 
 ROOT = Path(__file__).parents[1]
+NEWEST = "class ChatMessage"
+"""What the wire's file has since its newest version."""
 CLIENT = """
 import json, sys
 from plaudit.rewards import RewardClient
@@ -37,15 +39,18 @@ def git(*arguments: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of the code from before the newest change of the wire."""
+    """A checkout of the code from before the newest version of the wire."""
     if not (ROOT / ".git").exists() or git("rev-parse", "--is-shallow-repository") == b"true\n":
         pytest.skip("a checkout without its history does not have the older code")
-    changed = git("log", "-1", "--format=%H", "--", "services/plaudit/wire/rewards.py").decode().strip()
+    commits = git("log", "-S", NEWEST, "--format=%H", "--", "services/plaudit/wire/rewards.py").decode().split()
+    if not commits:
+        pytest.skip("the history here begins after the change")
+    changed = commits[-1]
     tree = tmp_path_factory.mktemp("older")
     with tarfile.open(fileobj=io.BytesIO(git("archive", f"{changed}^", "services", "trainer"))) as archive:
         archive.extractall(tree, filter="data")
-    assert "REQUEST_ID_HEADER" not in (tree / "services/plaudit/wire/rewards.py").read_text()
-    assert wire.REQUEST_ID_HEADER
+    assert NEWEST not in (tree / "services/plaudit/wire/rewards.py").read_text()
+    assert wire.WIRE_VERSION == 2
     return tree
 
 

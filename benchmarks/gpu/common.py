@@ -334,7 +334,9 @@ def random_queries(count: int, vocabulary: int, *, at_least: int = 2, at_most: i
 class Lengths:
     """Rewards that need no model and no wait: the number of characters."""
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Any]":
+    def submit_components(
+        self, prompts: Sequence[Any], responses: Sequence[str], fields: Mapping[str, Sequence[Any]] | None = None
+    ) -> "Future[Any]":
         from plaudit.rewards import Scores
 
         rewards = lengths(prompts, responses)

@@ -41,7 +41,7 @@ class Step:
     """PPO's step with its phases apart."""
 
     def __init__(self, setting: Setting, number_format: str) -> None:
-        from plaudit.data.sources import PromptSchedule, load_prompts
+        from plaudit.data.prompts import PromptSchedule, load_prompts
         from plaudit.learner.rollout import sampler
         from plaudit.learner.stepper import PPOStepper
         from plaudit.policy.model import load_policy, load_tokenizer

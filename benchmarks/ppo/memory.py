@@ -15,17 +15,18 @@ import gc
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from benchmarks.ppo.step import models_of
-from plaudit.data.sources import load_prompts
+from plaudit.data.prompts import load_prompts
 from plaudit.learner.memory import Peak, measuring_peak
 from plaudit.learner.rollout import CollectedRollout, collect_rollout
 from plaudit.learner.stepper import PPOStepper
@@ -75,7 +76,9 @@ class Measured:
 class Lengths:
     """Rewards that need no model: the number of characters."""
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
+    def submit_components(
+        self, prompts: Sequence[Any], responses: Sequence[str], fields: Mapping[str, Sequence[Any]] | None = None
+    ) -> "Future[Scores]":
         rewards = [float(len(response)) for response in responses]
         future: Future[Scores] = Future()
         future.set_result(Scores(rewards, {"reward": rewards}))

@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.stub_reward_server import StubRewardServer
-from plaudit.data.sources import Prompts, load_prompts
+from plaudit.data.prompts import Prompts, load_prompts
 from plaudit.learner.rollout import Rewarder, collect_rollout
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws
@@ -53,9 +53,11 @@ class Waiting:
         self.waited_s = 0.0
         self._rewarder = rewarder
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
+    def submit_components(
+        self, prompts: Sequence[Any], responses: Sequence[str], fields: Mapping[str, Sequence[Any]] | None = None
+    ) -> "Future[Scores]":
         began = time.perf_counter()
-        future = self._rewarder.submit_components(prompts, responses)
+        future = self._rewarder.submit_components(prompts, responses, fields)
         future.exception()
         self.waited_s += time.perf_counter() - began
         return future
@@ -70,7 +72,9 @@ class InProcess:
         self._index = self._model.config.label2id[label]
 
     @torch.no_grad()
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
+    def submit_components(
+        self, prompts: Sequence[Any], responses: Sequence[str], fields: Mapping[str, Sequence[Any]] | None = None
+    ) -> "Future[Scores]":
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         batch = self._tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
         rewards = self._model(**batch).logits[:, self._index].tolist()

@@ -35,7 +35,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from plaudit.data.sources import Prompts, load_prompts
+from plaudit.data.prompts import Prompts, load_prompts
 from plaudit.learner.memory import keep_freed_memory, measuring_peak
 from plaudit.learner.rollout import collect_rollout, sampler
 from plaudit.learner.stepper import PPOStepper

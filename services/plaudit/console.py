@@ -1,21 +1,21 @@
-"""The console scripts. A program whose extra is not installed says so in one line. Standard library only."""
+"""The console scripts. If a program's extra is not installed, they say so in one line. Standard library only."""
 
 import importlib
 import sys
 
 
 def trainer() -> None:
-    """`plaudit`."""
+    """Run `plaudit`."""
     _start("plaudit", "plaudit.cli", extra="trainer")
 
 
 def reward_service() -> None:
-    """`plaudit-reward`."""
+    """Run `plaudit-reward`."""
     _start("plaudit-reward", "plaudit.reward_service.__main__", extra="reward")
 
 
 def ranking_service() -> None:
-    """`plaudit-rank`."""
+    """Run `plaudit-rank`."""
     _start("plaudit-rank", "plaudit.ranking_service.__main__", extra="rank")
 
 

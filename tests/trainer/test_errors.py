@@ -16,6 +16,7 @@ CODES = {
     "NotFinite": 1,
     "NonFiniteUpdate": 1,
     "NotAsSaved": 1,
+    "AtChance": 65,
     "ProcessLost": 1,
     "NotWritten": 74,
     "StopRequested": 1,  # each has that of its signal

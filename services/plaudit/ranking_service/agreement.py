@@ -1,7 +1,9 @@
-"""How far people agree, beside chance, and whose word is worth how much. Pure functions of rankings.
+"""Inter-annotator agreement, corrected for chance, and the reliability of each annotator. Pure functions of rankings.
 
-A ranking of n answers is n ranks from 1 (best); equal ranks are ties. All statistics are over tasks that two people or
-more have ranked. Wrong here would be a figure that looks like agreement and is what tied or random answers give.
+A ranking of n answers is n ranks from 1 (best); equal ranks are ties. All statistics are over tasks that at least two
+people have ranked.
+
+Failure modes: a statistic that is high although the answers are random or mostly tied.
 """
 
 import math
@@ -14,18 +16,18 @@ from statistics import median
 from plaudit.wire.rankings import AgreementReport, AnnotatorReport, Estimate
 
 Rankings = Mapping[str, Sequence[int]]
-"""What each annotator said about one task: annotator to ranks, in the same order of answers for all."""
+"""The rankings of one task: annotator to ranks, in the same order of answers for all."""
 RESAMPLES = 1000
 INTERVAL = 0.95
 PRIOR_COMPARISONS = 4.0
-"""Beta prior of a reliability, as if so many comparisons had been seen to be right and as many wrong."""
+"""Beta prior of a reliability: this many correct and as many wrong comparisons are assumed beforehand."""
 SCORE_PRECISION = 0.1
 """Precision (1 / variance) of the normal prior of an answer's score in Crowd-BT."""
 
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Pairs of answers that two people judged: how many, on how many they agree, how many chance would give."""
+    """Pairs of answers that two people compared: all, those they agree on, and those expected by chance."""
 
     compared: int
     agreed: int
@@ -62,7 +64,7 @@ def chance_agreement(tie_rate_a: float, tie_rate_b: float) -> float:
 
 
 def pair_counts(task: Rankings, tie_rates: Mapping[str, float]) -> PairCounts:
-    """Agreement of every two people about every two answers of one task."""
+    """Agreement of every two people on every two answers of one task."""
     compared = agreed = 0
     by_chance = 0.0
     people = sorted(task)
@@ -76,7 +78,7 @@ def pair_counts(task: Rankings, tie_rates: Mapping[str, float]) -> PairCounts:
 
 
 def agreeing_pairs(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
-    """On how many pairs of answers two rankings say the same (better, tied or worse), and how many pairs there are."""
+    """The number of pairs of answers on which two rankings agree (better, tied or worse), and of all pairs."""
     agreed = pairs = 0
     for i in range(len(one)):
         for j in range(i + 1, len(one)):
@@ -91,7 +93,7 @@ def tau_b(one: Sequence[int], other: Sequence[int]) -> float | None:
         (C - D) / sqrt((n0 - n1)(n0 - n2))
 
     C and D count concordant and discordant pairs, n0 = n(n - 1)/2 all pairs, n1 and n2 the pairs that the one and the
-    other ranking ties. None where a ranking ties everything: nothing can be said about its order.
+    other ranking ties. None if a ranking ties everything: it has no order.
     """
     difference = untied_one = untied_other = 0
     for i in range(len(one)):
@@ -106,7 +108,7 @@ def tau_b(one: Sequence[int], other: Sequence[int]) -> float | None:
 
 
 def task_tau_b(task: Rankings) -> tuple[float, int, int]:
-    """Of one task: the sum of tau-b over every two people, how many it is defined for, and how many it isn't."""
+    """The sum of tau-b over every two people of one task, for how many it is defined, and for how many not."""
     total, defined, undefined = 0.0, 0, 0
     people = sorted(task)
     for p, one in enumerate(people):
@@ -121,7 +123,7 @@ def task_tau_b(task: Rankings) -> tuple[float, int, int]:
 
 
 Coincidences = Mapping[tuple[int, int], float]
-"""How often two people gave the ranks c and k to one answer; symmetric."""
+"""The number of times that two people gave the ranks c and k to one answer; symmetric."""
 
 
 def coincidences(task: Rankings) -> Coincidences:
@@ -169,7 +171,7 @@ def ordinal_alpha(counted: Coincidences) -> float | None:
 
 
 def add_up(parts: Iterable[Coincidences]) -> Coincidences:
-    """Coincidences of several tasks together."""
+    """The sum of the coincidences of several tasks."""
     total: dict[tuple[int, int], float] = defaultdict(float)
     for part in parts:
         for cell, count in part.items():
@@ -180,9 +182,9 @@ def add_up(parts: Iterable[Coincidences]) -> Coincidences:
 def bootstrap(
     n: int, statistic: Callable[[Sequence[int]], float | None], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """A statistic of n prompts with its percentile interval: prompts are drawn anew, with replacement (Efron 1979).
+    """A statistic of n prompts with its percentile interval, by bootstrap over prompts (Efron 1979).
 
-    `statistic` takes the indices of prompts. Draws for which it isn't defined are left out.
+    `statistic` takes the indices of prompts. Resamples for which it isn't defined are left out.
     """
     value = statistic(range(n))
     if value is None:
@@ -194,7 +196,7 @@ def bootstrap(
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """The quantile of sorted numbers, linear between two of them."""
+    """The quantile of sorted numbers, by linear interpolation."""
     place = share * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -208,7 +210,7 @@ def bradley_terry(
 
         sum_ij wins[i, j] log sigmoid(s_i - s_j) - precision / 2 sum_i s_i ^ 2
 
-    found by Newton's method from `start`. The prior makes it unique and finite, also where an item always wins.
+    found by Newton's method from `start`. The prior makes it unique, and finite even if an item always wins.
     """
     scores = list(start) or [0.0] * n
     for _ in range(100):
@@ -224,7 +226,7 @@ def bradley_terry(
             hessian[i][j] -= curvature
             hessian[j][i] -= curvature
         step = _solve(hessian, gradient)
-        # Far from the maximum a whole step may go too far.
+        # Far from the maximum, a full Newton step may overshoot.
         largest = max(abs(part) for part in step)
         shorten = min(1.0, 2.0 / largest) if largest else 1.0
         scores = [s + shorten * part for s, part in zip(scores, step, strict=True)]
@@ -239,11 +241,11 @@ def reliabilities(tasks: Sequence[Rankings], *, tolerance: float = 1e-5, rounds:
 
         P(annotator k says i > j) = eta_k sigmoid(s_i - s_j) + (1 - eta_k) sigmoid(s_j - s_i)
 
-    eta_k = 1 is somebody who always follows the order, 1/2 somebody who answers at random, 0 somebody who inverts it.
-    A tie counts as half a win each way. The maximum a posteriori is found by expectation maximisation: for each
-    comparison the probability that it was meant as it was said, then scores and reliabilities given these. Priors:
-    Beta(`PRIOR_COMPARISONS` + 1 twice) for eta, normal with precision `SCORE_PRECISION` for scores.
-    Scores are of one task each, so that only tasks with two people or more say anything.
+    eta_k is 1 for an annotator who always follows the order, 1/2 for one who answers at random, 0 for one who inverts
+    it. A tie counts as half a win each way. The maximum a posteriori is found by expectation maximisation: first the
+    probability that each comparison follows the order, then scores and reliabilities given these. Priors:
+    Beta(`PRIOR_COMPARISONS` + 1, `PRIOR_COMPARISONS` + 1) for eta, normal with precision `SCORE_PRECISION` for scores.
+    Each task has its own scores, so only tasks with at least two people are informative.
     """
     shared = [task for task in tasks if len(task) > 1]
     comparisons = [_comparisons(task) for task in shared]
@@ -272,13 +274,13 @@ def reliabilities(tasks: Sequence[Rankings], *, tolerance: float = 1e-5, rounds:
 
 
 def weight_of(reliability: float) -> float:
-    """What a person's word is worth: 0 for somebody who answers at random, 1 for somebody who is always right."""
+    """The weight of an annotator: 0 for one who answers at random, 1 for one who is always right."""
     return max(0.0, 2 * reliability - 1)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What one person did in a batch, beside the rankings themselves."""
+    """One person's counts and times in a batch."""
 
     rankings: int
     skipped: int
@@ -293,7 +295,7 @@ def report(
     *,
     resamples: int = RESAMPLES,
 ) -> AgreementReport:
-    """Everything above for one batch. `tasks` maps a task to what people said; tasks with one ranking count as done."""
+    """All statistics of one batch. `tasks` maps a task to its rankings, also tasks that a single person ranked."""
     shared = [tasks[task] for task in sorted(tasks) if len(tasks[task]) > 1]
     by_person: dict[str, list[Sequence[int]]] = defaultdict(list)
     for task in tasks.values():
@@ -377,7 +379,7 @@ def _annotator_report(
 
 
 def _comparisons(task: Rankings) -> list[tuple[str, int, int, float]]:
-    """(annotator, winner, loser, weight) for every pair of answers; a tie is two of them with half the weight."""
+    """(annotator, winner, loser, weight) for every pair of answers; a tie is two comparisons of half the weight."""
     listed = []
     for annotator in sorted(task):
         ranks = task[annotator]
@@ -392,7 +394,7 @@ def _comparisons(task: Rankings) -> list[tuple[str, int, int, float]]:
 
 
 def _meant(eta: float, difference: float) -> float:
-    """The probability that a comparison was meant as it was said."""
+    """The probability that a comparison follows the true order rather than inverting it."""
     p = _sigmoid(difference)
     return eta * p / (eta * p + (1 - eta) * (1 - p))
 
@@ -402,7 +404,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _solve(matrix: list[list[float]], right: Sequence[float]) -> list[float]:
-    """Solve a symmetric positive definite system by elimination."""
+    """Solve a symmetric positive definite system by Gaussian elimination."""
     n = len(right)
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     for i in range(n):

@@ -1,7 +1,7 @@
-"""Other projects' files: pairs for TRL, for HH, for summarize-from-feedback, and the plain {"prompt", "answers"}.
+"""File formats of other projects: TRL, HH, summarize-from-feedback, and plain {"prompt", "answers"}.
 
-All of them hold pairs of a better and a worse answer. None of them has ties, skips or flags; whoever writes them says
-how many ties were dropped.
+All of them hold pairs of a better and a worse answer, without ties, skips or flags. The export reports how many ties it
+dropped.
 """
 
 import itertools
@@ -18,18 +18,18 @@ PairFormat = Literal["trl", "hh", "summarize"]
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 UNKNOWN = "imported"
-"""The annotator of rows that don't say who ranked them."""
+"""The annotator of rows that name none."""
 AT = "1970-01-01T00:00:00.000Z"
-"""The time of rows that don't say when they were ranked: always the same, so that importing twice is harmless."""
+"""The time of rows that have none: a constant, so that importing a file twice changes nothing."""
 
 
 @dataclass
 class Dropped:
-    """What a format could not hold."""
+    """What an export left out."""
 
     ties: int = 0
     rows: int = 0
-    """Skips, flags and what was taken back."""
+    """Skips, flags and withdrawn rankings."""
 
 
 def pairs_of(rows: Iterable[RankingRow], form: PairFormat, dropped: Dropped) -> Iterator[dict[str, Any]]:
@@ -55,7 +55,7 @@ def rows_of(objects: Iterable[Any], form: PairFormat | Literal["ranked"], batch:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"row {number}: {reason}; expected {EXPECTED[form]}") from None
-        # The same pair may be judged more than once; each judgement is somebody's.
+        # A pair may be judged more than once; each judgement is taken as another person's.
         times = seen.get(row.id, 0)
         seen[row.id] = times + 1
         rows.append(row if not times else _another_person(row, times))
@@ -79,7 +79,7 @@ def turns_of_hh(text: str) -> list[Turn]:
 
 
 def hh_of_turns(prompt: str | Sequence[Turn], answer: str) -> str:
-    """An HH transcript that ends with the answer. A prompt that is one text is what the human says."""
+    """An HH transcript that ends with the answer. A prompt that is one text becomes the human's turn."""
     turns = [Turn(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     return _transcript([*turns, Turn(role="assistant", content=answer)])
 

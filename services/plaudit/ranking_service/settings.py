@@ -1,4 +1,4 @@
-"""What the commands may be told. Every field is a flag of its command and a `RANK_*` environment variable."""
+"""Settings. Every field is a flag of its command and a `RANK_*` environment variable."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,41 +24,41 @@ class _Command(BaseSettings):
     )
 
     database: str = "rankings.db"
-    """A file for SQLite, or a URL: postgresql://user@host/name. A password is better in RANK_DATABASE."""
+    """A file for SQLite, or a URL: postgresql://user@host/name. Put a URL with a password in RANK_DATABASE."""
 
 
 class Serve(_Command):
-    # The first line is as far in as the others, so that --help shows all of them at its margin.
+    # The first line is indented like the others, so that --help shows all of them at its margin.
     """
-    Serve the page where people rank answers, and the administration's routes.
+    Serve the page where people rank answers, and the administrators' routes.
 
-    Every flag is also a variable: --public-url is RANK_PUBLIC_URL. SIGTERM answers what was accepted and ends. Without
-    RANK_API_KEY or --api-key-file the administration's routes are closed, but for administrators who sign in by link.
+    Every flag is also a variable: --public-url is RANK_PUBLIC_URL. SIGTERM answers the accepted requests and ends.
+    Without RANK_API_KEY or --api-key-file, only administrators who sign in by link can use the administrators' routes.
     See docs/ranking.md.
     """
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    """Address to listen on; 0.0.0.0 listens on every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8100
     """0 picks a free port; --ready-file says which."""
     public_url: str | None = None
-    """What invitations begin with: the address that people reach the service by, https://rank.example."""
+    """The public address of the service, with which invitation links begin: https://rank.example."""
     api_key_file: Path | None = None
-    """File with the accepted bearer keys, one a line. RANK_API_KEY in the environment holds a single one."""
+    """File with the accepted bearer keys, one on each line. RANK_API_KEY in the environment holds a single key."""
     secure_cookies: bool = True
-    """Browsers send the session over https alone, and to localhost. Turn it off for http in a network you trust."""
+    """Browsers send the session cookie over https only, or to localhost. Turn it off for http in a trusted network."""
     session_hours: Annotated[float, Field(gt=0, le=24 * 90)] = 24.0
-    """How long somebody who has opened their link stays signed in."""
+    """How long a person stays signed in after opening the link."""
     requests_per_minute: Annotated[int, Field(ge=0)] = 600
-    """Requests that one person may send in a minute; more get 429. 0 sets no limit."""
+    """Requests that one person may send in a minute; further ones get 429. 0 means no limit."""
     requests_per_minute_address: Annotated[int, Field(ge=0)] = 3000
-    """The same for one address; many people may share it."""
+    """The same for one address, which many people may share."""
     max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 1024 * 1024
-    """Bytes that an upload of answers may hold. What people send may hold 256 KiB."""
+    """Bytes that an upload of answers may hold. Forms are limited to 256 KiB."""
     trusted_proxies: str = ""
-    """Addresses or networks, comma separated, whose X-Forwarded-For and X-Forwarded-Proto are believed."""
+    """Addresses or networks, comma separated, whose X-Forwarded-For and X-Forwarded-Proto are trusted."""
     ready_file: Path | None = None
-    """Where to write {"url", "pid"} as JSON once the service answers."""
+    """File to write {"url", "pid"} to, as JSON, once the service is ready."""
     grace_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds that SIGTERM leaves for requests under way."""
 
@@ -71,13 +71,13 @@ class InviteCommand(_Command):
     names: CliPositionalArg[list[str]] = []
     """Their names, which stay in the database."""
     number: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Invite so many people without a name."""
+    """Invite this many people without a name."""
     role: wire.Role = "annotator"
-    """An admin also sees progress, agreement and who does how much, and closes batches."""
+    """An admin also sees progress, agreement and each person's counts, and closes batches."""
     again: str | None = None
     """A new link for this pseudonym; the old link and its sessions end."""
     public_url: str = "http://127.0.0.1:8100"
-    """What the links begin with."""
+    """The public address of the service, with which the links begin."""
 
 
 class Export(_Command):
@@ -88,13 +88,13 @@ class Export(_Command):
     to: CliPositionalArg[Path]
     """The file to write; - is standard output."""
     format: FileFormat = "plaudit"
-    """plaudit loses nothing; trl, hh and summarize hold pairs of a better and a worse answer."""
+    """plaudit keeps everything; trl, hh and summarize hold pairs of a better and a worse answer."""
     batch: str | None = None
-    """This batch alone."""
+    """Only this batch."""
     late: bool = False
-    """Also what came after a batch was closed."""
+    """Include rankings that came after a batch was closed."""
     history: bool = False
-    """Also versions that were replaced later."""
+    """Include versions that were replaced later."""
 
 
 class Import(_Command):
@@ -128,7 +128,7 @@ class Backup(_Command):
 
 
 class Secrets(BaseSettings):
-    """What must not be seen in a process list, and so has no flag."""
+    """Secrets: they have no flag, because a process list shows flags."""
 
     model_config = SettingsConfigDict(env_prefix="RANK_", extra="ignore", frozen=True)
 

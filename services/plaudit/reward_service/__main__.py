@@ -1,4 +1,4 @@
-"""`plaudit-reward`: load a model, serve it, drain on SIGTERM. What can't work is one line on stderr and exit code 2."""
+"""`plaudit-reward`: load a model, serve it, drain on SIGTERM. An unusable setting is one line on stderr, exit 2."""
 
 import os
 import signal
@@ -19,9 +19,9 @@ PROGRAM = "plaudit-reward"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C; 0 after a clean drain, 2 when the settings can't work."""
-    # Until there is something to drain, SIGTERM just ends the process; as process 1 of a container it would be ignored.
+    # Until there is something to drain, SIGTERM ends the process. Without a handler, process 1 would ignore it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    # Before and after there is a model to read again, it asks for nothing.
+    # While there is no model to reload, SIGHUP is ignored.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else list(arguments))
@@ -50,7 +50,7 @@ def parse_settings(arguments: list[str]) -> Settings:
             value.encode()
         except UnicodeEncodeError:
             encoding = sys.getfilesystemencoding()
-            raise StartError(f"{flag} {value} is no text in this locale ({encoding}); set PYTHONUTF8=1") from None
+            raise StartError(f"{flag} {value} can't be encoded in this locale ({encoding}); set PYTHONUTF8=1") from None
     return settings
 
 
@@ -66,7 +66,7 @@ def api_keys(settings: Settings) -> list[str]:
 
 
 def all_keys(settings: Settings) -> Keys:
-    """The same and the administrators', with files that are read again when they change. Raises `StartError`."""
+    """The callers' and the administrators' keys; key files are read again when they change. Raises `StartError`."""
     secrets = Secrets()
     try:
         return Keys(
@@ -83,7 +83,7 @@ def all_keys(settings: Settings) -> Keys:
 def _key_in_environment(name: str, secret: SecretStr | None) -> list[str]:
     if secret is None:
         return []
-    key = secret.get_secret_value().strip()  # a line end comes along where the variable is made from a file
+    key = secret.get_secret_value().strip()  # a variable made from a file may end with a line end
     if not key:
         raise StartError(f"{name} is empty; set a key or unset it")
     require_usable(key, name)
@@ -91,7 +91,7 @@ def _key_in_environment(name: str, secret: SecretStr | None) -> list[str]:
 
 
 def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
-    """Load the model, start the engine, answer on `listener` until told to stop, and end the process."""
+    """Load the model, serve on `listener` until a signal, and end the process. Raises `StartError`."""
     from plaudit.reward_service.engine.model_files import ModelError
     from plaudit.reward_service.engine.model_source import ModelOrigins
 
@@ -101,7 +101,7 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
     except ModelError as error:
         raise StartError(str(error)) from None
 
-    # Only now: --help, a wrong flag or a missing directory shouldn't wait for torch.
+    # Imported here, so that --help, a wrong flag or a missing directory don't wait for torch.
     from plaudit.reward_service.app_factory import app_from_settings
     from plaudit.reward_service.engine.scorer import TransformersScorer
     from plaudit.reward_service.http import garbage_collection
@@ -123,8 +123,8 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
                 write_ready_file(settings.ready_file, url)
             except OSError as error:
                 print(
-                    f"{PROGRAM}: --ready-file {settings.ready_file} can't be written ({error.strerror}): make room, or "
-                    "name another place",
+                    f"{PROGRAM}: --ready-file {settings.ready_file} can't be written ({error.strerror}): free "
+                    "space, or name another file",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -148,7 +148,7 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
         signal.signal(number, lambda *_: os._exit(0))
     if app.state.traces is not None:
         finish(app.state.traces)
-    # Not by way of the interpreter's own end: unloading torch takes a second or more, which the grace time may lack.
+    # Skips the interpreter's own shutdown: unloading torch takes a second or more, beyond the grace time.
     os._exit(0)
 
 

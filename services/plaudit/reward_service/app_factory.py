@@ -1,4 +1,4 @@
-"""From settings to an application whose engine runs: the same for a process and for a replica on a cluster."""
+"""The app factory: an application with a running engine, from settings. Used by the program and by cluster replicas."""
 
 import os
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from plaudit.reward_service.keys import Keys
 from plaudit.reward_service.settings import Settings
 
 PRIMITIVES = "128"
-"""oneDNN keeps a compiled primitive for each shape it meets, unless told less up to 1024 of them, and each takes some
-hundred kilobytes. Where every batch has a shape of its own, memory would grow for long and nothing be faster."""
+"""Bound on oneDNN's cache of compiled primitives, one for each shape of a batch and some hundred kilobytes each. With
+the default of 1024, memory grows for a long time and nothing gets faster."""
 
 
 def app_from_settings(
     settings: Settings, keys: Sequence[str] | Keys, *, reloads: bool = True, origins: ModelOrigins | None = None
 ) -> FastAPI:
-    """Load the model, start the engine, and put the application over it. Raises `ModelError` and `TracingError`.
+    """Load the model, start the engine, and create the application. Raises `ModelError` and `TracingError`.
 
-    `app.state.service.engine` is the engine, to be closed at the end. Without `reloads`, `POST /v1/model:reload` is
-    refused: for replicas of which a request reaches only one. `origins` says where the model is, if that is decided.
+    Close `app.state.service.engine` at the end. Without `reloads`, `POST /v1/model:reload` is refused: a request would
+    reload only one of several replicas. `origins` are the model's files, if they are already resolved.
     """
     traces = provider_from_environment(os.environ)
-    # Read when the first primitive is made, so before the model is.
+    # oneDNN reads it when it makes the first primitive, so it is set before the model is loaded.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    # On a GPU it would make a plan for each new shape, inside somebody's request.
+    # On a GPU, cuDNN's attention would plan each new shape inside a request.
     torch.backends.cuda.enable_cudnn_sdp(False)
     origins = origins or ModelOrigins(settings.model, settings.revision)
     scorer = load_scorer(settings, origins)

@@ -1,7 +1,7 @@
-"""The keys that callers present, and the administrators' own. A key that is taken out of its file is refused at once.
+"""API keys of callers and administrators. A key that is removed from its file is refused within a second.
 
-What would be wrong here: a comment that is a key, a key that is never right for a line end behind it, or a file that
-can't be read for a moment and locks everybody out or lets everybody in.
+Failure modes: a comment line that works as a key; a key that never matches because of its line end; a file that can't
+be read for a moment and locks out every caller, or admits everyone.
 """
 
 import hashlib
@@ -13,33 +13,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REFRESH_S = 1.0
-"""How long a key that has been taken out of its file may still be right."""
+"""How long a key may stay valid after it is removed from its file."""
 
 Log = Callable[..., None]
 
 
 class KeyFileError(Exception):
-    """The file gives no keys. The message says why, and what to do."""
+    """The key file can't be used. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever presents a right key."""
+    """The owner of a valid key."""
 
     name: str
-    """A short digest of the key: the same for each of its requests, and no use to anybody else."""
+    """A short digest of the key: the same in all requests, and useless as a key."""
     may_administer: bool
 
 
 def read_keys(path: Path, flag: str) -> list[str]:
-    """The keys in the file, one a line; empty lines and lines that begin with # are none. Raises `KeyFileError`."""
+    """The keys in the file, one on each line. Empty lines and lines that begin with # are skipped.
+
+    Raises `KeyFileError`; `flag` names the setting in its message.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(f"{flag} {path} can't be read: {error}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:
-        raise KeyFileError(f"{flag} {path} holds no key; write one a line")
+        raise KeyFileError(f"{flag} {path} holds no key; write one on each line")
     for key in keys:
         require_usable(key, f"{flag} {path}")
     return keys
@@ -49,14 +52,14 @@ def require_usable(key: str, where: str) -> None:
     """Raise `KeyFileError` for a key that no request can present."""
     if not (key.isascii() and key.isprintable()):
         raise KeyFileError(
-            f"{where} holds a key with a control character or a letter outside ASCII, and no header carries those; "
+            f"{where} holds a key with a control character or a character outside ASCII, which no header can carry; "
             "make another"
         )
 
 
 @dataclass
 class _Keys:
-    """Keys from a variable, which stay, and from a file, which is read again."""
+    """Keys from an environment variable, which are fixed, and from a file, which is read again when it changes."""
 
     fixed: Sequence[str]
     file: Path | None
@@ -65,7 +68,7 @@ class _Keys:
     seen: tuple[int, int, int] | None = None
 
     def read_if_changed(self) -> bool:
-        """Read the file if it has changed; whether it had. Raises `KeyFileError` and leaves the keys as they were."""
+        """Read the file if it has changed, and say whether it had. On `KeyFileError` the keys stay as they were."""
         if self.file is None:
             changed = not self.digests and bool(self.fixed)
             self.digests = [_digest(key.encode()) for key in self.fixed]
@@ -83,7 +86,7 @@ class _Keys:
 
 
 class Keys:
-    """Who may ask, and who may reload. Without any key, everybody may do both."""
+    """Authentication: who may send requests, and who may reload the model. Without any key, everyone may do both."""
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class Keys:
         admin_file: Path | None = None,
         log: Log = lambda event, **details: None,
     ) -> None:
-        """Raises `KeyFileError` when a file can't be used. Later it only logs, and the keys stay as they were."""
+        """Raises `KeyFileError` if a file can't be used. Later failures are logged, and the keys stay as they were."""
         self._callers = _Keys(keys, file, "--api-key-file")
         self._admins = _Keys(admin_keys, admin_file, "--admin-key-file")
         self._log = log
@@ -113,12 +116,12 @@ class Keys:
         self.required = bool(self._callers.digests or self._admins.digests)
 
     def authenticate(self, header: bytes) -> Caller | None:
-        """Whose key an `Authorization` header holds; None if it is nobody's."""
+        """The owner of the key in an `Authorization` header; None if the key is not valid."""
         if time.monotonic() > self._looked_at + REFRESH_S:
             self.refresh()
         scheme, _, key = header.partition(b" ")
         presented = _digest(key.strip())
-        # Every key is compared, so that the time taken says nothing about which one came close.
+        # Every key is compared, in constant time, so that the time doesn't tell which one nearly matched.
         as_caller = [hmac.compare_digest(presented, known) for known in self._callers.digests]
         as_admin = [hmac.compare_digest(presented, known) for known in self._admins.digests]
         if scheme.lower() != b"bearer" or not (any(as_caller) or any(as_admin)):
@@ -126,7 +129,7 @@ class Keys:
         return Caller(presented[:8].hex(), any(as_admin))
 
     def refresh(self) -> None:
-        """Read the files if they have changed. What can't be used is logged once, and changes nothing."""
+        """Read the files if they have changed. A file that can't be used is logged once, and changes nothing."""
         self._looked_at = time.monotonic()
         for kind in (self._callers, self._admins):
             try:

@@ -18,6 +18,8 @@ STATUS = {
     "too-many-items": 422,
     "text-too-long": 422,
     "no-tokens": 422,
+    "strings-only": 422,
+    "template-refused": 422,
     "unknown-label": 422,
     "label-required": 422,
     "queue-full": 429,

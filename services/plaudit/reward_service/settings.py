@@ -1,4 +1,4 @@
-"""What the service may be told. Every field is a flag of `plaudit-reward` and a `REWARD_*` environment variable."""
+"""Settings. Every field is a flag of `plaudit-reward` and a `REWARD_*` environment variable."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,12 +12,12 @@ DType = Literal["fp32", "bf16", "fp16", "int8"]
 
 
 class Settings(BaseSettings):
-    # The first line is as far in as the others, so that --help shows all of them at its margin.
+    # The first line is indented like the others, so that --help shows all of them at its margin.
     """
     Serve a sequence classifier's logits as rewards over HTTP.
 
-    Every flag is also a variable: --max-tokens is REWARD_MAX_TOKENS. SIGHUP reads the model again, SIGTERM answers what
-    was accepted and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/reward-service.md.
+    Every flag is also a variable: --max-tokens is REWARD_MAX_TOKENS. SIGHUP reloads the model; SIGTERM answers the
+    accepted requests and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/reward-service.md.
     """
 
     model_config = SettingsConfigDict(
@@ -34,13 +34,15 @@ class Settings(BaseSettings):
     )
 
     model: str
-    """Sequence-classification directory or hub id. Which of the two it is, is decided once, at the start."""
+    """Sequence-classification directory or hub id. Which of the two it is gets decided once, at start."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; a reload fetches the same one, or fails."""
     label: str | None = None
     """The label whose logit is the reward when a request names none."""
     join: wire.Join = "concat"
-    """How prompt and response meet: one string, or the tokenizer's own pair encoding."""
+    """How prompt and response are joined: one string, the tokenizer's own pair encoding, or its chat template."""
+    chat_template: Path | None = None
+    """File with the chat template (jinja) of --join chat; the tokenizer's own unless given."""
     truncation_side: Literal["left", "right"] = "right"
     """Which end of a text that is too long is cut off."""
     max_tokens: Annotated[int, Field(gt=0)] | None = None
@@ -48,17 +50,17 @@ class Settings(BaseSettings):
     dtype: DType = "fp32"
     """Number format of weights and arithmetic; docs/reward-service.md has the drift. int8 is dynamic, and for CPUs."""
     devices: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)] = ("cpu",)
-    """torch devices, comma separated, a replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share their weights."""
+    """torch devices, comma separated, one replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share weights."""
     deterministic: bool = False
-    """Score each text in a forward pass of its own: bit-equal whatever the company, at the price of batching."""
+    """Score each text in its own forward pass: bit-identical in any batch, but without the speed of batching."""
     compile: bool = False
-    """Compile the model of padded batches (torch.compile): a minute before it is ready, somewhat faster after."""
+    """Compile the model of padded batches (torch.compile): about a minute more to start, somewhat faster after."""
     threads: Annotated[int, Field(gt=0)] | None = None
-    """CPU threads of the forward pass; torch's own choice unless given."""
+    """CPU threads of the forward pass; torch's default unless given."""
     batch_tokens: Annotated[int, Field(gt=0)] = 1024
-    """Tokens in one batch, padding included. More helps a GPU; a CPU gains nothing above about 512."""
+    """Tokens in one batch, padding included. A GPU gains from more; a CPU gains nothing above about 512."""
     max_queue_tokens: Annotated[int, Field(gt=0)] = 65_536
-    """Tokens that may wait before requests are refused with 429. No more than callers care to wait for."""
+    """Tokens that may wait before requests get 429: a bound on how long callers wait."""
     max_items: Annotated[int, Field(gt=0, le=wire.MAX_ITEMS_PER_REQUEST)] = wire.MAX_ITEMS_PER_REQUEST
     """Items one request may hold."""
     max_text_chars: Annotated[int, Field(gt=0, le=wire.MAX_TEXT_CHARS)] = wire.MAX_TEXT_CHARS
@@ -66,22 +68,22 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, Field(gt=0)] = 16 * 1024 * 1024
     """Bytes one request body may hold."""
     max_held_bytes: Annotated[int, Field(gt=0)] = 128 * 1024 * 1024
-    """Bytes that the bodies of all requests may hold together, until they are answered; more is refused with 503."""
+    """Memory budget in bytes for the bodies of all unanswered requests; beyond it requests get 503."""
     max_connections: Annotated[int, Field(gt=0)] = 1024
-    """Connections that may be open; fewer if the system allows fewer files. Health answers beyond it too."""
+    """Connections that may be open; fewer if the limit on open files is lower. Health probes are answered beyond it."""
     cache_items: Annotated[int, Field(ge=0)] = 0
-    """Scores kept for texts that come again; 0 keeps none."""
+    """Scores to cache for repeated texts; 0 turns the cache off."""
     api_key_file: Path | None = None
-    """File with the accepted bearer keys, one a line, read again when it changes. REWARD_API_KEY in the environment
-    holds a single one."""
+    """File with the accepted bearer keys, one on each line, read again when it changes. REWARD_API_KEY in the
+    environment holds a single key."""
     admin_key_file: Path | None = None
-    """File with the keys that may also reload the model. REWARD_ADMIN_KEY in the environment holds a single one."""
+    """File with the keys that may also reload the model. REWARD_ADMIN_KEY in the environment holds a single key."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    """Address to listen on; 0.0.0.0 listens on every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 picks a free port; --ready-file says which."""
     ready_file: Path | None = None
-    """Where to write {"url", "pid"} as JSON once the service answers."""
+    """File to write {"url", "pid"} to, as JSON, once the service is ready."""
     grace_s: Annotated[float, Field(gt=0)] = 30.0
     """Seconds that SIGTERM leaves for accepted requests."""
 
@@ -100,6 +102,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _a_template_is_for_chats(self) -> "Settings":
+        if self.chat_template is not None and self.join != "chat":
+            raise ValueError(f"--chat-template goes with --join chat, and --join is {self.join}")
+        return self
+
+    @model_validator(mode="after")
     def _int8_is_for_cpus(self) -> "Settings":
         if self.dtype == "int8" and any(not device.startswith("cpu") for device in self.devices):
             raise ValueError(f"--dtype int8 runs on CPUs only, and --devices is {','.join(self.devices)}")
@@ -108,12 +116,12 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _int8_is_not_compiled(self) -> "Settings":
         if self.compile and self.dtype == "int8":
-            raise ValueError("--compile goes with floats, and --dtype is int8")
+            raise ValueError("--compile needs a floating-point --dtype, and it is int8")
         return self
 
 
 class Secrets(BaseSettings):
-    """What must not be seen in a process list, and so has no flag."""
+    """Secrets: they have no flag, because a process list shows flags."""
 
     model_config = SettingsConfigDict(env_prefix="REWARD_", extra="ignore", frozen=True)
 

@@ -1,6 +1,6 @@
-"""How a service starts: its port, its address, its log lines, the file that says it is ready. Standard library only.
+"""What a service needs to start: a bound port, its URL, log events, the ready file. Standard library only.
 
-What would be wrong here: a port in use that shows only after a model was loaded, or a ready file that is half written.
+Failure modes: a port in use that is noticed only after the model is loaded; a ready file that is half written.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ from plaudit import atomic
 
 
 class StartError(Exception):
-    """The program can't start or do as asked. The message is one line and says what to do."""
+    """The program can't start, or can't run the command. The message is one line and says what to do."""
 
 
 @contextlib.contextmanager
 def bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """Bound at once, so that a port in use shows before anything is loaded; it listens only when all is ready.
+    """A socket that is bound now, so that a port in use is noticed early, and listens when the server starts.
 
     Raises `StartError`.
     """
@@ -27,7 +27,7 @@ def bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise StartError(f"--host {host} is no address of this machine: {error.strerror}") from None
+        raise StartError(f"--host {host} is not an address of this machine: {error.strerror}") from None
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,18 +38,18 @@ def bound_socket(host: str, port: int) -> Generator[socket.socket, None, None]:
 
 
 def url_of(host: str, port: int) -> str:
-    """The URL that the service can be asked at from this machine."""
+    """The URL of the service as seen from this machine."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{reachable}:{port}"
 
 
 def log_event(event: str, **details: object) -> None:
-    """One JSON line on stdout."""
-    # Whoever read the log may be gone; that is no reason to end otherwise.
+    """Write one JSON line to stdout."""
+    # A reader of the log that has exited must not end the service.
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps({"event": event, **details}), flush=True)
 
 
 def write_ready_file(path: Path, url: str) -> None:
-    """{"url", "pid"}, whole or not at all. Raises `OSError`."""
+    """Write {"url", "pid"} as JSON, atomically. Raises `OSError`."""
     atomic.write_file(path, json.dumps({"url": url, "pid": os.getpid()}))

@@ -1,7 +1,8 @@
 """Ranked answers: messages of the ranking service and rows of its files. Pydantic and the standard library only.
 
-A person ranks several answers to one prompt. Equal ranks are ties; a rank is a place from 1 (best), without gaps. Wrong
-here would be a message that loses who said what: a tie turned into an order, or a skip that disappears.
+A person ranks several answers to one prompt. Ranks count from 1 (best) without gaps; equal ranks are ties.
+
+Failure modes: a message that turns a tie into an order, drops a skip, or loses the annotator.
 """
 
 import hashlib
@@ -17,20 +18,20 @@ INVITATION_PATH = "/i"
 ASSIGNMENT_PATH = "/a"
 
 MAX_ANSWERS = 9
-"""Answers that one task may hold: the keys 1 to 9 rank them."""
+"""Bound on the answers of one task: the keys 1 to 9 rank them."""
 MAX_TEXT_CHARS = 200_000
-"""Characters of one answer, of one turn, or of a prompt that is one text."""
+"""Bound on the characters of one answer, of one turn, or of a prompt that is one text."""
 MAX_TURNS = 200
 MAX_ROWS_PER_UPLOAD = 10_000
 MAX_NOTE_CHARS = 4_000
 MAX_INSTRUCTIONS_CHARS = 20_000
 MAX_NUMBER = 2**31 - 1
-"""The largest whole number that every database holds in a plain column."""
+"""The largest whole number that fits an integer column of every database."""
 MAX_PAGE = 5_000
-"""Rows that one page of rankings may hold."""
+"""Bound on the rows of one page of rankings."""
 
 BatchId: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""Names a batch, also in URLs: letters, digits, dot, underscore, hyphen."""
+"""The name of a batch, safe in URLs: letters, digits, dot, underscore, hyphen."""
 Id: TypeAlias = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\x21-\x7e]+$")]
 """Any identifier without spaces, such as a content hash."""
 Text: TypeAlias = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
@@ -44,8 +45,9 @@ Role: TypeAlias = Literal["annotator", "admin"]
 Flag: TypeAlias = Literal["harmful", "private", "broken", "language", "other"]
 """Why a person sets a task aside: harmful, names a private person, broken text, a language they can't read, other."""
 Status: TypeAlias = Literal["counted", "surplus", "late", "skipped", "flagged", "withdrawn"]
-"""What became of a submission. A `counted` ranking fills one of the task's places; a `surplus` one came when all were
-filled, a `late` one after the batch was closed. `skipped` and `flagged` rank nothing; `withdrawn` takes a word back."""
+"""The outcome of a submission. A `counted` ranking is one of those that the task needs; a `surplus` one came when the
+task had enough, a `late` one after the batch was closed. `skipped` and `flagged` rank nothing; `withdrawn` undoes an
+earlier submission."""
 
 
 class _Message(BaseModel):
@@ -64,7 +66,7 @@ Prompt: TypeAlias = Text | Annotated[list[Turn], Field(min_length=1, max_length=
 
 
 class Answer(_Message):
-    """One answer to a prompt, and where it came from. Annotators see the text alone."""
+    """One answer to a prompt, and its origin. Annotators see only the text."""
 
     id: Id
     text: Text
@@ -76,8 +78,8 @@ class Answer(_Message):
 class AnswersRow(_Message):
     """One line of an answers file: a prompt and its answers, still to be ranked.
 
-    `group` is the hash of the text that the prompt comes from, so that no held-out text is trained on. `id` is a
-    content hash (`task_id`), so that uploading a row twice is harmless.
+    `group` is a hash of the text that the prompt comes from: it keeps held-out texts out of training. `id` is a content
+    hash (`task_id`), so that uploading a row twice changes nothing.
     """
 
     id: Id
@@ -94,12 +96,12 @@ class AnswersRow(_Message):
 
 
 class RankingRow(_Message):
-    """One line of a rankings file: what one person said about one task, complete in itself.
+    """One line of a rankings file: one person's judgement of one task, with the task itself.
 
     `ranks[i]` is the rank of `answers[i]`; `ranks` is empty unless `status` is counted, surplus or late.
     `shown_order` lists indices of `answers` from the first shown to the last; an answer with the same text as an
-    earlier one is not shown and has that one's rank. `annotator` is a pseudonym. `version` counts what the person said
-    about this task; the highest is in force.
+    earlier one is not shown and has that one's rank. `annotator` is a pseudonym. `version` counts the person's
+    submissions for this task; the highest one is valid.
     """
 
     id: Id
@@ -127,7 +129,7 @@ class RankingRow(_Message):
         _refuse_repeated([answer.id for answer in self.answers])
         if self.status in ("skipped", "flagged", "withdrawn"):
             if self.ranks:
-                raise ValueError(f"status {self.status!r} goes with empty ranks; got {self.ranks}")
+                raise ValueError(f"status {self.status!r} needs empty ranks; got {self.ranks}")
         elif not self.ranks:
             raise ValueError(f"status {self.status!r} needs {len(self.answers)} ranks, one for each answer; got none")
         if self.ranks:
@@ -143,9 +145,10 @@ class RankingRow(_Message):
 
 
 class BatchUpload(_Message):
-    """`POST /v1/batches`: a new batch, or more rows for one that is there. All rows are taken, or none.
+    """`POST /v1/batches`: a new batch, or more rows for an existing one. All rows are stored, or none.
 
-    `overlap` people rank a task of the `overlap_share` of tasks that agreement is measured on; one ranks each other.
+    Agreement is measured on a share `overlap_share` of the tasks: `overlap` people rank each of these. One person ranks
+    each of the other tasks.
     """
 
     id: BatchId
@@ -154,28 +157,28 @@ class BatchUpload(_Message):
     overlap: Annotated[int, Field(ge=1, le=100)] = 3
     overlap_share: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.2
     instructions: Annotated[str, Field(max_length=MAX_INSTRUCTIONS_CHARS)] = ""
-    """What the annotators are asked to look for, shown above every task of the batch."""
+    """Instructions for the annotators, shown above every task of the batch."""
     rows: Annotated[list[AnswersRow], Field(max_length=MAX_ROWS_PER_UPLOAD)]
 
 
 class BatchUploaded(_Message):
-    """What an upload did."""
+    """The result of an upload."""
 
     id: BatchId
     added: int
     """Tasks that are new."""
     known: int
-    """Tasks that were there already, unchanged."""
+    """Tasks that existed already, unchanged."""
     merged_answers: int
-    """Answers of the new tasks with the same text as another one of theirs: shown once, ranked the same."""
+    """Answers of the new tasks with the same text as another answer of the task: shown once, with one rank."""
     identical: int
-    """New tasks whose answers are all the same text: nobody is asked."""
+    """New tasks whose answers all have the same text: nobody ranks them."""
     tasks: int
     """Tasks of the batch after the upload."""
 
 
 class BatchProgress(_Message):
-    """`GET /v1/batches/{id}`: how far a batch is. `complete` says that nobody has anything left to do in it."""
+    """`GET /v1/batches/{id}`: the progress of a batch. `complete` means that no task of it is open."""
 
     id: BatchId
     round: int
@@ -192,7 +195,7 @@ class BatchProgress(_Message):
     """Tasks set aside because three people skipped or flagged them."""
     identical: int
     wanted: int
-    """Rankings that the open and the done tasks need together."""
+    """Rankings that the open and the done tasks need in total."""
     counted: int
     surplus: int
     late: int
@@ -205,21 +208,21 @@ class BatchProgress(_Message):
 
 
 class RankingsPage(_Message):
-    """`GET /v1/batches/{id}/rankings?after=seq&limit=n`: what was said after the cursor, oldest first.
+    """`GET /v1/batches/{id}/rankings?after=seq&limit=n`: submissions after the cursor, oldest first.
 
-    Of each person and task the newest version alone is listed. A version that replaces one which you have read appears
-    behind your cursor: keep the highest version for each pair of task and annotator. `late` rows are left out unless
+    Only the newest version for each person and task is listed. A version that replaces one which you have read appears
+    after your cursor, so keep the highest version for each pair of task and annotator. `late` rows are listed only with
     `late=true`.
     """
 
     rows: list[RankingRow]
     after: int
-    """The cursor to go on from."""
+    """The cursor for the next page."""
     more: bool
 
 
 class Estimate(_Message):
-    """A statistic with its 95 % interval by bootstrap over prompts; null where it is not defined."""
+    """A statistic with its 95 % bootstrap interval over prompts; null if it is not defined."""
 
     value: float | None
     low: float | None
@@ -227,7 +230,7 @@ class Estimate(_Message):
 
 
 class AnnotatorReport(_Message):
-    """What one person did. `reliability` is from Crowd-BT: 1 never contradicts the order, 0.5 answers at random."""
+    """One person's statistics. `reliability` is from Crowd-BT: 1 always follows the order, 0.5 answers at random."""
 
     annotator: str
     rankings: int
@@ -236,10 +239,10 @@ class AnnotatorReport(_Message):
     overlapping_tasks: int
     tie_rate: float | None
     pair_agreement: float | None
-    """With everybody else, over the pairs of answers that both judged."""
+    """With all other people, over the pairs of answers that both ranked."""
     reliability: float | None
     weight: float | None
-    """max(0, 2 x reliability - 1): what the person's word is worth beside a person who is always right."""
+    """max(0, 2 x reliability - 1): the weight relative to a person who is always right."""
     median_seconds: float | None
 
 
@@ -249,31 +252,31 @@ class AgreementReport(_Message):
     batch: str
     rankings: int
     overlapping_tasks: int
-    """Tasks ranked by two people or more; everything below comes from them."""
+    """Tasks ranked by at least two people; the statistics below are computed from them."""
     pairs_compared: int
     tie_rate: float | None
     pair_agreement: Estimate
     chance: float | None
-    """The pair agreement of people who tie as often as these and otherwise answer at random."""
+    """The expected pair agreement of people who tie as often as these, and otherwise answer at random."""
     kappa: Estimate
     """(pair agreement - chance) / (1 - chance)."""
     tau_b: Estimate
     tau_b_undefined: int
-    """Pairs of rankings left out of tau-b because one of them ties everything."""
+    """Pairs of rankings without tau-b, because one of them ties everything."""
     alpha: Estimate
     """Krippendorff's, ordinal."""
     annotators: list[AnnotatorReport]
 
 
 class Invite(_Message):
-    """`POST /v1/annotators`: one more person. The name stays in the database; exports carry a pseudonym."""
+    """`POST /v1/annotators`: invite a person. The name stays in the database; exports carry a pseudonym."""
 
     name: Annotated[str, Field(max_length=200)] = ""
     role: Role = "annotator"
 
 
 class Invited(_Message):
-    """The answer to an invitation. The token is shown this once; the database holds a hash of it."""
+    """The answer to `Invite`. The token is shown only here; the database holds a hash of it."""
 
     annotator: str
     role: Role
@@ -282,7 +285,7 @@ class Invited(_Message):
 
 
 class AnnotatorInfo(_Message):
-    """`GET /v1/annotators`: one of the people, as an administrator sees them."""
+    """`GET /v1/annotators`: one person, as administrators see them."""
 
     annotator: str
     name: str
@@ -292,18 +295,17 @@ class AnnotatorInfo(_Message):
 
 
 class ShownAnswer(_Message):
-    """An answer as an annotator gets it: nothing says which policy wrote it."""
+    """An answer as annotators see it, without its policy."""
 
     id: Id
     text: Text
 
 
 class TaskView(_Message):
-    """`GET /` with `Accept: application/json`: the task that this person is to rank next.
+    """`GET /` with `Accept: application/json`: the next task for this person.
 
-    Programs send the invitation's token as `Authorization: Bearer TOKEN`; no cookie and no CSRF token is needed then.
-    `key` and `version` go back with the submission: `key` makes sending twice harmless, `version` is what the person
-    saw, so that two edits of one ranking are noticed.
+    Programs send the invitation's token as `Authorization: Bearer TOKEN`, and need neither cookie nor CSRF token. `key`
+    and `version` are sent back with the submission: `key` makes it idempotent, and `version` reveals a concurrent edit.
     """
 
     assignment: str
@@ -311,22 +313,22 @@ class TaskView(_Message):
     batch: BatchId
     prompt: Prompt
     answers: list[ShownAnswer]
-    """In the order of this person's page."""
+    """In the order in which this person sees them."""
     ranks: dict[Id, Rank]
-    """What is ranked so far: a draft, or the ranking that is edited."""
+    """The ranks so far: of a draft, or of the ranking that is edited."""
     note: Note
     key: Id
     version: int
-    """Versions there are of this person's word on this task; 0 before the first."""
+    """The number of this person's submissions for this task."""
     lease_until: str
 
 
 class NoTask(_Message):
-    """`GET /` with `Accept: application/json` when there is nothing to rank for this person now."""
+    """`GET /` with `Accept: application/json` if there is no task for this person now."""
 
     assignment: None = None
     waiting: bool
-    """Whether others still hold tasks that may come free."""
+    """Whether other people hold tasks that they may still give up."""
 
 
 class RankingSubmit(_Message):
@@ -337,18 +339,18 @@ class RankingSubmit(_Message):
     ranks: dict[Id, int]
     note: Note = ""
     seconds: Annotated[FiniteFloat, Field(ge=0)] | None = None
-    """Time spent on the page as the client measured it; without it, the time since the task was handed out."""
+    """Time on the page, as measured by the client; without it, the time since the task was assigned."""
 
 
 class SkipSubmit(_Message):
-    """`POST /a/{assignment}/skip`, and `/undo`, which takes back the newest version."""
+    """`POST /a/{assignment}/skip`, and `/undo`, which withdraws the newest version."""
 
     key: Id
     version: Version
 
 
 class FlagSubmit(_Message):
-    """`POST /a/{assignment}/flag`: the task goes to somebody else, and the reason is kept."""
+    """`POST /a/{assignment}/flag`: the task goes to another person, and the reason is stored."""
 
     key: Id
     version: Version
@@ -357,7 +359,7 @@ class FlagSubmit(_Message):
 
 
 class DraftSave(_Message):
-    """`PUT /a/{assignment}/draft`: what is ranked so far. Renews the lease."""
+    """`PUT /a/{assignment}/draft`: the ranks so far. Renews the lease."""
 
     version: Version
     ranks: dict[Id, Rank]
@@ -371,7 +373,7 @@ class DraftSaved(_Message):
 
 
 class Accepted(_Message):
-    """The answer to a submission. `replayed` says that it had been recorded before and was not recorded again."""
+    """The answer to a submission. `replayed` means that it was already recorded, and not recorded again."""
 
     assignment: str
     version: int

@@ -82,7 +82,7 @@ def test_answers_can_be_imported_and_are_asked_about(tmp_path: Path, capsys: pyt
     assert run("import", path, "--overlap", "2") == 0
     assert "0 tasks added, 4 were there" in capsys.readouterr().err
     assert run("import", path, "--overlap", "5") == 65
-    assert "is there with overlap=2, and the upload says 5" in capsys.readouterr().err
+    assert "exists with overlap=2, and the upload has 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_a_file_with_a_wrong_row_is_refused_whole(
     [
         (["dance"], "there is no command 'dance'"),
         (["serve", "--port", "99999"], "--port 99999"),
-        (["serve", "--host", "999.0.0.1"], "is no address of this machine"),
+        (["serve", "--host", "999.0.0.1"], "is not an address of this machine"),
         (["serve", "--api-key-file", "none"], "--api-key-file none can't be read"),
-        (["serve", "--database", "mysql://x/y"], "sqlite and postgresql are known"),
+        (["serve", "--database", "mysql://x/y"], "only sqlite and postgresql are supported"),
         (["import", "none.jsonl"], "none.jsonl can't be read"),
         (["export", "x", "--batch", "none"], "--batch none: there is no such batch"),
         (["backup", "copy.db"], "there is no such file to copy"),

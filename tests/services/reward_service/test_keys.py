@@ -95,7 +95,7 @@ def test_a_key_file_that_is_not_there_is_an_error(tmp_path: Path, log: list[Any]
     with pytest.raises(KeyFileError, match=r"--api-key-file .* can't be read"):
         keys_of(tmp_path / "none", log)
     write(tmp_path / "keys", "# nothing\n")
-    with pytest.raises(KeyFileError, match="holds no key; write one a line"):
+    with pytest.raises(KeyFileError, match="holds no key; write one on each line"):
         keys_of(tmp_path / "keys", log)
 
 
@@ -132,4 +132,4 @@ def test_the_ready_file_on_a_full_disk_is_one_clear_line(classifier_dir: Path, t
     )
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
-    assert "can't be written (No such file or directory): make room, or name another place" in line
+    assert "can't be written (No such file or directory): free space, or name another file" in line

@@ -89,10 +89,10 @@ def test_it_serves_tells_where_reloads_on_sighup_and_ends_cleanly(tmp_path: Path
         (["--model", "{model}", "--devices", "cuda:0"], "--devices cuda:0 can't be used"),
         (["--model", "{model}", "--devices", "gpu"], "--devices gpu can't be used"),
         (["--model", "{model}", "--max-tokens", "2"], "--max-tokens 2 leaves no room for text beside the 2 tokens"),
-        (["--model", "wei\udcc3\udc9f"], "is no text in this locale"),
+        (["--model", "wei\udcc3\udc9f"], "can't be encoded in this locale"),
         (["--model", "{model}", "--port", "{busy}"], "choose another --port"),
         (["--model", "{model}", "--api-key-file", "/nowhere"], "--api-key-file /nowhere can't be read"),
-        (["--model", "{model}", "--host", "no.such.host.invalid"], "no address of this machine"),
+        (["--model", "{model}", "--host", "no.such.host.invalid"], "not an address of this machine"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(

@@ -1,11 +1,11 @@
 """Data: one split for every stage, prompts as the recipe has them, and errors that say what to do."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from plaudit.data import prompts as data_prompts
 from plaudit.data import sources as data
 from plaudit.data.tables import DataError
 from plaudit.settings.data import DataSettings, PromptSettings
@@ -99,7 +99,7 @@ def test_imdb_reviews_come_from_the_package_without_markup() -> None:
 
 def test_prompts_are_the_first_2_to_8_tokens_of_long_texts(tmp_path: Path, texts: list[str], tokenizer: Any) -> None:
     settings = DataSettings(str(write_csv(tmp_path / "reviews.csv", texts)))
-    prompts = data.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
+    prompts = data_prompts.load_prompts(settings, PromptSettings(min_text_chars=200), tokenizer, "train", seed=0)
     long = [text for text in data.load_texts(settings, "train") if len(text) > 200]
     assert len(prompts) == len(long)
     assert {len(ids) for ids in prompts.token_ids} == set(range(2, 9))
@@ -128,17 +128,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     with pytest.raises(DataError, match=message) as error:
         data.load_texts(DataSettings(str(path)), "train")
     assert str(path) in str(error.value)
-
-
-def test_n_ranked_answers_give_all_n_times_n_minus_1_halves_pairs(tmp_path: Path) -> None:
-    path = tmp_path / "ranked.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "answers": ["a", "b", "c"]}) + "\n")
-    pairs = data.preference_pairs(data.load_ranked_answers(path))
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
-
-
-def test_a_ranking_of_one_answer_is_refused_with_its_row(tmp_path: Path) -> None:
-    path = tmp_path / "ranked.jsonl"
-    path.write_text('{"prompt": "p", "answers": ["a", "b"]}\n{"prompt": "q", "answers": ["a"]}\n')
-    with pytest.raises(DataError, match="row 2"):
-        data.load_ranked_answers(path)

@@ -163,25 +163,6 @@ def test_a_file_that_was_edited_is_read_again(tmp_path: Path) -> None:
     assert labelled(path).texts == ["another one"]
 
 
-@pytest.mark.parametrize("answers", [["a", None], ["a", 5], [{"role": "assistant", "content": "a"}, "b"], ["a"]])
-def test_an_answer_that_is_no_text_is_refused_with_its_row(tmp_path: Path, answers: list[Any]) -> None:
-    path = tmp_path / "ranked.jsonl"
-    good = {"prompt": "p", "answers": ["a", "b"]}
-    path.write_text("".join(json.dumps(row) + "\n" for row in (good, {"prompt": "q", "answers": answers})))
-    with pytest.raises(
-        DataError, match=r"row 2: expected a string `prompt` and a list `answers` of at least two strin"
-    ):
-        sources.load_ranked_answers(path)
-
-
-def test_two_equal_answers_are_no_pair() -> None:
-    ranked = [sources.RankedAnswers("p", ["same", "same", "worse"])]
-    assert [(pair["chosen"], pair["rejected"]) for pair in sources.preference_pairs(ranked)] == [
-        ("same", "worse"),
-        ("same", "worse"),
-    ]
-
-
 def test_a_fingerprint_is_that_of_rows_and_their_order() -> None:
     rows = [([1, 2], "a"), ([3], "b")]
     assert fingerprint(rows) == fingerprint([[[1, 2], "a"], [[3], "b"]])

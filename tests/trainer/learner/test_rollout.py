@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
-from plaudit.data.sources import Prompts
+from plaudit.data.prompts import Prompts
 from plaudit.learner.rollout import collect_rollout
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws, decode_responses
@@ -32,7 +32,7 @@ class LengthRewarder:
     def __init__(self) -> None:
         self.asked: list[tuple[list[str], list[str]]] = []
 
-    def submit_components(self, prompts: Any, responses: Any) -> "Future[Scores]":
+    def submit_components(self, prompts: Any, responses: Any, fields: Any = None) -> "Future[Scores]":
         self.asked.append((list(prompts), list(responses)))
         lengths = [float(len(response)) for response in responses]
         future: Future[Scores] = Future()
@@ -82,7 +82,7 @@ def test_the_kl_is_zero_before_the_first_update() -> None:
 
 def test_a_reward_that_fails_fails_the_step() -> None:
     class Failing:
-        def submit_components(self, prompts: Any, responses: Any) -> "Future[Scores]":
+        def submit_components(self, prompts: Any, responses: Any, fields: Any = None) -> "Future[Scores]":
             future: Future[Scores] = Future()
             future.set_exception(ConnectionError("gone"))
             return future

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer, tiny_wordpiece_tokenizer
-from plaudit.data.sources import load_prompts
+from plaudit.data.prompts import load_prompts
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import (
     BROKEN,

@@ -26,8 +26,8 @@ def test_prompts_and_completions_are_scored_in_order(stub_reward_server: StubRew
         reward.close()
 
 
-def test_conversations_become_text(stub_reward_server: StubRewardServer) -> None:
-    reward = RemoteReward(settings(stub_reward_server))
+def test_conversations_become_text_by_a_function_of_ones_own(stub_reward_server: StubRewardServer) -> None:
+    reward = RemoteReward(settings(stub_reward_server), render=contents)
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     try:
         scores = asyncio.run(reward(prompts=[prompt], completions=[[{"role": "assistant", "content": "Hello"}]]))

@@ -125,7 +125,7 @@ def test_the_perplexity_is_that_of_the_plain_reference_however_responses_were_sa
     config = dataclasses.replace(config, n_prompts=2)
     loss, tokens = 0.0, 0
     policy, tokenizer = evaluate.load_pair(config)
-    prompts, settings = evaluate.held_out_prompts(config, tokenizer), config.generation
+    prompts, settings = evaluate.held_out_prompts(config, policy, tokenizer), config.generation
     draws = Draws.of(settings, 2, seed=config.seed, step=0)
     samples = generate(policy.language_model, prompts.token_ids, draws, settings, tokenizer)
     reference = tiny_gpt2()

@@ -19,6 +19,7 @@ import torch
 from harness import kills
 from harness.kills import contents
 from harness.tiny_models import tiny_classifier_dir, tiny_gpt2, tiny_tokenizer
+from plaudit.data.examples import Example
 from plaudit.errors import ConfigError
 from plaudit.policy.model import Policy, PolicyWeights, add_lora, load_policy
 from plaudit.policy.reading import reading, settle
@@ -35,7 +36,17 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
-from plaudit.stages import by_people, evaluate, ppo_results, ppo_setup, reward_model, sample, sft, supervised
+from plaudit.stages import (
+    by_people,
+    evaluate,
+    judge_model,
+    ppo_results,
+    ppo_setup,
+    reward_model,
+    sample,
+    sft,
+    supervised,
+)
 from plaudit.wire import rankings as wire
 
 TEXTS = ["this film is great", "this film is bad"]
@@ -55,7 +66,7 @@ def an_sft(tmp_path: Path) -> Scene:
     def save(root: Path, seed: int) -> None:
         config = SFTConfig(output_dir=root, max_length=6, seed=seed)
         with exclusive(root):
-            sft.save(config, tiny_gpt2(seed), tiny_tokenizer(), TEXTS, train_rows=seed)
+            sft.save(config, tiny_gpt2(seed), tiny_tokenizer(), [Example(text) for text in TEXTS], train_rows=seed)
             # Checkpoints go when the model is there.
             supervised.forget_checkpoints(supervised.Run(config, None, None))  # type: ignore[arg-type]
 
@@ -66,10 +77,10 @@ def a_reward_model(tmp_path: Path) -> Scene:
     head: dict[str, Any] = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "problem_type": None}
     made = []
     for seed in (0, 1):
-        model, tokenizer = reward_model._load_classifier(
+        model, tokenizer = judge_model.load_classifier(
             str(tiny_classifier_dir(tmp_path / f"start-{seed}", seed=seed)), **head
         )
-        reward_model.encode(tokenizer, TEXTS, 16)  # a tokenizer's file tells how it was last used
+        judge_model.encode(tokenizer, TEXTS, 16)  # a tokenizer's file tells how it was last used
         made.append((model, tokenizer))
 
     def save(root: Path, seed: int) -> None:
@@ -77,7 +88,13 @@ def a_reward_model(tmp_path: Path) -> Scene:
         judged = {"texts": reward_model.Judgement(2, 0.5 + seed / 4, 0.1)}
         with exclusive(root):
             config = RewardModelConfig(output_dir=root, max_length=16, seed=seed)
-            reward_model.save(config, model, tokenizer, TEXTS, lambda _: judged)
+            judge_model.save_classifier(
+                config,
+                model,
+                tokenizer,
+                lambda model, tokenizer: judge_model.logits(model, tokenizer, TEXTS, 16),
+                lambda _, beside: judge_model.write_report(beside, config, judged),
+            )
 
     return Scene(lambda root: save(root, 0), lambda root: save(root, 1))
 

@@ -184,7 +184,7 @@ def test_a_response_that_ends_is_spared_the_penalty_for_not_ending() -> None:
         samples=samples, logprobs=zeros, values=zeros, ref_logprobs=zeros, scores=torch.tensor([1.0, 1.0])
     )
     settings = PenaltySettings(missing_eos=2.0, per_token=0.5, free_tokens=2)
-    assert ppo.penalised(rollout, settings, ends=[0]).scores.tolist() == [1.0, -1.5]
+    assert ppo.penalised(rollout, settings, ended=[True, False]).scores.tolist() == [1.0, -1.5]
 
 
 def test_of_several_rewards_each_is_in_the_metrics_by_its_name(

@@ -20,7 +20,7 @@ from harness.runs import (
     start_ranks,
 )
 from harness.stub_reward_server import StubRewardServer
-from plaudit.data.sources import PromptSchedule, load_prompts
+from plaudit.data.prompts import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes

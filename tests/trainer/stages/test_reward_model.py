@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.data.sources import Label, LabelledTexts
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.settings.data import DataSettings
+from plaudit.settings.policy import LoraSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
-from plaudit.stages import reward_model
+from plaudit.stages import judge_model, reward_model
 
 SIZES = ModelSizes("distilbert", vocab_size=300, hidden_size=32, layers=1, heads=2, max_positions=64)
 
@@ -48,15 +50,40 @@ def test_a_classifier_learns_names_its_labels_and_says_how_good_it_is(reviews: P
     assert json.loads((tmp_path / "judge" / "reward_model.json").read_text())["held_out"]["whole texts"]["n"] > 10
 
 
+@pytest.mark.parametrize("family", ["distilbert", "bert", "roberta", "gpt2"])
+def test_a_classifier_learns_by_adapters_that_are_folded_into_it(family: str, reviews: Path, tmp_path: Path) -> None:
+    start = tiny_classifier_dir(tmp_path / "start", family=family)
+    before = load_file(start / "model.safetensors")
+    settings = RewardModelConfig(
+        model=str(start),
+        output_dir=tmp_path / "judge",
+        dataset=DataSettings(str(reviews), max_texts=64),
+        optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=4),
+        lora=LoraSettings(r=4),
+        max_length=48,
+        eval_examples=7,
+    )
+    judged = reward_model.run(settings)
+    assert {found.n for found in judged.values() if isinstance(found, reward_model.Judgement)} == {7}
+    assert not list(settings.output_dir.glob("adapter*"))
+    after = load_file(settings.output_dir / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    head = {name for name in after if not name.startswith((f"{family}.", "transformer."))}
+    assert head <= changed
+    assert changed - head  # where the adapters are
+    assert not any("embed" in name or "wte" in name for name in changed)
+
+
 def test_ranked_answers_train_a_model_of_one_score_that_ranks_them(reviews: Path, tmp_path: Path) -> None:
     ranked = tmp_path / "ranked.jsonl"
     answers = [" is wonderful and great.", " is a film.", " is terrible and awful."]
     ranked.write_text("".join(json.dumps({"prompt": f"Film number {i}", "answers": answers}) + "\n" for i in range(80)))
-    judged = reward_model.run(config(tmp_path, reviews, kind="pairwise", ranked=ranked))
+    judged = reward_model.run(config(tmp_path, reviews, kind="pairwise", ranked=str(ranked)))
     assert judged["pairs"].accuracy == 1.0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "judge")
-    scores = reward_model.logits(model, tokenizer, [f"A new film{answer}" for answer in answers], 64)
+    scores = judge_model.logits(model, tokenizer, [f"A new film{answer}" for answer in answers], 64)
     assert scores.shape == (3, 1)
     assert scores[0] > scores[1] > scores[2]
 
@@ -67,7 +94,7 @@ def test_half_of_the_short_passages_keep_their_opening(reviews: Path, tmp_path: 
     text = " ".join(f"w{i}" for i in range(200))
     ids = collate([{"text": text, "label": 1}] * 400)["input_ids"]
     assert ids.shape == (400, 8)
-    opening = reward_model.encode(tokenizer, [text], 8)["input_ids"][0]
+    opening = judge_model.encode(tokenizer, [text], 8)["input_ids"][0]
     kept = (ids == opening).all(1).float().mean().item()
     assert 0.4 < kept < 0.6
 
@@ -77,8 +104,8 @@ def test_logits_come_back_in_the_order_of_the_texts(reviews: Path, tmp_path: Pat
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     texts = ["a much longer text about a film", "short", "one of middle length"]
-    together = reward_model.logits(model, tokenizer, texts, 32, batch_size=2)
-    alone = torch.cat([reward_model.logits(model, tokenizer, [text], 32) for text in texts])
+    together = judge_model.logits(model, tokenizer, texts, 32, batch_size=2)
+    alone = torch.cat([judge_model.logits(model, tokenizer, [text], 32) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -148,7 +175,7 @@ def test_logits_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:
         model.classifier.bias.fill_(torch.nan)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     with pytest.raises(NotFinite, match="neither judged nor saved"):
-        reward_model.logits(model, tokenizer, ["a film"], 32)
+        judge_model.logits(model, tokenizer, ["a film"], 32)
 
 
 def test_a_pairwise_model_needs_ranked_answers() -> None:

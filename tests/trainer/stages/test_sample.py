@@ -125,7 +125,10 @@ def test_answers_that_repeat_another_one_are_counted(config: SampleConfig) -> No
         ({"seed": 6}, "was begun with seed=5, and now it is 6"),
         ({"k": 2}, "was begun with k=3, and now it is 2"),
         ({"n": 5}, "holds 10 prompts and n=5"),
-        ({"generation": GenerationSettings(temperature=0.5)}, "was begun with generation="),
+        (
+            {"generation": GenerationSettings(temperature=0.5)},
+            "was begun with generation.temperature=1.0, and now it is 0.5",
+        ),
     ],
 )
 def test_a_file_of_other_settings_is_left_alone_and_says_which(

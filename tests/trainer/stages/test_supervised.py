@@ -29,7 +29,7 @@ from plaudit.settings.data import DataSettings
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
-from plaudit.stages import reward_model, sft, supervised
+from plaudit.stages import ranked_answers, reward_model, sft, supervised
 
 Stage = tuple[Callable[[Any], Any], Any]
 STEPS = 50
@@ -58,7 +58,7 @@ def stage_of(name: str, reviews: Path, tmp_path: Path, **settings: Any) -> Stage
         answers = [" is wonderful and great.", " is a film.", " is terrible and awful."]
         rows = [{"prompt": f"Film number {i}", "answers": answers} for i in range(80)]
         ranked.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        common |= {"kind": "pairwise", "ranked": ranked}
+        common |= {"kind": "pairwise", "ranked": str(ranked), "allow_chance": True, "scale_on": "none"}
     return reward_model.run, RewardModelConfig(
         **common | {"sizes": sizes, "optimizer": optimizer, "max_length": 48} | settings
     )
@@ -68,7 +68,7 @@ def trainer_of(config: Any) -> Any:
     """The trainer's class that computes the loss."""
     if isinstance(config, SFTConfig):
         return trl.SFTTrainer
-    return trl.RewardTrainer if config.kind == "pairwise" else transformers.Trainer
+    return ranked_answers.RankingTrainer if config.kind == "pairwise" else transformers.Trainer
 
 
 def at_step(step: int, action: Callable[[], None]) -> Any:
@@ -118,7 +118,7 @@ def test_other_texts_are_not_gone_on_with(
         patched.setattr(supervised, "_Watch", at_step(5, functools.partial(signal.raise_signal, signal.SIGINT)))
         with pytest.raises(StopRequested):
             run(config)
-    source = getattr(config, "ranked", None) or reviews
+    source = Path(getattr(config, "ranked", None) or reviews)
     before = source.read_text()
     try:
         source.write_text(before.replace("ilm", "ilm of old"))
@@ -154,7 +154,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_changes_next_to_not
     optimizer = dataclasses.replace(config.optimizer, max_steps=3, muon_learning_rate=None, batch_size=16)
     config = dataclasses.replace(config, optimizer=optimizer)
     run(config)
-    limit = 20 if getattr(config, "kind", "") == "pairwise" else 10
+    limit = 30 if getattr(config, "kind", "") == "pairwise" else 10
     trainer = trainer_of(config)
     forward = trainer.compute_loss
 

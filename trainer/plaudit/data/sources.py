@@ -1,4 +1,4 @@
-"""Texts, labels, prompts and ranked answers, from the hub, a package or a local file.
+"""Texts and labels, from the hub, a package or a local file, and which split each row is in.
 
 What would be wrong here: a text that one stage trains on and another is judged by. The split therefore depends on the
 text alone (a hash of it), so every stage, every source order and every copy of a text agrees about its side.
@@ -6,20 +6,13 @@ text alone (a hash of it), so every stage, every source order and every copy of 
 
 import hashlib
 import json
-import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from plaudit.data.tables import DataError, Table, load_table, read_file
-from plaudit.errors import ConfigError
-from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
-from plaudit.policy.tokenizer import Tokenizer
-from plaudit.settings.data import DataSettings, PromptSettings
+from plaudit.data.tables import DataError, Table, kind_of, load_table, require_characters
+from plaudit.settings.data import DataSettings
 
 Split = Literal["train", "held_out"]
 Label = int | str | bool | float
@@ -36,49 +29,19 @@ class LabelledTexts:
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Openings of texts: `token_ids[i]` is what the policy sees, `texts[i]` what the reward service sees."""
+class Rows:
+    """The rows of one split, in an order that depends on nothing but their keys."""
 
-    token_ids: list[list[int]]
-    texts: list[str]
+    table: Table
+    indices: list[int]
+    """Where they are in the table."""
+    keys: list[str]
+    """The text of each that decides about its split and place."""
 
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def rows(self, start: int, stop: int) -> "Prompts":
-        """Some consecutive prompts."""
-        return Prompts(self.token_ids[start:stop], self.texts[start:stop])
-
-
-class PromptSchedule:
-    """Which prompts each step takes: a new permutation every epoch, from seed and epoch alone."""
-
-    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
-        self.steps_per_epoch = len(prompts) // batch_size
-        if self.steps_per_epoch == 0:
-            raise ConfigError(f"{len(prompts)} prompts are fewer than one batch of ppo.batch_size={batch_size}")
-        self._prompts = prompts
-        self._batch_size = batch_size
-        self._seed = seed
-        self._order: tuple[int, torch.Tensor] | None = None
-
-    def batch(self, step: int) -> Prompts:
-        """The prompts of step `step`, counted from 0."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self._prompts), generator=generator)
-        start = position * self._batch_size
-        chosen = self._order[1][start : start + self._batch_size].tolist()
-        return Prompts([self._prompts.token_ids[i] for i in chosen], [self._prompts.texts[i] for i in chosen])
-
-
-@dataclass(frozen=True)
-class RankedAnswers:
-    """One prompt with its answers from best to worst."""
-
-    prompt: str
-    answers: list[str]
+    def column(self, name: str) -> list[Any]:
+        """Their values in a column."""
+        values = self.table.columns[name]
+        return [values[i] for i in self.indices]
 
 
 def load_texts(settings: DataSettings, split: Split) -> list[str]:
@@ -87,8 +50,7 @@ def load_texts(settings: DataSettings, split: Split) -> list[str]:
     Raises:
         DataError: the source cannot be read, lacks the text column, or has something else than a text in it.
     """
-    texts, _ = _columns(load_table(settings.data), settings)
-    return [texts[i] for i in _chosen(texts, settings, split)]
+    return rows_of_split(settings, split, lambda table: text_rows(table, settings, settings.text_column)).keys
 
 
 def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
@@ -97,67 +59,40 @@ def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
     Raises:
         DataError: the source cannot be read, lacks one of the columns, or has something else in them.
     """
-    table = load_table(settings.data)
-    texts, labels = _columns(table, settings, settings.label_column)
-    chosen = _chosen(texts, settings, split)
-    return LabelledTexts(
-        [texts[i] for i in chosen], [labels[i] for i in chosen], table.class_names.get(settings.label_column)
-    )
+    name = settings.label_column
+    rows = rows_of_split(settings, split, lambda table: _labelled_rows(table, settings))
+    return LabelledTexts(rows.keys, rows.column(name), rows.table.class_names.get(name))
 
 
-def load_prompts(
-    settings: DataSettings,
-    prompts: PromptSettings,
-    tokenizer: Tokenizer,
-    split: Split,
-    *,
-    seed: int,
-    limit: int | None = None,
-) -> Prompts:
-    """The first tokens of every text that is long enough; how many is drawn for each text from `seed`.
+def rows_of_split(settings: DataSettings, split: Split, keys_of: Callable[[Table], dict[int, str]]) -> Rows:
+    """The rows of one split. `keys_of` gives, by their indices, the keys of the rows that can be used.
 
-    In front of them stands what the tokenizer itself puts in front of a text (a begin-of-text token, if it has one).
-    No prompt ends inside a character: it then has a token less, or as many more as the character needs.
+    With a held-out split of the source's own, a row whose key is in both splits is held out.
 
     Raises:
-        DataError: the source cannot be read, or no text is long enough.
+        DataError: the source cannot be read, or has no row for this split.
     """
-    return load_sourced_prompts(settings, prompts, tokenizer, split, seed=seed, limit=limit)[0]
-
-
-def load_sourced_prompts(
-    settings: DataSettings,
-    prompts: PromptSettings,
-    tokenizer: Tokenizer,
-    split: Split,
-    *,
-    seed: int,
-    limit: int | None = None,
-) -> tuple[Prompts, list[str]]:
-    """`load_prompts`, and the text that each prompt is the opening of.
-
-    Raises:
-        DataError: as `load_prompts` does.
-    """
-    texts = [text for text in load_texts(settings, split) if len(text) > prompts.min_text_chars]
-    if not texts:
+    held_out = settings.held_out_split
+    name = held_out if held_out is not None and split == "held_out" else settings.train_split
+    table = load_table(settings.data, name)
+    keys = keys_of(table)
+    if held_out is None:
+        chosen = [i for i, key in keys.items() if is_held_out(key, settings.held_out_fraction) is (split == "held_out")]
+    else:
+        elsewhere = set(keys_of(load_table(settings.data, held_out)).values()) if split == "train" else set()
+        both = [i for i, key in keys.items() if key in elsewhere]
+        say_dropped(settings, both, f"the same text as a row of the split {held_out!r}")
+        chosen = [i for i, key in keys.items() if key not in elsewhere]
+    # By hash, not by position: two files with the same texts in another order give the same order here.
+    chosen.sort(key=lambda i: shuffled_place(keys[i]))
+    if not chosen:
+        whose = f"held_out_fraction={settings.held_out_fraction}" if held_out is None else f"held_out_split={held_out}"
         raise DataError(
-            f"no text in data={settings.data!r} is longer than min_text_chars={prompts.min_text_chars} characters; "
-            "lower prompts.min_text_chars or name another source"
+            f"data={settings.data!r} has {len(keys)} texts and none of them falls into the {split} split ({whose}); "
+            "use more texts or another fraction"
         )
-    texts = texts[:limit]
-    draw = random.Random(seed)
-    # Tokenising the whole of a text for its opening is waste: English has about 4 characters a token.
-    openings = tokenizer([text[: 16 * prompts.max_tokens] for text in texts], add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    lengths = [draw.randint(prompts.min_tokens, prompts.max_tokens) for _ in openings]
-    in_front = tokens_in_front(tokenizer)
-    token_ids = [
-        [*in_front, *ids]
-        for ids in cut_between_characters(tokenizer, openings, texts, lengths, at_least=prompts.min_tokens)
-    ]
-    return Prompts(token_ids, prompt_texts(tokenizer, token_ids)), texts
+    chosen = chosen[: settings.max_texts] if split == "train" else chosen
+    return Rows(table, chosen, [keys[i] for i in chosen])
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
@@ -169,123 +104,73 @@ def fingerprint(rows: Iterable[Any]) -> str:
     return f"{count} rows, sha256 {digest.hexdigest()[:16]}"
 
 
-def load_ranked_answers(path: Path) -> list[RankedAnswers]:
-    """Read JSON lines of `{"prompt": ..., "answers": [best, ..., worst]}`.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not of that shape.
-    """
-    table = read_file(path)
-    absent = [None] * len(table)
-    ranked = []
-    rows = zip(table.columns.get("prompt", absent), table.columns.get("answers", absent), strict=True)
-    for number, (prompt, answers) in enumerate(rows, start=1):
-        answers = answers.tolist() if hasattr(answers, "tolist") else answers  # Parquet's lists
-        if (
-            not isinstance(prompt, str)
-            or not isinstance(answers, list)
-            or len(answers) < 2
-            or not all(isinstance(answer, str) for answer in answers)
-        ):
-            raise DataError(
-                f"{path}, row {number}: expected a string `prompt` and a list `answers` of at least two strings, best "
-                f"first; got prompt={prompt!r:.60}, answers={answers!r:.60}"
-            )
-        for text in (prompt, *answers):
-            _require_characters(text, f"{path}, row {number}")
-        ranked.append(RankedAnswers(prompt, answers))
-    return ranked
-
-
-def preference_pairs(ranked: Sequence[RankedAnswers]) -> list[dict[str, str]]:
-    """All pairs of a better and a worse answer, as TRL's RewardTrainer takes them: n answers give n (n - 1) / 2.
-
-    Two equal answers are no pair: neither is better.
-    """
-    return [
-        {"prompt": row.prompt, "chosen": better, "rejected": worse}
-        for row in ranked
-        for i, better in enumerate(row.answers)
-        for worse in row.answers[i + 1 :]
-        if worse != better
-    ]
-
-
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a text belongs to the held-out split: a hash of it, read as a number in [0, 1), is below `fraction`."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _chosen(texts: Sequence[str], settings: DataSettings, split: Split) -> list[int]:
-    wanted = split == "held_out"
-    chosen = [i for i, text in enumerate(texts) if is_held_out(text, settings.held_out_fraction) is wanted]
-    # By hash, not by position: two files with the same texts in another order give the same order here.
-    chosen.sort(key=lambda i: hashlib.sha256(b"order" + texts[i].encode("utf-8", "surrogatepass")).digest())
-    if not chosen:
-        raise DataError(
-            f"data={settings.data!r} has {len(texts)} texts and none of them falls into the {split} split "
-            f"(held_out_fraction={settings.held_out_fraction}); use more texts or another fraction"
-        )
-    return chosen[: settings.max_texts] if split == "train" else chosen
+def shuffled_place(text: str) -> bytes:
+    """What a split is sorted by: a hash of the text."""
+    return hashlib.sha256(b"order" + text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _columns(table: Table, settings: DataSettings, *others: str) -> tuple[list[str], list[Any]]:
-    """The texts, and the values of the other column if there is one. Rows without either are left out, and said."""
-    for name in (settings.text_column, *others):
-        if name not in table.columns:
-            joined = any(mark in only for only in table.columns if len(table.columns) == 1 for mark in ";\t|")
-            raise DataError(
-                f"data={settings.data!r} has no column {name!r}; it has: {', '.join(table.columns) or 'none at all'}. "
-                + (
-                    "Its values must be separated by commas"
-                    if joined
-                    else "Name it with --text-column or --label-column"
-                )
-            )
-    texts = table.columns[settings.text_column]
+def text_rows(table: Table, settings: DataSettings, name: str, flag: str = "--text-column") -> dict[int, str]:
+    """The texts of a column by their rows' indices. Rows without a text are left out, and said.
+
+    Raises:
+        DataError: there is no such column (`flag` names one), or something else than a text in it.
+    """
+    require_column(table, settings, name, flag)
+    texts = table.columns[name]
     for number, text in enumerate(texts, start=1):
-        where = f"data={settings.data!r}, row {number}, column {settings.text_column!r}"
+        where = f"data={settings.data!r}, row {number}, column {name!r}"
         if not isinstance(text, str):
             raise DataError(
-                f"{where}: {text!r:.60} is {_kind(text)} and no text; write it as a string, or remove the row"
+                f"{where}: {text!r:.60} is {kind_of(text)} and no text; write it as a string, or remove the row"
             )
-        _require_characters(text, where)
-    beside = table.columns[others[0]] if others else texts
-    empty = [i for i, text in enumerate(texts) if not text.strip()]
-    gone = set(empty)
-    _say_dropped(settings, empty, "no text in the row")
-    if others:
-        for number, value in enumerate(beside, start=1):
-            if value is not None and not isinstance(value, str | int | float):
-                raise DataError(
-                    f"data={settings.data!r}, row {number}, column {others[0]!r}: {value!r:.60} is {_kind(value)} and "
-                    "no label; give one word or number for each text"
-                )
-        unlabelled = [i for i, value in enumerate(beside) if i not in gone and (value is None or value == "")]
-        gone |= set(unlabelled)
-        _say_dropped(settings, unlabelled, f"nothing in column {others[0]!r}")
-    kept = [i for i in range(len(texts)) if i not in gone]
-    return [texts[i] for i in kept], [beside[i] for i in kept]
+        require_characters(text, where)
+    say_dropped(settings, [i for i, text in enumerate(texts) if not text.strip()], "no text in the row")
+    return {i: text for i, text in enumerate(texts) if text.strip()}
 
 
-def _kind(value: Any) -> str:
-    return "a missing value" if value is None else f"of type {type(value).__name__}"
+def _labelled_rows(table: Table, settings: DataSettings) -> dict[int, str]:
+    """`text_rows`, less the rows without a label."""
+    name = settings.label_column
+    require_column(table, settings, settings.text_column, "--text-column")
+    require_column(table, settings, name, "--label-column")
+    texts, labels = text_rows(table, settings, settings.text_column), table.columns[name]
+    for number, value in enumerate(labels, start=1):
+        if value is not None and not isinstance(value, str | int | float):
+            raise DataError(
+                f"data={settings.data!r}, row {number}, column {name!r}: {value!r:.60} is {kind_of(value)} and "
+                "no label; give one word or number for each text"
+            )
+    say_dropped(settings, [i for i in texts if labels[i] in (None, "")], f"nothing in column {name!r}")
+    return {i: text for i, text in texts.items() if labels[i] not in (None, "")}
 
 
-def _require_characters(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: {text!r:.60} holds half a character (a lone surrogate); remove it") from None
+def require_column(table: Table, settings: DataSettings, name: str, flag: str) -> None:
+    """Raises `DataError` where the table lacks the column, with those that it has and the flag that names one."""
+    if name not in table.columns:
+        joined = any(mark in only for only in table.columns if len(table.columns) == 1 for mark in ";\t|")
+        raise DataError(
+            f"data={settings.data!r} has no column {name!r}; it has: {', '.join(table.columns) or 'none at all'}. "
+            + ("Its values must be separated by commas" if joined else f"Name it with {flag}")
+        )
 
 
 _SAID: set[str] = set()
 
 
-def _say_dropped(settings: DataSettings, rows: Sequence[int], why: str) -> None:
+def say_dropped(settings: DataSettings, rows: Sequence[int], why: str) -> None:
+    """Says once how many rows (by their indices) are not used, and why."""
     if rows:
-        line = f"data={settings.data!r}: left out {len(rows)} with {why}; the first is row {rows[0] + 1}"
-        if line not in _SAID:  # a stage asks for both splits
-            print(line, file=sys.stderr, flush=True)
-            _SAID.add(line)
+        say_once(f"data={settings.data!r}: left out {len(rows)} with {why}; the first is row {rows[0] + 1}")
+
+
+def say_once(line: str) -> None:
+    """A line on stderr. A stage asks for both splits, and each may have the same to say."""
+    if line not in _SAID:
+        print(line, file=sys.stderr, flush=True)
+        _SAID.add(line)

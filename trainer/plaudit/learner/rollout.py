@@ -9,29 +9,37 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from plaudit.data.sources import Prompts, PromptSchedule
+from plaudit.data.prompts import Prompts, PromptSchedule
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
-from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.endings import Endings
+from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import EvaluatedSamples, Rollout, Samples
 from plaudit.policy.static_generation import StaticGenerator, supports
-from plaudit.policy.texts import end_tokens
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings
+from plaudit.wire import ChatMessage
+
+T = TypeVar("T")
 
 
 class Rewarder(Protocol):
     """Whoever scores completions; `RewardClient` over HTTP."""
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> "Future[Scores]":
+    def submit_components(
+        self,
+        prompts: Sequence[str | Sequence[ChatMessage]],
+        responses: Sequence[str],
+        fields: Mapping[str, Sequence[Any]] | None = None,
+    ) -> "Future[Scores]":
         """Scores for as many completions as there are prompts, in their order. Does not wait for them."""
 
 
@@ -45,7 +53,12 @@ class CollectedRollout:
 
     rollout: Rollout
     prompts: list[str]
+    """As people read them."""
+    fields: dict[str, list[Any]]
+    """Further columns of the prompts' rows, by name."""
     responses: list[str]
+    ended: list[bool]
+    """Whether each response ended by itself."""
     components: dict[str, list[float]]
     """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
     waited_s: float
@@ -58,7 +71,9 @@ class CollectedRollout:
         return cls(
             rollout=EvaluatedSamples.concatenate([part.rollout for part in parts]).with_scores(scores),
             prompts=[text for part in parts for text in part.prompts],
+            fields=_concatenated([part.fields for part in parts]),
             responses=[text for part in parts for text in part.responses],
+            ended=[ended for part in parts for ended in part.ended],
             components=_concatenated([part.components for part in parts]),
             waited_s=max(part.waited_s for part in parts),
         )
@@ -127,13 +142,16 @@ def collect_rollout(
         RewardUnavailable, RewardRejected: a chunk got no rewards.
     """
     sample = sample or sampler(stepper.policy, settings, tokenizer)
-    evaluations, pending, responses = [], [], []
+    endings = Endings.of(stepper.policy.language_model, tokenizer, settings)
+    evaluations, pending, responses, ended = [], [], [], []
     for start, stop in _chunks(len(prompts), settings.batch_size):
+        chunk = prompts.rows(start, stop)
         with stepper.policy.generating():
-            samples = sample(prompts.token_ids[start:stop], draws.rows(start, stop))
-        texts = decode_responses(tokenizer, samples)
-        pending.append(rewarder.submit_components(prompts.texts[start:stop], texts))
+            samples = sample(chunk.token_ids, draws.rows(start, stop))
+        texts = endings.texts(samples)
+        pending.append(rewarder.submit_components(chunk.judged, texts, chunk.fields))
         responses += texts
+        ended += endings.ended(samples)
         evaluations.append(stepper.evaluate(samples))
     began_waiting = time.perf_counter()
     scored = [wait(future) for future in pending]
@@ -141,7 +159,7 @@ def collect_rollout(
     scores = torch.tensor([score for chunk in scored for score in chunk.totals])
     rollout = EvaluatedSamples.concatenate(evaluations).with_scores(scores.to(stepper.policy.device))
     components = _concatenated([chunk.components for chunk in scored])
-    return CollectedRollout(rollout, prompts.texts, responses, components, waited_s)
+    return CollectedRollout(rollout, prompts.texts, prompts.fields, responses, ended, components, waited_s)
 
 
 @dataclass(frozen=True)
@@ -156,11 +174,6 @@ class RolloutCollector:
     sample: Sampler
     wait: Callable[["Future[Scores]"], Scores]
     seed: int
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """The tokens that end a response."""
-        return end_tokens(self.stepper.policy.language_model, self.tokenizer)
 
     def collect(self, step: int) -> CollectedRollout:
         """The rollout of this step, on the policy's device. All processes call this, and get the whole batch.
@@ -191,8 +204,8 @@ class RolloutCollector:
         return collected if self.stepper.processes.count == 1 else collected.to("cpu")
 
 
-def _concatenated(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[float]]:
-    return {name: [score for part in parts for score in part[name]] for name in parts[0]}
+def _concatenated(parts: Sequence[Mapping[str, list[T]]]) -> dict[str, list[T]]:
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:

@@ -5,7 +5,7 @@ embedding for, a prompt may be longer than its positions, and its cache may not 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,35 @@ def check_room(model: PreTrainedModel, longest_prompt: int, settings: Generation
             f"generation.max_new_tokens={settings.max_new_tokens} needs {needed}: lower prompts.max_tokens or "
             "generation.max_new_tokens"
         )
+
+
+def room_for_prompts(model: Any, settings: GenerationSettings) -> int | None:
+    """How many tokens a prompt may have so that its response fits behind it; None where the model has no bound."""
+    positions = max_positions(model)
+    return None if positions is None else max(0, positions - settings.max_new_tokens + 1)
+
+
+def check_prompts(
+    tokenizer: Tokenizer,
+    model: PreTrainedModel,
+    token_ids: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    source: str,
+    *,
+    setting: str = "policy",
+) -> None:
+    """Raises `ConfigError` where a prompt has a token without an embedding, or needs more positions than there are."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if getattr(model, "is_quantized", False):
+        rows = model.config.get_text_config().vocab_size
+    largest = max(map(max, token_ids))
+    if largest >= rows:
+        raise ConfigError(
+            f"{setting}={source!r}: prompts have the token {tokenizer.convert_ids_to_tokens([largest])[0]!r}, number "
+            f"{largest}, and the model has embeddings for 0 to {rows - 1} alone; enlarge it with "
+            f"model.resize_token_embeddings({len(tokenizer)}) and save it, or use another chat template"
+        )
+    check_room(model, max(map(len, token_ids)), settings, source)
 
 
 @torch.no_grad()

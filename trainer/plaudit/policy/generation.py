@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plaudit.policy.endings import Endings
 from plaudit.policy.samples import Samples
-from plaudit.policy.texts import end_tokens
 from plaudit.policy.texts import response_texts as decode_responses
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.ppo import distributions
@@ -36,7 +36,10 @@ class Draws:
         """The draws of one step. They depend on the arguments alone, so a resumed run draws the same."""
         # Two steps' seeds must differ in many bits: neighbouring seeds of one generator are related.
         generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63)
-        lengths = torch.randint(settings.min_new_tokens, settings.max_new_tokens + 1, (count,), generator=generator)
+        if settings.draw_lengths is False:
+            lengths = torch.full((count,), settings.max_new_tokens)
+        else:
+            lengths = torch.randint(settings.min_new_tokens, settings.max_new_tokens + 1, (count,), generator=generator)
         return cls(lengths, torch.rand(count, settings.max_new_tokens, generator=generator, dtype=torch.float64))
 
     def rows(self, start: int, stop: int) -> "Draws":
@@ -54,8 +57,8 @@ def generate(
 ) -> Samples:
     """Samples one response for each query, all rows at once with a key-value cache.
 
-    A response ends at its drawn length, or earlier with an end-of-text token, which belongs to it. `model` is a causal
-    LM that takes `past_key_values`; the caller decides whether adapters are on.
+    A response ends at its drawn length, or earlier with an end token or the token that completes a stop string; either
+    belongs to it. `model` is a causal LM that takes `past_key_values`; the caller decides whether adapters are on.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -64,7 +67,9 @@ def generate(
     lengths, uniforms = draws.lengths.to(device), draws.uniforms.to(device)
     steps = int(lengths.max())
     tokens = torch.full((len(queries), steps), tokenizer.pad_token_id, device=device)
-    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=device)
+    endings = Endings.of(model, tokenizer, settings)
+    ends = torch.tensor(endings.tokens, dtype=torch.long, device=device)
+    texts: list[list[int]] = [[] for _ in queries]
     rows = torch.arange(len(queries), device=device)
     """Rows of the batch that still grow; the model only sees those."""
     last, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
@@ -84,6 +89,11 @@ def generate(
         tokens[rows, t] = chosen
         written[rows] = t + 1
         growing = (lengths[rows] > t + 1) & ~torch.isin(chosen, ends)
+        if endings.stop:
+            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+                texts[row].append(token)
+            stopped = endings.stop.complete([(queries[row], texts[row]) for row in rows.tolist()])
+            growing &= ~torch.tensor(stopped, device=device)
         if not bool(growing.any()):
             break
         if not bool(growing.all()):

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -363,7 +363,8 @@ class Policy(nn.Module):
         if not self._reference:
             return "the reference is the same weights with the adapters off: no second copy"
         mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
-        return f"every parameter learns, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
+        why = "the adapters had learnt before" if self.has_adapters else "every parameter learns"
+        return f"{why}, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
 
     def save(self, directory: Path, weights: PolicyWeights | None = None) -> None:
         """Adapters that `peft.PeftModel.from_pretrained` loads, or a whole transformers model; and the value head.
@@ -461,8 +462,18 @@ def fuse_activations(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
-    """Wraps the model with fresh adapters, which start as the identity."""
+def add_lora(
+    model: PreTrainedModel,
+    lora: LoraSettings,
+    *,
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
+) -> peft.PeftModel:
+    """Wraps the model with fresh adapters, which start as the identity. `modules_to_save` learn whole beside them.
+
+    Raises:
+        ConfigError: no adapters can be put on it.
+    """
     targets = list(lora.target_modules) if lora.target_modules else default_targets(model)
     reasons = unadaptable(model)
     settings = peft.LoraConfig(
@@ -471,7 +482,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSettings) -> peft.PeftModel:
         lora_dropout=lora.dropout,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
+        task_type=task_type,
+        modules_to_save=list(modules_to_save) or None,
     )
     try:
         adapted = peft.get_peft_model(model, settings)
@@ -504,8 +516,9 @@ def load_policy(
     """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
 
     A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
-    of adapters that go on training is their base. A separate value model is the one saved beside the policy, or else a
-    copy of the policy's start. Raises `ModelNotFound`.
+    of PPO's own adapters, which a value head tells, is their base; other adapters are a stage before PPO, and the
+    reference is a frozen copy of the model with them folded in. A separate value model is the one saved beside the
+    policy, or else a copy of the policy's start. Raises `ModelNotFound`.
     """
     with reading(path):
         return _load_policy(path, lora or LoraSettings(), settings or ModelSettings(), dtype=dtype, device=device)
@@ -522,6 +535,8 @@ def _load_policy(
         base = base_of(directory)
         whole = load_causal_lm(base, dtype=dtype, quantization=quantization, device=device)
         model = _with_adapters(whole, directory, is_trainable=True)
+        if not (directory / VALUE_HEAD_FILE).is_file():
+            reference = load_whole_causal_lm(path, device=device).to(dtype)
     elif lora.enabled:
         model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
     elif quantization is not None:

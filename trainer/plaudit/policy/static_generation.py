@@ -6,13 +6,14 @@ host: one token is one CUDA graph. What would be wrong here: another sample than
 graph that goes on with weights of an earlier step. Weights are therefore only ever changed in place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from plaudit.policy.endings import StopStrings
 from plaudit.policy.generation import Draws, sample_tokens
 from plaudit.policy.packing import additive, attention_dtype, takes_own_mask
 from plaudit.policy.samples import Samples
@@ -42,7 +43,19 @@ class StaticGenerator:
         device = next(self._model.parameters()).device
         samples = Samples.from_lists(queries, [[0]] * len(queries), self._tokenizer.pad_token_id, device)
         width = -(-samples.query_ids.shape[1] // QUERY_TOKENS) * QUERY_TOKENS
-        tokens, written = self._decoder(len(queries), width).decode(samples, draws)
+        stop = StopStrings(self._tokenizer, self._settings.stop)
+        looked_at = [0] * len(queries)
+
+        def stopped(tokens: Tensor, written: Tensor) -> Tensor:
+            """After how many tokens each row completes a stop string, [B]; more than there are if it does not yet."""
+            found = []
+            for row, (response, length) in enumerate(zip(tokens.tolist(), written.tolist(), strict=True)):
+                first = stop.first(queries[row], response[:length], looked_at[row])
+                looked_at[row] = length if first is None else first - 1
+                found.append(tokens.shape[1] + 1 if first is None else first)
+            return torch.tensor(found, device=device)
+
+        tokens, written = self._decoder(len(queries), width).decode(samples, draws, stopped if stop else None)
         unwritten = torch.arange(tokens.shape[1], device=device) >= written.unsqueeze(1)
         return samples.answered(tokens.masked_fill(unwritten, self._tokenizer.pad_token_id), written)
 
@@ -122,8 +135,15 @@ class Decoder:
         """[B, V] that the newest token was drawn from."""
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def decode(self, samples: Samples, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T], with anything behind a row's end, and how many of them count, [B]."""
+    def decode(
+        self, samples: Samples, draws: Draws, stopped: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T], with anything behind a row's end, and how many of them count, [B].
+
+        `stopped` is given the tokens so far and how many count, and gives for each row how many really count: fewer
+        or equal where it has ended by what only the host can see. Tokens behind an end change nothing, so it is asked
+        now and then.
+        """
         self.prefill(samples, draws)
         if self._mask.is_cuda and self._graph is None and self._settings.max_new_tokens > 1:
             self._graph = self._record()
@@ -132,12 +152,21 @@ class Decoder:
             self.prefill(samples, draws)
         advance = self.advance if self._graph is None else self._graph.replay
         for step in range(1, int(draws.lengths.max())):
-            if step % LOOK_EVERY == 0 and bool(self._ended.all()):
-                break
+            if step % LOOK_EVERY == 0:
+                self._stop_where(stopped)
+                if bool(self._ended.all()):
+                    break
             advance()
+        self._stop_where(stopped)
         if self._graph is not None:
             self.logits = self._graph_logits
         return self._tokens, self._written
+
+    def _stop_where(self, stopped: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        if stopped is not None:
+            lengths = stopped(self._tokens, self._written)
+            self._ended.logical_or_(lengths <= self._written)
+            self._written.copy_(torch.minimum(self._written, lengths))
 
     def prefill(self, samples: Samples, draws: Draws) -> None:
         """Forgets the last batch, reads the queries and samples the first token."""

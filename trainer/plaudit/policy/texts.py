@@ -69,9 +69,12 @@ def prompt_texts(tokenizer: Tokenizer, token_ids: Sequence[Sequence[int]]) -> li
     return decode(tokenizer, [_without(ids, in_front) for ids in token_ids])
 
 
-def response_texts(tokenizer: Tokenizer, samples: Samples) -> list[str]:
-    """The responses without special tokens, each as it reads behind its prompt: prompt and response make the whole."""
-    in_front, special = tokens_in_front(tokenizer), special_tokens(tokenizer)
+def response_texts(tokenizer: Tokenizer, samples: Samples, ends: Sequence[int] = ()) -> list[str]:
+    """The responses without special tokens, each as it reads behind its prompt: prompt and response make the whole.
+
+    `ends` are tokens that are no text either, though the tokenizer does not call them special.
+    """
+    in_front, special = tokens_in_front(tokenizer), special_tokens(tokenizer) | set(ends)
     query_lengths, response_lengths = samples.lengths.tolist()
     queries = [
         _without(row[len(row) - length :], in_front)
@@ -84,11 +87,11 @@ def response_texts(tokenizer: Tokenizer, samples: Samples) -> list[str]:
     prompts = decode(tokenizer, queries)
     wholes = decode(tokenizer, [[*query, *answer] for query, answer in zip(queries, answers, strict=True)])
     return [
-        _behind(prompt, whole) if answer else "" for prompt, whole, answer in zip(prompts, wholes, answers, strict=True)
+        behind(prompt, whole) if answer else "" for prompt, whole, answer in zip(prompts, wholes, answers, strict=True)
     ]
 
 
-def _behind(prompt: str, whole: str) -> str:
+def behind(prompt: str, whole: str) -> str:
     """`whole` without the `prompt` it begins with; should a decoder change a prompt's end, from there on."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]

@@ -20,6 +20,9 @@ class Tokenizer(Protocol):
     eos_token: str | None
     model_max_length: int
     """Tokens of the longest text; a huge number where there is no bound."""
+    name_or_path: str
+    chat_template: Any
+    """Jinja text, or several by name; None for a tokenizer without one."""
 
     @property
     def pad_token_id(self) -> int:
@@ -30,10 +33,12 @@ class Tokenizer(Protocol):
         """None for a tokenizer without an end-of-text token."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """The numbers of the special tokens."""
 
     @property
-    def all_special_tokens(self) -> list[str]: ...
+    def all_special_tokens(self) -> list[str]:
+        """The texts of the special tokens."""
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, AddedToken]:
@@ -48,6 +53,12 @@ class Tokenizer(Protocol):
         The options are transformers' (`add_special_tokens`, `truncation`, `max_length`, …); with `return_tensors`, the
         values are tensors.
         """
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """A conversation as text (`tokenize=False`) or tokens."""
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         """One row of tokens as text."""

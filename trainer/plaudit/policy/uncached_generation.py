@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, sample_tokens
 from plaudit.policy.packing import padded
 from plaudit.policy.samples import Samples
-from plaudit.policy.texts import end_tokens
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
@@ -29,7 +29,8 @@ def generate_uncached(
     model.eval()
     device = next(model.parameters()).device
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=device)
+    endings = Endings.of(model, tokenizer, settings)
+    ends = torch.tensor(endings.tokens, dtype=torch.long, device=device)
     texts = [list(query) for query in queries]
     lengths, uniforms = draws.lengths.to(device), draws.uniforms.to(device)
     rows = torch.arange(len(texts), device=device)
@@ -40,7 +41,11 @@ def generate_uncached(
         chosen = sample_tokens(logits[:, -1], uniforms[rows, t], settings)
         for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
             texts[row].append(token)
-        rows = rows[(lengths[rows] > t + 1) & ~torch.isin(chosen, ends)]
+        growing = (lengths[rows] > t + 1) & ~torch.isin(chosen, ends)
+        if endings.stop:
+            pairs = [(queries[row], texts[row][len(queries[row]) :]) for row in rows.tolist()]
+            growing &= ~torch.tensor(endings.stop.complete(pairs), device=device)
+        rows = rows[growing]
         if len(rows) == 0:
             break
     responses = [text[len(query) :] for text, query in zip(texts, queries, strict=True)]

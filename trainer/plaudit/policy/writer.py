@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from plaudit import demo_models
-from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
-from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits
+from plaudit.policy.endings import Endings
+from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy, base_of, is_adapters, load_causal_lm, load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
@@ -37,12 +38,13 @@ class Writer:
     def answer(self, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings) -> list[str]:
         """One answer to each query, as text."""
         draw = generate if self.cached else generate_uncached
-        return decode_responses(self.tokenizer, draw(self.model, queries, draws, settings, self.tokenizer))
+        samples = draw(self.model, queries, draws, settings, self.tokenizer)
+        return Endings.of(self.model, self.tokenizer, settings).texts(samples)
 
     def check(self, queries: Sequence[Sequence[int]], texts: Sequence[str], settings: GenerationSettings) -> None:
         """Raises `ConfigError` where prompts don't fit into the model, or the tokenizer is another model's."""
         check_tokenizer_fits(self.tokenizer, self.model, self.source, texts)
-        check_room(self.model, max(map(len, queries)), settings, self.source)
+        check_prompts(self.tokenizer, self.model, queries, settings, self.source)
 
 
 def load_writer(path: str, *, device: torch.device | str = "cpu") -> Writer:

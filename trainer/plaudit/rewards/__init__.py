@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from plaudit.rewards.client import RewardClient, Scores
     from plaudit.rewards.errors import RewardError, RewardRejected, RewardUnavailable
     from plaudit.rewards.remote_reward import RemoteReward
-    from plaudit.rewards.settings import RewardComponent, RewardSettings
+    from plaudit.rewards.settings import JudgeSettings, RewardComponent, RewardSettings
 
 __all__ = [
+    "JudgeSettings",
     "RemoteReward",
     "RewardClient",
     "RewardComponent",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "JudgeSettings": "settings",
     "RemoteReward": "remote_reward",
     "RewardClient": "client",
     "RewardComponent": "settings",

@@ -6,7 +6,7 @@ import operator
 import os
 import ssl
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,16 +14,16 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import ValidationError
 
 from plaudit.errors import ConfigError
 from plaudit.rewards.endpoint import Endpoint
-from plaudit.rewards.errors import RewardRejected
 from plaudit.rewards.function import FunctionSource
 from plaudit.rewards.proxies import proxy_for
+from plaudit.rewards.rendering import ByTemplate
+from plaudit.rewards.rows import Columns, Prompt, Row, check_columns, rows_of
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.rewards.source import Source
-from plaudit.wire import ModelInfo, RewardItem
+from plaudit.wire import ModelInfo
 
 API_KEY_VARIABLE = "PLAUDIT_REWARD_API_KEY"
 CLOSE_TIMEOUT_S = 5.0
@@ -44,11 +44,19 @@ class Scores:
 class RewardClient:
     """Scores completions over HTTP; use as a context manager.
 
-    `on_wait` is told, from the client's own thread, what is being waited for, and "" when the wait is over.
+    `fields` names the columns that prompts will come with, so that `connect` can refuse a reward that asks for another
+    one; None where that isn't known yet. `on_wait` is told, from the client's own thread, what is being waited for, and
+    "" when the wait is over.
     Raises `ConfigError` when there is nobody to ask, or a file or function that the settings name can't be had.
     """
 
-    def __init__(self, settings: RewardSettings, *, on_wait: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: RewardSettings,
+        *,
+        fields: Collection[str] | None = None,
+        on_wait: Callable[[str], None] | None = None,
+    ) -> None:
         self._components = settings.components
         if not settings.says_whom_to_ask:
             raise ConfigError(
@@ -63,8 +71,9 @@ class RewardClient:
 
         def open_source(component: RewardComponent) -> Source | FunctionSource:
             if component.function is not None:
-                return FunctionSource(component, settings)
+                return FunctionSource(component, settings, fields=fields)
             http = self._clients[component.name]
+            rendering = ByTemplate(component.render) if component.render is not None else None
             endpoints = [
                 Endpoint(
                     url,
@@ -73,10 +82,11 @@ class RewardClient:
                     settings.request_timeout_s,
                     settings.max_in_flight,
                     proxy=proxy_for(url, os.environ),
+                    rendering=rendering,
                 )
                 for url in component.url
             ]
-            return Source(component, settings, endpoints, on_wait)
+            return Source(component, settings, endpoints, on_wait, fields=fields)
 
         self._sources = [open_source(component) for component in self._components]
         self._closed = False
@@ -110,27 +120,34 @@ class RewardClient:
 
         return self._start(first())
 
-    def submit(self, prompts: Sequence[str], responses: Sequence[str]) -> Future[list[float]]:
+    def submit(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None
+    ) -> Future[list[float]]:
         """Ask for rewards without waiting: the future gives one for each response, in order, or raises `RewardError`.
+
+        A prompt is a text, or the messages that the response answers. `fields` are columns, each with a value for each
+        response; a reward gets those that it asks for, and one that lacks a value is refused (`RewardRejected`).
 
         Its result is bounded by the patience and the time of a request; `cancel` takes the requests back. Of several
         rewards it is the weighted sum.
         """
-        self._check(prompts, responses)
+        columns = self._checked(prompts, responses, fields)
 
         async def totals() -> list[float]:
-            return (await self._score(list(prompts), list(responses))).totals
+            return (await self._score(list(prompts), list(responses), columns)).totals
 
         return self._start(totals())
 
-    def submit_components(self, prompts: Sequence[str], responses: Sequence[str]) -> Future[Scores]:
+    def submit_components(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None
+    ) -> Future[Scores]:
         """`submit`, with each reward by its name as well."""
-        self._check(prompts, responses)
-        return self._start(self._score(list(prompts), list(responses)))
+        columns = self._checked(prompts, responses, fields)
+        return self._start(self._score(list(prompts), list(responses), columns))
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None) -> list[float]:
         """`submit`, and wait for it."""
-        return self.submit(prompts, responses).result()
+        return self.submit(prompts, responses, fields).result()
 
     def close(self) -> None:
         """Take back what is under way and end the thread; waits a few seconds at most."""
@@ -154,18 +171,18 @@ class RewardClient:
     ) -> None:
         self.close()
 
-    def _check(self, prompts: Sequence[str], responses: Sequence[str]) -> None:
+    def _checked(self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None) -> Columns:
+        """The columns, as they are now. Raises `ValueError` where the counts differ."""
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed")
         if any(source.revision is None for source in self._sources):
             raise RuntimeError("call connect() first")
+        check_columns(fields or {}, len(responses))
+        return {name: list(column) for name, column in (fields or {}).items()}
 
-    async def _score(self, prompts: list[str], responses: list[str]) -> Scores:
-        try:
-            items = [RewardItem(prompt=p, response=r) for p, r in zip(prompts, responses, strict=True)]
-        except ValidationError as error:
-            raise RewardRejected(f"a text can't be sent: {error}") from error
-        rewards = await _all([_in_chunks(source, items) for source in self._sources])
+    async def _score(self, prompts: list[Prompt], responses: list[str], columns: Columns) -> Scores:
+        rows = rows_of(prompts, responses, columns)
+        rewards = await _all([_in_chunks(source, rows) for source in self._sources])
         weights = [component.weight for component in self._components]
         return Scores(
             totals=[sum(map(operator.mul, weights, of_text)) for of_text in zip(*rewards, strict=True)],
@@ -194,10 +211,8 @@ class RewardClient:
         return future
 
 
-async def _in_chunks(source: Source | FunctionSource, items: Sequence[RewardItem]) -> list[float]:
-    size = source.max_items
-    starts = range(0, len(items), size)
-    answers = await _all([source.score(items[start : start + size]) for start in starts])
+async def _in_chunks(source: Source | FunctionSource, rows: Sequence[Row]) -> list[float]:
+    answers = await _all([source.score(chunk) for chunk in source.chunks(rows)])
     return [reward for answer in answers for reward in answer.rewards]
 
 

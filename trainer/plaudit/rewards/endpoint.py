@@ -14,15 +14,19 @@ import httpx
 from pydantic import ValidationError
 
 from plaudit.rewards.answers import Unreadable, break_if_more_came, read, without
-from plaudit.rewards.errors import KEPT_HEADERS, Exchange, RewardRejected, shown
+from plaudit.rewards.errors import KEPT_HEADERS, Exchange, NoScore, RewardRejected, shown
 from plaudit.rewards.protocols import DIALECTS, recognise
-from plaudit.rewards.protocols.base import BrokenBody, Dialect, UnusableAnswer
+from plaudit.rewards.protocols.base import BrokenBody, Dialect, NoVerdict, UnusableAnswer
 from plaudit.rewards.proxies import Proxy
+from plaudit.rewards.rendering import Rendering
+from plaudit.rewards.rows import Row
 from plaudit.rewards.settings import RewardComponent, without_credentials
 from plaudit.wire import (
     FINAL_PROBLEMS,
     MODEL_PATH,
     REQUEST_ID_HEADER,
+    WIRE_HEADER,
+    WIRE_VERSION,
     ModelInfo,
     Problem,
     RewardItem,
@@ -33,6 +37,8 @@ log = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429})
 """The refusals that pass with time. So does every 5xx but 501, 505 and those that say they don't."""
+OWN_WRITING = frozenset({"plaudit", "chat-judge"})
+"""Kinds that write conversations out in the judge's own way, so that there is nothing to render wherever they can."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
 MAX_NAME_CHARS = 1000
@@ -66,9 +72,12 @@ class Endpoint:
         max_in_flight: int,
         *,
         proxy: Proxy | None = None,
+        rendering: Rendering | None = None,
     ) -> None:
         self.url = without_credentials(url).rstrip("/")
         """As messages and files may show it."""
+        if component.kind == "chat-judge":
+            self.url = self.url.removesuffix("/v1")  # as the clients of that API are given it
         self.places = asyncio.Semaphore(max_in_flight)
         """One for each request that may be under way."""
         self.info: ModelInfo | None = None
@@ -80,6 +89,7 @@ class Endpoint:
         self._component = component
         self._dialect: Dialect | None = None if component.kind == "auto" else DIALECTS[component.kind](component)
         self._http = http
+        self._rendering = rendering
         self._auth = _basic_auth(url)
         self._secrets = _secrets(url, http.headers, component)
         self._request_timeout_s = request_timeout_s
@@ -131,11 +141,49 @@ class Endpoint:
             exchange=exchange,
         )
 
-    async def score(self, items: Sequence[RewardItem]) -> tuple[RewardResponse, Exchange]:
-        """One finite reward for each item, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
+    @property
+    def needs(self) -> Sequence[str]:
+        """Names of the fields that it asks for; none before it has been described."""
+        return self._dialect.needs(self.info) if self._dialect is not None and self.info is not None else ()
+
+    @property
+    def takes(self) -> Sequence[str]:
+        """Names of the fields that it is sent where there are any."""
+        return self._dialect.takes(self.info) if self._dialect is not None and self.info is not None else ()
+
+    @property
+    def conversations_per_request(self) -> int | None:
+        """The most conversations that it takes in one request; None for no bound of their own."""
+        if self._dialect is None or self._renders(self.info):
+            return None
+        return self._dialect.conversations_per_request
+
+    def _renders(self, info: ModelInfo | None) -> bool:
+        """Whether conversations go there as texts: where they must, or the server's own template isn't wanted."""
+        assert self._dialect is not None
+        asked = self._rendering is not None and self._dialect.name not in OWN_WRITING
+        return asked or info is None or self._dialect.no_conversations(info) is not None
+
+    def _sent(self, row: Row, info: ModelInfo) -> RewardItem:
+        """The row as this endpoint takes it. Raises `RewardRejected` for what it can't take, or lacks."""
+        assert self._dialect is not None
+        item = row.with_fields(self._dialect.needs(info), self._dialect.takes(info), self.url)
+        if isinstance(item.prompt, str) or not self._renders(info):
+            return item
+        if self._rendering is None:
+            raise RewardRejected(
+                f"{self.url} takes texts, and the prompt of row {row.place} is a conversation: "
+                f"{self._dialect.no_conversations(info)}. Or make texts of conversations here: --reward.render "
+                "MODEL_OR_TEMPLATE"
+            )
+        return self._rendering(item, first_token=not self._dialect.adds_first_token)
+
+    async def score(self, rows: Sequence[Row]) -> tuple[RewardResponse, Exchange]:
+        """One finite reward for each row, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
         info = self.info or await self.describe()
         assert self._dialect is not None
         label = self._component.label
+        items = [self._sent(row, info) for row in rows]
         call = self._dialect.encode(items)
         exchange = Exchange("POST", self.url + call.path, call.body.decode())
         request_id = secrets.token_hex(8)
@@ -145,6 +193,8 @@ class Endpoint:
             answer = self._dialect.decode(body, info)
         except BrokenBody as error:
             raise Trouble(f"{self.url}: broken answer ({error})", exchange=answered) from error
+        except NoVerdict as error:
+            raise NoScore(f"{self.url}: {error}", answered) from error
         except UnusableAnswer as error:
             raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
         if answer.request_id != request_id and (answer.request_id, info.request_id) != (None, None):
@@ -166,7 +216,7 @@ class Endpoint:
                     exchange.method,
                     exchange.url,
                     content=exchange.request.encode() or None,
-                    headers={REQUEST_ID_HEADER: request_id}
+                    headers={REQUEST_ID_HEADER: request_id, WIRE_HEADER: str(WIRE_VERSION)}
                     | ({"Content-Type": "application/json"} if exchange.request else {}),
                     auth=self._auth,
                 ) as response,

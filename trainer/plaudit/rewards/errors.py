@@ -80,6 +80,10 @@ class RewardRejected(RewardError):
         return path
 
 
+class NoScore(RewardRejected):
+    """A judge answered and named no score. The source asks again, a bounded number of times."""
+
+
 def shown(text: str) -> str:
     """The text without control characters, so that no server clears the screen or fills the clipboard; and bounded.
 

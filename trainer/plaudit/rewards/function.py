@@ -8,33 +8,48 @@ import math
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plaudit.errors import ConfigError
 from plaudit.rewards.errors import Exchange, RewardRejected, RewardUnavailable
+from plaudit.rewards.rendering import as_dicts
+from plaudit.rewards.rows import Row, check_names
 from plaudit.rewards.settings import RewardComponent, RewardSettings
-from plaudit.wire import MAX_ITEMS_PER_REQUEST, MAX_TEXT_CHARS, Limits, ModelInfo, RewardItem, RewardResponse
+from plaudit.wire import MAX_ITEMS_PER_REQUEST, MAX_TEXT_CHARS, ChatMessage, Limits, ModelInfo, RewardResponse
+
+Given = str | list[dict[str, str]]
+"""A prompt as functions get it."""
 
 
 class FunctionSource:
     """Calls `module:name` with a chunk's prompts and responses. One call at a time: it may not be thread-safe.
 
+    It also gets the columns that its further parameters name, or all of them if it takes any (`**columns`). A parameter
+    without a default must have a value in every row. Conversations come as lists of `{"role", "content"}`.
+
     A plain function runs in a thread of its own. One that exceeds the timeout can't be ended; its answer is dropped.
     Raises `ConfigError` when there is no such function.
     """
 
-    def __init__(self, component: RewardComponent, settings: RewardSettings) -> None:
+    def __init__(
+        self, component: RewardComponent, settings: RewardSettings, *, fields: Collection[str] | None = None
+    ) -> None:
         assert component.function is not None
         self._name = component.function
         self._function = load(component.function)
         self._timeout_s = settings.request_timeout_s
         self._turn = asyncio.Lock()
-        self.max_items = settings.chunk_size
+        self._chunk_size = settings.chunk_size
+        self._parameters = _further_parameters(self._function)
+        self._fields = fields
         self.revision: str | None = None
 
     async def connect(self) -> ModelInfo:
+        """Raises `RewardRejected` where the data is known to lack a column that the function needs."""
+        check_names(self._parameters.needed, self._fields, self._asked_by)
         limits = Limits(
             max_items=MAX_ITEMS_PER_REQUEST,
             max_text_chars=MAX_TEXT_CHARS,
@@ -44,14 +59,27 @@ class FunctionSource:
         self.revision = _revision(self._function)
         return ModelInfo(id=self._name, revision=self.revision, labels=[], limits=limits)
 
-    async def score(self, items: Sequence[RewardItem]) -> RewardResponse:
+    @property
+    def _asked_by(self) -> str:
+        return f"the reward function {self._name}"
+
+    def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """The rows as the calls get them."""
+        return [rows[start : start + self._chunk_size] for start in range(0, len(rows), self._chunk_size)]
+
+    async def score(self, rows: Sequence[Row]) -> RewardResponse:
         """The function's numbers. Raises `RewardRejected`, or `RewardUnavailable` when it takes too long."""
-        prompts, responses = [item.prompt for item in items], [item.response for item in items]
-        exchange = Exchange("CALL", self._name, repr({"prompts": prompts, "responses": responses}))
+        prompts = [_as_given(row.item.prompt) for row in rows]
+        responses = [row.item.response for row in rows]
+        columns = {name: [row.needed(name, self._asked_by) for row in rows] for name in self._parameters.needed}
+        there_are = rows[0].columns
+        optional = there_are if self._parameters.any else [n for n in self._parameters.optional if n in there_are]
+        columns |= {name: [there_are[name][row.place] for row in rows] for name in optional if name not in columns}
+        exchange = Exchange("CALL", self._name, repr({"prompts": prompts, "responses": responses, **columns}))
         async with self._turn:
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    answer = await self._call(prompts, responses)
+                    answer = await self._call(prompts, responses, columns)
             except TimeoutError as error:
                 raise RewardUnavailable(
                     f"the reward function {self._name} took more than {self._timeout_s:g} s (reward.request_timeout_s)"
@@ -68,20 +96,46 @@ class FunctionSource:
             raise RewardRejected(
                 f"the reward function {self._name} gave no list of numbers: {error}", answered
             ) from error
-        if len(rewards) != len(items):
+        if len(rewards) != len(rows):
             raise RewardRejected(
-                f"the reward function {self._name} got {len(items)} texts and gave {len(rewards)} numbers", answered
+                f"the reward function {self._name} got {len(rows)} texts and gave {len(rewards)} numbers", answered
             )
         if not all(map(math.isfinite, rewards)):
             raise RewardRejected(f"the reward function {self._name} gave a number that is not finite", answered)
         assert self.revision is not None
         return RewardResponse(rewards=rewards, model=self._name, revision=self.revision)
 
-    async def _call(self, prompts: list[str], responses: list[str]) -> Any:
+    async def _call(self, prompts: list[Given], responses: list[str], columns: dict[str, list[Any]]) -> Any:
         if inspect.iscoroutinefunction(self._function):
-            return await self._function(prompts, responses)
-        answer = await _in_a_thread(lambda: self._function(prompts, responses))
+            return await self._function(prompts, responses, **columns)
+        answer = await _in_a_thread(lambda: self._function(prompts, responses, **columns))
         return await answer if inspect.isawaitable(answer) else answer
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """A function's parameters behind prompts and responses."""
+
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    any: bool = False
+
+
+def _further_parameters(function: Callable[..., Any]) -> _Parameters:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[2:]
+    except (TypeError, ValueError):  # of some functions in C nothing is known
+        return _Parameters()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return _Parameters(
+        needed=tuple(p.name for p in named if p.default is p.empty),
+        optional=tuple(p.name for p in named if p.default is not p.empty),
+        any=any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def _as_given(prompt: str | list[ChatMessage]) -> Given:
+    return prompt if isinstance(prompt, str) else as_dicts(prompt)
 
 
 def _numbers(answer: Any) -> list[float]:
@@ -91,7 +145,7 @@ def _numbers(answer: Any) -> list[float]:
     return [float(reward) for reward in rewards]
 
 
-def load(name: str) -> Callable[[list[str], list[str]], Any]:
+def load(name: str) -> Callable[..., Any]:
     """The function `module:name`; the working directory is searched too. Raises `ConfigError`."""
     module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:

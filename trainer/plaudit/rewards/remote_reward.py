@@ -1,11 +1,12 @@
 """The reward service for TRL's own trainers: `RLOOTrainer(model, RemoteReward("http://127.0.0.1:8000"), ...)`."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plaudit.rewards.client import RewardClient
 from plaudit.rewards.errors import RewardRejected
+from plaudit.rewards.rows import Prompt, text_of
 from plaudit.rewards.settings import RewardSettings
 
 Text = str | list[dict[str, Any]]
@@ -14,32 +15,19 @@ Text = str | list[dict[str, Any]]
 
 def contents(messages: list[dict[str, Any]]) -> str:
     """The contents of the messages, one below the other. Raises `RewardRejected` for what is no text."""
-    return "\n".join(_text_of(message.get("content")) for message in messages)
-
-
-def _text_of(content: object) -> str:
-    """A message's text, which may come in parts: `[{"type": "text", "text": ...}, ...]`."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise RewardRejected(
-            f"a message's content is {content!r:.80}, and only text can be judged: give RemoteReward a `render` that "
-            "makes text of a conversation"
-        )
-    return "".join(map(str, texts))
+    return "\n".join(text_of(message.get("content")) for message in messages)
 
 
 class RemoteReward:
     """An async callable with the signature of TRL's `reward_funcs`; a failed reward is an exception, never None.
 
-    `reward` is a URL or whole settings. Conversations become text by `render`. The client connects at the first call
-    and serves until `close`.
+    `reward` is a URL or whole settings. Conversations go on as they are, to a reward that takes them, unless `render`
+    makes texts of them; so do the columns that a reward asks for. The client connects at the first call and serves
+    until `close`.
     """
 
     def __init__(
-        self, reward: str | RewardSettings, *, render: Callable[[list[dict[str, Any]]], str] = contents
+        self, reward: str | RewardSettings, *, render: Callable[[list[dict[str, Any]]], str] | None = None
     ) -> None:
         self._settings = RewardSettings.of(url=(reward,)) if isinstance(reward, str) else reward
         self._render = render
@@ -58,7 +46,10 @@ class RemoteReward:
                     client.close()
                     raise
                 self._client = client
-        future = self._client.submit([self._text(p) for p in prompts], [self._text(c) for c in completions])
+        pairs = [self._pair(p, c) for p, c in zip(prompts, completions, strict=True)]
+        future = self._client.submit(
+            [prompt for prompt, _ in pairs], [response for _, response in pairs], _of_rows(columns, len(pairs))
+        )
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
@@ -66,5 +57,27 @@ class RemoteReward:
         if self._client is not None:
             self._client.close()
 
-    def _text(self, value: Text) -> str:
-        return value if isinstance(value, str) else self._render(value)
+    def _pair(self, prompt: Text, completion: Text) -> tuple[Prompt, str]:
+        """The prompt and the response that answers it: of a completion of several messages, the last one."""
+        if self._render is not None:
+            return tuple(text if isinstance(text, str) else self._render(text) for text in (prompt, completion))  # type: ignore[return-value]
+        if isinstance(completion, str):
+            return prompt, completion
+        if not completion or completion[-1].get("role") != "assistant":
+            raise RewardRejected(
+                f"a completion must end with the assistant's message, and this one is {completion!r:.200}"
+            )
+        *before, last = completion
+        if before:
+            begun = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = [*begun, *before]
+        return prompt, text_of(last.get("content"))
+
+
+def _of_rows(columns: Mapping[str, object], count: int) -> dict[str, Sequence[Any]]:
+    """Those of TRL's keyword arguments that are columns: it hands over its own state too."""
+    return {
+        name: column
+        for name, column in columns.items()
+        if isinstance(column, Sequence) and not isinstance(column, str | bytes) and len(column) == count
+    }

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 
 EndpointKind = Literal[
     "auto",
@@ -20,7 +21,68 @@ EndpointKind = Literal[
     "infinity",
     "hf-inference",
     "kserve",
+    "slime",
+    "chat-judge",
 ]
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How a generative judge is asked, and how a number is read from its answer (`kind` chat-judge)."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    prompt: Path | None = None
+    """File with the question. {response} stands for what is judged, {conversation} for the prompt's messages, {prompt}
+    for the last of them, {fields.NAME} for a column, {fields} for those of `fields` as JSON."""
+    answer: Literal["pattern", "json", "logprobs"] = "pattern"
+    """Where the score is: in what a pattern finds, in JSON after a schema (response_format), or in the probabilities of
+    the first token (top_logprobs)."""
+    pattern: str = r"[Ss]core:\s*\**\s*(-?\d+(?:\.\d+)?)"
+    """Regular expression whose first group is the score; of several places in the answer, the last."""
+    schema: Path | None = None
+    """File with the JSON schema; one with a number `score` unless given."""
+    key: str = "score"
+    """Where the score is in the JSON, with a dot for each object around it."""
+    scores: tuple[str, ...] = ("1", "2", "3", "4", "5")
+    """The tokens that are scores. The reward is their mean, weighted by their probabilities."""
+    fields: tuple[str, ...] = ()
+    """Columns that {fields} shows."""
+    low: float | None = None
+    """The least score there is; an answer with another one is none."""
+    high: float | None = None
+    """The highest score there is."""
+    tries: int = 3
+    """How often a judge whose answer names no score is asked before the run stops. At temperature 0 it may well say the
+    same again."""
+    max_tokens: int = 512
+    """Longest answer."""
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive(self, "tries", "max_tokens")
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"reward.judge.temperature={self.temperature} must be 0 or more",
+        )
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            require(False, f"reward.judge.pattern={self.pattern!r} is no regular expression: {error}")
+        require(bool(self.scores), "reward.judge.scores is empty: name the tokens that are scores, such as 1 2 3 4 5")
+        for score in self.scores:
+            require(_is_number(score), f"reward.judge.scores has {score!r}, which is no number")
+        require(
+            self.low is None or self.high is None or self.low < self.high,
+            f"reward.judge.low={self.low} must be less than reward.judge.high={self.high}",
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -45,6 +107,12 @@ class RewardComponent:
     """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
     accept_probabilities: bool = False
     """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
+    render: str | None = None
+    """Make texts of conversations here, for endpoints that take nothing else: the judge's tokenizer (directory or hub
+    id), or a file with its chat template (jinja). Needs plaudit[render]."""
+    label_field: str = "label"
+    """Column that goes along as the row's label, for protocols that have a place for it (openrlhf, slime)."""
+    judge: JudgeSettings = JudgeSettings()
     header: tuple[str, ...] = ()
     """Further request header, for example "X-Tenant: blue"."""
     api_key_file: Path | None = None
@@ -53,7 +121,8 @@ class RewardComponent:
     ca_file: Path | None = None
     """PEM file of the certificate authority that signed an https endpoint's certificate."""
     function: str | None = None
-    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async."""
+    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async. It
+    gets the columns that its further parameters name."""
 
     def __post_init__(self) -> None:
         for url in self.url:

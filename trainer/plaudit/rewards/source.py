@@ -14,31 +14,32 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 import stamina
 
 from plaudit.rewards.endpoint import Endpoint, Trouble
-from plaudit.rewards.errors import Exchange, RewardRejected, RewardUnavailable, shown
+from plaudit.rewards.errors import Exchange, NoScore, RewardRejected, RewardUnavailable, shown
+from plaudit.rewards.rows import Row, check_names, rows_of
 from plaudit.rewards.settings import RewardComponent, RewardSettings
-from plaudit.wire import ModelInfo, RewardItem, RewardResponse
+from plaudit.wire import MAX_VALUES_PER_REQUEST, ModelInfo, RewardResponse
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 MAX_SERVER_ERRORS = 5
+VALUES_BESIDE = 16
+"""Of a request, what is not its items."""
 WAIT_INITIAL_S = 0.1
 WAIT_MAX_S = 5.0
 WAIT_JITTER_S = 0.5
 ASIDE_MAX_S = 30.0
 ORDER_PROBES = [
-    RewardItem(
-        prompt="The film", response=" was all right, I suppose, though it could have ended half an hour earlier."
-    ),
-    RewardItem(prompt="I", response=" loved it."),
-    RewardItem(prompt="This is", response=" a terrible, boring waste of everyone's time."),
-    RewardItem(prompt="I", response=" hated it."),
+    ("The film", " was all right, I suppose, though it could have ended half an hour earlier."),
+    ("I", " loved it."),
+    ("This is", " a terrible, boring waste of everyone's time."),
+    ("I", " hated it."),
 ]
 OPPOSITES = (1, 3)
 """Two of them that have the same length and say the opposite."""
@@ -53,8 +54,12 @@ class Source:
         settings: RewardSettings,
         endpoints: Sequence[Endpoint],
         on_wait: Callable[[str], None] | None,
+        *,
+        fields: Collection[str] | None = None,
     ) -> None:
+        """`fields`: names of the columns that rows will have, where they are known."""
         self.revision: str | None = None
+        self._fields = fields
         self._component = component
         self._settings = settings
         self._endpoints = list(endpoints)
@@ -82,16 +87,28 @@ class Source:
 
         return await self._patiently(attempt)
 
-    async def score(self, items: Sequence[RewardItem]) -> RewardResponse:
+    async def score(self, rows: Sequence[Row]) -> RewardResponse:
         """The rewards of one chunk. Raises `RewardUnavailable` or `RewardRejected`."""
         async with self._in_flight:
-            return await self._patiently(lambda: self._attempt(items))
+            return await self._until_scored(lambda: self._patiently(lambda: self._attempt(rows)))
 
-    @property
-    def max_items(self) -> int:
-        """The most items every endpoint takes in one request."""
-        limits = [endpoint.info.limits.max_items for endpoint in self._endpoints if endpoint.info is not None]
-        return min([self._settings.chunk_size, *limits])
+    def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """The rows in pieces, each of which every endpoint takes in one request."""
+        sizes = [endpoint.info.limits.max_items for endpoint in self._endpoints if endpoint.info is not None]
+        if not all(isinstance(row.item.prompt, str) for row in rows):
+            sizes += [e.conversations_per_request for e in self._endpoints if e.conversations_per_request is not None]
+        size = min([self._settings.chunk_size, *sizes])
+        names = {name for endpoint in self._endpoints for name in (*endpoint.needs, *endpoint.takes)}
+        pieces: list[list[Row]] = [[]]
+        values = VALUES_BESIDE
+        for row in rows:
+            more = row.values(names)
+            if pieces[-1] and (len(pieces[-1]) == size or values + more > MAX_VALUES_PER_REQUEST):
+                pieces.append([])
+                values = VALUES_BESIDE
+            pieces[-1].append(row)
+            values += more
+        return [piece for piece in pieces if piece]
 
     async def _describe(self, endpoint: Endpoint) -> ModelInfo:
         with self._watching(endpoint):
@@ -99,25 +116,47 @@ class Source:
             try:
                 self._check_label(endpoint.url, info)
                 self._check_revision(endpoint.url, info.revision)
-                if self._settings.check_order:
+                check_names(endpoint.needs, self._fields, endpoint.url)
+                # Who asks for fields can't judge probes, which have none; who takes one text at a time mixes none up.
+                if self._settings.check_order and not endpoint.needs and info.limits.max_items > 1:
                     await _check_order(endpoint)
+                if self._component.kind == "chat-judge":
+                    await self._probe(endpoint)
             except BaseException:
                 endpoint.info = None
                 raise
             return info
 
-    async def _attempt(self, items: Sequence[RewardItem]) -> RewardResponse:
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """A first question to a judge: its answer shows whether the server does what is asked of it. As `score`."""
+        prompt, response = ORDER_PROBES[0]
+        probe = rows_of([prompt], [response], {name: ["none"] for name in endpoint.needs})
+        await self._until_scored(lambda: endpoint.score(probe))
+
+    async def _until_scored(self, work: Callable[[], Awaitable[Result]]) -> Result:
+        """Ask again while a judge names no score. Raises `RewardRejected` after the tries that the settings give it."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                return await work()
+            except NoScore as error:
+                if tries == self._component.judge.tries:
+                    said = f"{error} (asked {tries} times, reward.judge.tries)"
+                    raise RewardRejected(said, error.exchange) from error
+
+    async def _attempt(self, rows: Sequence[Row]) -> RewardResponse:
         first = self._choose()
         if self._settings.hedge_after_s is None or len(self._endpoints) == 1:
-            return await self._ask(first, items)
-        asked = {asyncio.create_task(self._ask(first, items))}
+            return await self._ask(first, rows)
+        asked = {asyncio.create_task(self._ask(first, rows))}
         try:
             await asyncio.wait(asked, timeout=self._settings.hedge_after_s)
             others = [e for e in self._endpoints if e is not first and e.failures == 0]
             if any(task.done() for task in asked) or not others or self._hedging.locked():
                 return await next(iter(asked))
             async with self._hedging:
-                asked.add(asyncio.create_task(self._ask(min(others, key=lambda e: e.outstanding), items)))
+                asked.add(asyncio.create_task(self._ask(min(others, key=lambda e: e.outstanding), rows)))
                 done, late = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
                 if late and isinstance(next(iter(done)).exception(), Trouble):
                     done, _ = await asyncio.wait(late)
@@ -126,12 +165,12 @@ class Source:
             for task in asked:
                 task.cancel()
 
-    async def _ask(self, endpoint: Endpoint, items: Sequence[RewardItem]) -> RewardResponse:
+    async def _ask(self, endpoint: Endpoint, rows: Sequence[Row]) -> RewardResponse:
         if endpoint.info is None:
             await self._describe(endpoint)
         with self._watching(endpoint):
             async with endpoint.places:
-                answer, exchange = await endpoint.score(items)
+                answer, exchange = await endpoint.score(rows)
         self._check_revision(endpoint.url, answer.revision, exchange)
         self._answered_at = asyncio.get_running_loop().time()
         return answer
@@ -275,8 +314,9 @@ async def _check_order(endpoint: Endpoint) -> None:
     their spread. A judge that answers the same text differently each time passes. One that gives two
     opposites the same reward is worth a warning and no more: a rule may have nothing to say about either.
     """
-    together, exchange = await endpoint.score(ORDER_PROBES)
-    alone = [(await endpoint.score([item]))[0].rewards[0] for item in ORDER_PROBES]
+    probes = rows_of([prompt for prompt, _ in ORDER_PROBES], [response for _, response in ORDER_PROBES], {})
+    together, exchange = await endpoint.score(probes)
+    alone = [(await endpoint.score([probe]))[0].rewards[0] for probe in probes]
     tolerance = (max(alone) - min(alone)) / 10
     one, other = (ORDER_PROBES[place] for place in OPPOSITES)
     if len({alone[place] for place in OPPOSITES}) == 1:
@@ -284,8 +324,8 @@ async def _check_order(endpoint: Endpoint) -> None:
             "%s gives %r and %r the same reward, %s: if all texts of one length get the same, nothing can be learned "
             "from it; look at its model and at its tokenizer's files",
             endpoint.url,
-            one.prompt + one.response,
-            other.prompt + other.response,
+            "".join(one),
+            "".join(other),
             _rounded(alone[1:2]),
         )
 

@@ -20,7 +20,7 @@ from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy
 from plaudit.run.storage import writing
-from plaudit.settings.plain import to_dict
+from plaudit.settings.plain import comparable, to_dict
 from plaudit.settings.ppo import PPOConfig
 
 MANIFEST = "manifest.json"
@@ -31,6 +31,7 @@ FORMAT = 1
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
+    "check",
     "steps",
     "checkpoint_every",
     "keep_checkpoints",
@@ -233,8 +234,8 @@ def check_same_run(
         ConfigError: a difference that would make the resumed run another run; all of them are named.
     """
     # A setting added since the checkpoint was written had its default value.
-    defaults = _flat(to_dict(PPOConfig() if defaults is None else defaults))
-    before, after = defaults | _flat(saved), defaults | _flat(current)
+    defaults = comparable(to_dict(PPOConfig() if defaults is None else defaults))
+    before, after = defaults | comparable(saved), defaults | comparable(current)
     differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
     refused = [line for name, line in lines.items() if not name.startswith(free)]
@@ -249,13 +250,3 @@ def check_same_run(
 
 def _trainable(policy: Policy) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

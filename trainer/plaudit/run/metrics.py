@@ -23,6 +23,8 @@ REWARD_MEAN = "env/reward_mean"
 REWARD_STD = "env/reward_std"
 REWARD_COMPONENT = "rewards/{name}/{statistic}"
 """Mean and std of one reward of several, before its weight, as the other trainers of the ecosystem name them."""
+ENDED_SHARE = "response/ended_share"
+"""Share of the responses that ended by themselves: with an end token or a stop string."""
 KL = "objective/kl"
 """Mean over responses of the summed KL to the reference, in nats."""
 KL_COEF = "objective/kl_coef"
@@ -73,16 +75,31 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(numbers, step=step)
 
-    def write_samples(self, step: int, samples: Sequence[tuple[str, str, float]]) -> None:
-        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page and for trackers."""
+    def write_samples(
+        self,
+        step: int,
+        samples: Sequence[tuple[str, str, float]],
+        fields: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page and for trackers.
+
+        `fields` are further columns, with a value for each sample.
+        """
+        names = ["prompt", "response", "reward", *(fields or {})]
+        further = [_texts(values) for values in (fields or {}).values()]
         for tracker in self._trackers:
             if hasattr(tracker, "log_table"):
-                rows = [list(sample) for sample in samples]
-                tracker.log_table("samples", columns=["prompt", "response", "reward"], data=rows, step=step)
+                rows = [[*sample, *more] for sample, *more in zip(samples, *further, strict=True)]
+                tracker.log_table("samples", columns=names, data=rows, step=step)
         if self._tensorboard is None:
             return
-        lines = [f"| {_cell(prompt)} | {_cell(response)} | {reward:.3f} |" for prompt, response, reward in samples]
-        table = "\n".join(["| prompt | response | reward |", "| --- | --- | ---: |", *lines])
+        lines = [
+            " ".join(f"| {cell}" for cell in (_cell(prompt), _cell(response), f"{reward:.3f}", *map(_cell, more)))
+            + " |"
+            for (prompt, response, reward), *more in zip(samples, *further, strict=True)
+        ]
+        ruler = f"| --- | --- | ---: |{' --- |' * len(further)}"
+        table = "\n".join([f"| {' | '.join(map(_cell, names))} |", ruler, *lines])
         with writing(self._directory / TENSORBOARD_DIR):
             self._tensorboard.add_text("samples", table, step)
             self._tensorboard.flush()
@@ -149,6 +166,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             steps[record["step"]] = {name: value for name, value in record.items() if value is not None}
     return [steps[step] for step in sorted(steps)]
+
+
+def _texts(values: Sequence[Any]) -> list[str]:
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
 
 
 def _cell(text: str) -> str:

@@ -153,11 +153,11 @@ class Counting:
                 print(f"{self._done}{of} {self._what}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
-        """Say what is waited for."""
+        """Say what is waited for, "" when the wait is over."""
         with self._lock:
             if self._bar is not None:
                 self._bar.waits_for = what
                 self._bar.refresh()
-            elif time.monotonic() - self._line_at >= LINE_EVERY_S:
+            elif what and time.monotonic() - self._line_at >= LINE_EVERY_S:
                 self._line_at = time.monotonic()
                 print(what, file=sys.stderr, flush=True)

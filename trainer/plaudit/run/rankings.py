@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, ConfigError, PlauditError
 from plaudit.rewards.proxies import proxy_for
@@ -35,6 +35,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 """Where browsers send a Secure cookie over plain http as well."""
 
 M = TypeVar("M", bound=BaseModel)
+_BATCHES = TypeAdapter(list[wire.BatchProgress])
 
 
 class RankingsUnavailable(PlauditError):
@@ -157,6 +158,16 @@ class RankingAdmin(_Service):
     def progress(self, batch: str) -> wire.BatchProgress:
         """How far a batch is."""
         return self._parsed(wire.BatchProgress, self._ask("GET", f"{wire.BATCHES_PATH}/{batch}"))
+
+    def batches(self) -> list[wire.BatchProgress]:
+        """All batches that there are."""
+        answer = self._ask("GET", wire.BATCHES_PATH)
+        try:
+            return _BATCHES.validate_json(answer.content)
+        except ValidationError as error:
+            raise RankingsRejected(
+                f"{self.url}{wire.BATCHES_PATH} answered no list of batches: is that a ranking service of this version?"
+            ) from error
 
     def agreement(self, batch: str) -> wire.AgreementReport:
         """How far people agree in a batch."""

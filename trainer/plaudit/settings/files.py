@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from plaudit import presets
 from plaudit.errors import ConfigError
-from plaudit.rewards.settings import RewardComponent, RewardSettings
+from plaudit.rewards.settings import JudgeSettings, RewardComponent, RewardSettings
 
 OLD_REWARD_KEYS: dict[str, Any] = {"function_weight": float, "also": tuple[RewardComponent, ...]}
 """What `reward.components` was written as before it was one list."""
@@ -22,6 +22,14 @@ def load(config_type: type[T], path: Path) -> T:
     values = read(config_type, path)
     try:
         return _replaced(config_type(), values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_dict(config_type: type[T], values: Mapping[str, Any], path: Path) -> T:
+    """The config that a run recorded as plain values (`settings.plain.to_dict`) in the file `path`."""
+    try:
+        return _replaced(config_type(), _section(config_type, values, path, prefix="", root=config_type))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -80,6 +88,8 @@ def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
     also, function_weight = values.pop("also", ()), values.pop("function_weight", 1.0)
     if not own and not also:
         return values
+    if "judge" in own:
+        own["judge"] = JudgeSettings(**own["judge"])
     if "components" in values:
         raise ConfigError(f"{path}: reward.components and reward.{next(iter(own), 'also')} can't both be given")
     try:

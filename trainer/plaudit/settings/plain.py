@@ -1,9 +1,12 @@
 """Settings as plain values, for files."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from plaudit.rewards.settings import RewardComponent, without_credentials
+from plaudit.settings.data import OPENING_TOKENS
 
 
 def to_dict(config: object) -> dict[str, object]:
@@ -22,3 +25,21 @@ def to_dict(config: object) -> dict[str, object]:
     result = plain(config)
     assert isinstance(result, dict)
     return result
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, those of an earlier version as this one would write them."""
+    flat = dict(_flat(config, ""))
+    openings = flat.get("prompts.column") is None and flat.get("prompts.messages_column") is None
+    if openings and "prompts.max_tokens" in flat:
+        # It was written out before a column of prompts could leave it open.
+        flat["prompts.max_tokens"] = flat["prompts.max_tokens"] or OPENING_TOKENS
+    return flat
+
+
+def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
-from plaudit.settings.checks import fraction, positive, require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 
@@ -128,6 +128,8 @@ class PPOConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    check: bool = False
+    """Train nothing: load everything, take one step in memory, and say what a run would do and take."""
     steps: int | None = None
     """PPO steps; not given means one pass over the prompts."""
     resume: str | None = None

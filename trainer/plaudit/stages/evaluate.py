@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plaudit import demo_models
-from plaudit.data.sources import Prompts, load_sourced_prompts
+from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
-from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
-from plaudit.policy.generation import Draws, decode_responses, generate
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
+from plaudit.policy.endings import Endings
+from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import (
+    VALUE_HEAD_FILE,
     ModelNotFound,
     Policy,
     base_of,
@@ -82,12 +84,13 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
     # Tried before the first answer: figures that can't be written would be lost with all the work.
     with exclusive(config.output_dir):
         policy, tokenizer = load_pair(config)
-        prompts = held_out_prompts(config, tokenizer)
+        prompts = held_out_prompts(config, policy, tokenizer)
         cached = _check_all(config, policy, tokenizer, prompts)
-        answer = functools.partial(
-            _answer, policy, tokenizer, prompts, Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
-        )
-        with WaitingLine() as waiting, RewardClient(config.reward, on_wait=waiting) as client:
+        answer = functools.partial(_answer, policy, tokenizer, prompts, _draws(config, len(prompts)))
+        with (
+            WaitingLine() as waiting,
+            RewardClient(config.reward, fields=config.prompts.fields, on_wait=waiting) as client,
+        ):
             try:
                 client.connect()
                 before = answer(config.generation, client, as_reference=True, cached=cached)
@@ -145,7 +148,16 @@ def _before(config: EvaluateConfig) -> str:
         return config.policy
     if not is_adapters(config.after):
         raise ConfigError(f"after={config.after!r} doesn't say what it was trained from: pass --policy")
-    return base_of(config.after)
+    return _adapters_before(config.after) or base_of(config.after)
+
+
+def _adapters_before(after: str) -> str | None:
+    """The adapters of stage 1 that PPO went on training, if it began with some: its reference has them folded in."""
+    file = Path(demo_models.resolve(after)) / CONFIG_FILE
+    policy = json.loads(file.read_text(encoding="utf-8")).get("policy") if file.is_file() else None
+    if not isinstance(policy, str) or not is_adapters(policy):
+        return None
+    return None if (Path(demo_models.resolve(policy)) / VALUE_HEAD_FILE).is_file() else policy
 
 
 def _same(one: str, other: str) -> bool:
@@ -188,21 +200,21 @@ def _check(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts
 def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts: Prompts) -> bool:
     """`_check`, and whether every prompt and its answer fit into both policies."""
     cached = _check(config, policy, tokenizer, prompts)
-    longest = max(map(len, prompts.token_ids))
     for model, source in ((policy.language_model, config.after), (policy.transformers[-1], _before(config))):
-        check_room(model, longest, config.generation, source)
+        check_prompts(tokenizer, model, prompts.token_ids, config.generation, source)
     return cached
 
 
-def held_out_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> Prompts:
+def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> Prompts:
     """As many as were asked for. Raises `ConfigError` if there are fewer."""
-    return held_out_sources(config, tokenizer)[0]
+    return held_out_sources(config, policy, tokenizer)[0]
 
 
-def held_out_sources(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[Prompts, list[str]]:
-    """`held_out_prompts`, and the text that each is the opening of."""
+def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> tuple[Prompts, list[str]]:
+    """`held_out_prompts`, and the text that each comes from."""
+    room = room_for_prompts(policy.language_model, config.generation)
     prompts, sources = load_sourced_prompts(
-        config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts
+        config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts, room=room
     )
     if len(prompts) < config.n_prompts:
         raise ConfigError(
@@ -215,10 +227,10 @@ def held_out_sources(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[Prom
 def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
     """Each held-out prompt with both policies' answers to it, from the same random numbers."""
     policy, tokenizer = load_pair(config)
-    prompts, sources = held_out_sources(config, tokenizer)
+    prompts, sources = held_out_sources(config, policy, tokenizer)
     cached = _check_all(config, policy, tokenizer, prompts)
     draw = generate if cached else generate_uncached
-    draws = Draws.of(config.generation, len(prompts), seed=config.seed, step=0)
+    draws = _draws(config, len(prompts))
 
     def texts(model: PreTrainedModel) -> list[str]:
         size = config.generation.batch_size
@@ -226,13 +238,18 @@ def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
         for start in range(0, len(prompts), size):
             rows = slice(start, min(start + size, len(prompts)))
             queries, chunk = prompts.token_ids[rows], draws.rows(rows.start, rows.stop)
-            listed += decode_responses(tokenizer, draw(model, queries, chunk, config.generation, tokenizer))
+            samples = draw(model, queries, chunk, config.generation, tokenizer)
+            listed += Endings.of(model, tokenizer, config.generation).texts(samples)
         return listed
 
     with policy.as_reference() as model:
         before = texts(model)
     after = texts(policy.language_model)
     return [BothAnswers(*row) for row in zip(prompts.texts, sources, before, after, strict=True)]
+
+
+def _draws(config: EvaluateConfig, count: int) -> Draws:
+    return Draws.of(config.generation.answering(config.prompts.kind), count, seed=config.seed, step=0)
 
 
 @torch.no_grad()
@@ -252,21 +269,21 @@ def _answer(
     texts: list[str] = []
     pending, scored = [], []
     for start in range(0, len(prompts), settings.batch_size):
-        rows = slice(start, min(start + settings.batch_size, len(prompts)))
-        queries, chunk_draws = prompts.token_ids[rows], draws.rows(rows.start, rows.stop)
+        stop = min(start + settings.batch_size, len(prompts))
+        chunk, chunk_draws = prompts.rows(start, stop), draws.rows(start, stop)
         if as_reference:
             with policy.as_reference() as model:
-                samples = draw(model, queries, chunk_draws, settings, tokenizer)
+                samples = draw(model, chunk.token_ids, chunk_draws, settings, tokenizer)
         else:
-            samples = draw(policy.language_model, queries, chunk_draws, settings, tokenizer)
-        responses = decode_responses(tokenizer, samples)
-        pending.append(client.submit(prompts.texts[rows], responses))
+            samples = draw(policy.language_model, chunk.token_ids, chunk_draws, settings, tokenizer)
+        responses = Endings.of(policy.language_model, tokenizer, settings).texts(samples)
+        pending.append(client.submit_components(chunk.judged, responses, chunk.fields))
         texts += responses
         scored.append(_logprobs(policy, samples, settings, as_reference=as_reference))
     own, reference, plain, counts = (torch.cat(parts).tolist() for parts in zip(*scored, strict=True))
     return Answers(
         texts=tuple(texts),
-        rewards=tuple(reward for future in pending for reward in future.result()),
+        rewards=tuple(reward for future in pending for reward in future.result().totals),
         logprobs=tuple(own),
         reference_logprobs=tuple(reference),
         plain_reference_logprobs=tuple(plain),

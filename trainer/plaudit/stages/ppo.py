@@ -16,11 +16,12 @@ from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.rewards import RewardRejected, RewardUnavailable
-from plaudit.run.metrics import REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
+from plaudit.run.metrics import ENDED_SHARE, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
 from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
 from plaudit.run.storage import NotWritten
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
 from plaudit.stages.ppo_results import write_results
 from plaudit.stages.ppo_setup import Training, set_up
 
@@ -37,9 +38,13 @@ class PPOResult:
 def run(config: PPOConfig) -> PPOResult:
     """Trains from the start or from a checkpoint, and writes everything to `config.output_dir`.
 
+    With `config.check` nothing is trained (see `check`).
+
     Raises:
         PlauditError: the exception says what to do, and whether `--resume auto` goes on from a checkpoint.
     """
+    if config.check:
+        return check(config)
     with set_up(config) as training:
         metrics = train(training)
         save_results(training)
@@ -72,6 +77,21 @@ def train(training: Training) -> dict[str, float]:
     return metrics
 
 
+def check(config: PPOConfig) -> PPOResult:
+    """Takes one step in memory and throws it away: says what a run would do, and what it would take.
+
+    Raises:
+        PlauditError: what `run` would raise before its second step, or too little room on the disk.
+    """
+    with tried_out(config) as training:
+        tell_prompt(training)
+        done = training.stepper.steps_done
+        tell_rewards(training.rollouts.collect(done))
+        metrics = take_step(training)
+        tell_estimates(config, training, metrics, steps=training.total_steps - done)
+    return PPOResult(config.output_dir, done, metrics)
+
+
 def take_step(training: Training) -> dict[str, float]:
     """One PPO step: generate, score, token rewards, advantages, learn, log. All processes take it together."""
     config, stepper, step = training.config, training.stepper, training.stepper.steps_done
@@ -84,7 +104,7 @@ def take_step(training: Training) -> dict[str, float]:
         measuring_peak(stepper.policy.device) as update_peak,
         keeping_non_finite_batch(collected, config.output_dir, stepper.processes),
     ):
-        rollout = penalised(collected.rollout, config.penalties, training.rollouts.end_tokens)
+        rollout = penalised(collected.rollout, config.penalties, collected.ended)
         # Token rewards (KL penalty at each token, score at the last one), then advantages (GAE).
         experience = stepper.make_experience(rollout)
         # Epochs of clipped mini-batch updates, then the KL coefficient.
@@ -92,6 +112,7 @@ def take_step(training: Training) -> dict[str, float]:
     ended = time.perf_counter()
     metrics = {
         **reward_statistics(collected.rollout.scores, collected.components),
+        ENDED_SHARE: statistics.fmean(collected.ended),
         **result.statistics,
         "time/rollout_s": scored - began,
         "time/reward_wait_s": collected.waited_s,
@@ -105,11 +126,11 @@ def take_step(training: Training) -> dict[str, float]:
     return metrics
 
 
-def penalised(rollout: Rollout, penalties: PenaltySettings, ends: Sequence[int]) -> Rollout:
-    """The rollout, its scores less the penalties: for length, and for a response without any of the tokens `ends`."""
+def penalised(rollout: Rollout, penalties: PenaltySettings, ended: Sequence[bool]) -> Rollout:
+    """The rollout, its scores less the penalties: for length, and for each response that has not `ended` by itself."""
     samples = rollout.samples
-    ended = (torch.isin(samples.response_ids, samples.response_ids.new_tensor(ends)) & samples.mask).any(1)
-    scores = penalise_missing_eos(rollout.scores, ended, penalties.missing_eos)
+    by_themselves = torch.tensor(ended, device=rollout.scores.device)
+    scores = penalise_missing_eos(rollout.scores, by_themselves, penalties.missing_eos)
     scores = penalise_length(
         scores,
         samples.response_lengths,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plaudit.data.sources import Prompts, PromptSchedule, fingerprint, load_prompts
+from plaudit.data.prompts import Prompts, PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.memory import keep_freed_memory
 from plaudit.learner.rollout import RolloutCollector, sampler
@@ -20,7 +20,7 @@ from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.devices import settle_arithmetic
 from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
-from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.model import Policy, load_policy, load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         ExitStack() as held,
         StopSignal().listening() as stop,
     ):
-        resumed = processes.on_main(_hold_directory, config, held)
+        resumed = processes.on_main(hold_directory, config, held)
         with reading(config.policy):
             tokenizer = load_tokenizer(config.policy)
             policy = load_policy(config.policy, config.lora, config.model, device=device)
@@ -114,11 +114,12 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         if resumed is not None:
             checkpoints.restore(resumed, policy, stepper)
         progress = StepProgress(total_steps, stepper.steps_done, held.enter_context(WaitingLine()))
-        client = held.enter_context(RewardClient(config.reward, on_wait=progress.waiting))
+        client = held.enter_context(RewardClient(config.reward, fields=config.prompts.fields, on_wait=progress.waiting))
         _connect(client, config, resumed, stop, processes)
         sample = sampler(policy, config.generation, tokenizer, cached=cached, processes=processes)
+        generation = config.generation.answering(config.prompts.kind)
         rollouts = RolloutCollector(
-            stepper, tokenizer, schedule, config.generation, client, sample, wait=stop.wait, seed=config.seed
+            stepper, tokenizer, schedule, generation, client, sample, wait=stop.wait, seed=config.seed
         )
         processes.on_main(_prepare_directory, config, stepper.steps_done)
         log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
@@ -141,7 +142,7 @@ def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
         raise
 
 
-def _hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
+def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
     """Locks the output directory against other runs; returns the checkpoint to continue from."""
     held.enter_context(exclusive(config.output_dir))
     require_same_kind(config)
@@ -168,16 +169,17 @@ def _hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoin
 
 def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Prompts:
     """The prompts to train on, all of which the policy can read and respond to."""
-    prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed)
-    check_tokenizer_fits(tokenizer, policy.language_model, config.policy, prompts.texts)
-    longest = max(map(len, prompts.token_ids))
-    check_room(policy.language_model, longest, config.generation, config.policy)
+    model = policy.language_model
+    room = room_for_prompts(model, config.generation)
+    prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed, room=room)
+    check_tokenizer_fits(tokenizer, model, config.policy, prompts.texts)
+    check_prompts(tokenizer, model, prompts.token_ids, config.generation, config.policy)
     return prompts
 
 
 def _fingerprints(prompts: Prompts, policy: Policy) -> dict[str, str]:
     return {
-        "prompts": fingerprint(zip(prompts.token_ids, prompts.texts, strict=True)),
+        "prompts": prompts.fingerprint(),
         "policy": checkpoints.frozen_weights_fingerprint(policy),
     }
 

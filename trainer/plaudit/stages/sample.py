@@ -17,16 +17,17 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from plaudit.data.sources import Prompts, load_sourced_prompts
+from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.data.tables import DataError
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
+from plaudit.policy.checks import room_for_prompts
 from plaudit.policy.generation import Draws
 from plaudit.policy.writer import Writer, load_writer
 from plaudit.run.progress import Counting
 from plaudit.run.rankings import RankingAdmin, answers_in_pieces
 from plaudit.run.storage import write_text, writing
-from plaudit.settings.plain import to_dict
+from plaudit.settings.plain import comparable, to_dict
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.sample import SampleConfig
 from plaudit.wire import rankings as wire
@@ -111,10 +112,11 @@ def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
     sink(kept)
     same = sum(_same_answers(row) for row in kept)
     at_once = max(1, config.generation.batch_size // config.k)
+    generation = config.generation.answering(config.prompts.kind)
     with Counting("prompts answered", len(prompts), len(kept)) as counting, _appending(config.file) as append:
         for start in range(len(kept), len(prompts), at_once):
             stop = min(start + at_once, len(prompts))
-            texts = answers_to(writer, prompts.rows(start, stop), config.generation, config.k, config.seed, first=start)
+            texts = answers_to(writer, prompts.rows(start, stop), generation, config.k, config.seed, first=start)
             rows = [
                 wire.new_answers_row(
                     config.batch,
@@ -144,7 +146,10 @@ def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, lis
     Raises:
         ConfigError: there are fewer.
     """
-    found, sources = load_sourced_prompts(config.dataset, config.prompts, writer.tokenizer, "train", seed=config.seed)
+    room = room_for_prompts(writer.model, config.generation)
+    found, sources = load_sourced_prompts(
+        config.dataset, config.prompts, writer.tokenizer, "train", seed=config.seed, room=room
+    )
     first: dict[str, int] = {}
     passed_over = 0
     for i, text in enumerate(found.texts):
@@ -158,8 +163,7 @@ def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, lis
             "ask for fewer, use longer prompts (--prompts.max-tokens) or a larger source"
         )
     chosen = list(first.values())
-    prompts = Prompts([found.token_ids[i] for i in chosen], [found.texts[i] for i in chosen])
-    return prompts, [wire.group_of(sources[i]) for i in chosen], passed_over
+    return found.select(chosen), [wire.group_of(sources[i]) for i in chosen], passed_over
 
 
 @torch.no_grad()
@@ -248,10 +252,13 @@ def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
     fixed["generation"] = {name: v for name, v in generation.items() if name not in ("batch_size", "static_cache")}
     if path.is_file() and config.file.is_file() and config.file.stat().st_size:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in fixed.items():
-            if recorded.get(name) != value:
+        # A setting that is younger than the file had its default.
+        default = comparable(to_dict(SampleConfig()))
+        then, now = default | comparable(recorded), default | comparable(fixed)
+        for name, value in now.items():
+            if then.get(name) != value:
                 raise ConfigError(
-                    f"{config.file} was begun with {name}={recorded.get(name)!r:.120}, and now it is {value!r:.120}; "
+                    f"{config.file} was begun with {name}={then.get(name)!r:.120}, and now it is {value!r:.120}; "
                     "go on with the settings of then, or name another file"
                 )
     return path, json.dumps(fixed, indent=2) + "\n"

@@ -1,22 +1,33 @@
-"""Stage 1: supervised fine-tuning. A base model (or sizes) and texts in, a Hugging Face model directory out."""
+"""Stage 1: supervised fine-tuning. A base model (or sizes) and texts or conversations in, a model directory out."""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
-from plaudit.data.sources import fingerprint, load_texts
+from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
+from plaudit.data.rendering import use_chat_template
+from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
-from plaudit.policy.model import load_causal_lm, load_tokenizer, load_whole_causal_lm
+from plaudit.policy.model import (
+    add_lora,
+    base_of,
+    is_adapters,
+    load_causal_lm,
+    load_tokenizer,
+    load_whole_causal_lm,
+)
 from plaudit.policy.reading import reading
-from plaudit.policy.texts import tokens_in_front
-from plaudit.policy.tokenizer import Tokenizer
+from plaudit.policy.texts import end_tokens, tokens_in_front
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -31,6 +42,9 @@ from plaudit.stages.supervised import (
     train,
     training_arguments,
 )
+
+NEW_TOKENS = 36
+"""Of a sample, at most."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +65,19 @@ def run(config: SFTConfig) -> SFTResult:
 
 def _run(config: SFTConfig, run: Run) -> SFTResult:
     set_seed(config.seed)
-    texts = load_texts(config.dataset, "train")
-    held_out = load_texts(config.dataset, "held_out")[: config.eval_texts]
-    if config.from_scratch:
-        tokenizer = train_tokenizer(texts, vocab_size=config.sizes.vocab_size, max_length=config.sizes.max_positions)
-        model = new_causal_lm(config.sizes, tokenizer)
-    else:
-        with reading(config.model):
-            model = load_whole_causal_lm(config.model, setting="model")
-            tokenizer = load_tokenizer(config.model, setting="model")
-        _check_start(config, model, tokenizer, texts)
+    examples, line = load_examples(config, "train")
+    print(line, flush=True)
+    held_out = load_examples(config, "held_out")[0][: config.eval_texts]
+    model, tokenizer = _start(config, examples)
 
     # Only now: these take seconds to import, and wrong data should be told before.
     from datasets import Dataset
     from trl import SFTConfig as TrlSFTConfig
     from trl import SFTTrainer
 
-    ids = token_rows(tokenizer, texts, config.max_length)
-    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    taken = _rows(config, tokenizer, examples, held_out)
+    _end_turns(model, tokenizer, taken)
+    rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
     trainer = resumable(SFTTrainer)(
         model=model,
         args=TrlSFTConfig(
@@ -81,7 +90,12 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
         processing_class=tokenizer,
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
-    model = train(trainer, run, {"training texts": fingerprint(ids)})
+    same = taken.labels == taken.ids
+    model = train(
+        trainer, run, {"training texts": fingerprint(taken.ids if same else zip(taken.ids, taken.labels, strict=True))}
+    )
+    if config.lora.enabled and config.merge:
+        model = model.merge_and_unload().requires_grad_(True)
     result = save(config, model, tokenizer, held_out, train_rows=len(rows))
     forget_checkpoints(run)
     figures = f"perplexity {result.perplexity:.1f} (loss {result.held_out_loss:.3f} nats a token)"
@@ -91,33 +105,35 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     return result
 
 
-def save(
-    config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, held_out: list[str], *, train_rows: int
-) -> SFTResult:
-    """Saves the model with sft.json, what is measured on `held_out`, once it is proven on some of these texts.
+def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Example], *, train_rows: int) -> SFTResult:
+    """Saves the model or its adapters with sft.json, what is measured on `held_out`, once it is proven on some of it.
 
     It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
     """
+    few = held_out[:8]
 
     def reproduces(directory: Path) -> None:
-        again, few = load_causal_lm(directory, device=model.device), held_out[:8]
-        own, others = (
-            token_rows(tokenizer, few, config.max_length),
-            token_rows(load_tokenizer(directory), few, config.max_length),
-        )
+        if config.saves_adapters:
+            whole = load_causal_lm(_base(config), device=model.device)
+            again: Any = peft.PeftModel.from_pretrained(whole, str(directory))
+        else:
+            again = load_causal_lm(directory, device=model.device)
+        own, others = (rows_of(reader, few, config.max_length) for reader in (tokenizer, load_tokenizer(directory)))
         if own != others:
             raise NotAsSaved("the model is not saved: its tokenizer, loaded again, reads texts as other tokens")
-        require_same_figures(
-            "the loss on held-out texts",
-            torch.tensor([held_out_loss(model, own)]),
-            torch.tensor([held_out_loss(again.eval(), own)]),
-        )
+        if own.ids:
+            require_same_figures(
+                "the loss on held-out texts",
+                torch.tensor([held_out_loss(model, own.ids, own.labels)]),
+                torch.tensor([held_out_loss(again.eval(), own.ids, own.labels)]),
+            )
 
     with saved_model(
         model, tokenizer, config.output_dir, half_precision=config.half_precision, reproduces=reproduces
     ) as (model, beside):
-        loss = held_out_loss(model, token_rows(tokenizer, held_out, config.max_length))
-        samples = sample(model, tokenizer, held_out, seed=config.seed, length=min(36, config.max_length))
+        measured_on = rows_of(tokenizer, held_out, config.max_length)
+        loss = held_out_loss(model, measured_on.ids, measured_on.labels)
+        samples = sample(model, tokenizer, held_out, seed=config.seed, max_length=config.max_length)
         result = SFTResult(loss, math.exp(loss), samples)
         measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
         report = {"stage": "sft", "config": to_dict(config), "train_rows": train_rows, **measured}
@@ -125,7 +141,63 @@ def save(
     return result
 
 
-def _check_start(config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str]) -> None:
+def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
+    """The model to train, with adapters if there are to be some, and its tokenizer."""
+    texts = [text for example in examples for text in example.texts()]
+    if config.from_scratch:
+        tokenizer: Any = train_tokenizer(
+            texts, vocab_size=config.sizes.vocab_size, max_length=config.sizes.max_positions
+        )
+        model = new_causal_lm(config.sizes, tokenizer)
+    elif config.saves_adapters and is_adapters(config.model):
+        # Folded into their base they would be nowhere on a disk, and new ones on top of them would have no base.
+        model = peft.PeftModel.from_pretrained(
+            load_causal_lm(base_of(config.model), setting="model"), config.model, is_trainable=True
+        )
+        tokenizer = load_tokenizer(config.model, setting="model")
+    else:
+        with reading(config.model):
+            model = load_whole_causal_lm(config.model, setting="model")
+            tokenizer = load_tokenizer(config.model, setting="model")
+    if config.chat_template is not None or any(example.is_conversation for example in examples):
+        use_chat_template(tokenizer, config.chat_template, config.model)
+    if not config.from_scratch:
+        _check_start(config, model, tokenizer, texts)
+    if config.lora.enabled and not hasattr(model, "peft_config"):
+        model = add_lora(model, config.lora)
+    return model, tokenizer
+
+
+def _end_turns(model: Any, tokenizer: Any, rows: Rows) -> None:
+    """Has the model stop, here and in PPO, at the tokens that end the assistant's turns in the data."""
+    known = end_tokens(model, tokenizer)
+    new = sorted(rows.ends - set(known))
+    if new:
+        model.generation_config.eos_token_id = [*known, *new]
+        print(f"what the model writes ends at {', '.join(tokenizer.convert_ids_to_tokens(new))} as well")
+
+
+def _base(config: SFTConfig) -> str:
+    """The model that saved adapters belong to."""
+    return base_of(config.model) if is_adapters(config.model) else config.model
+
+
+def _rows(config: SFTConfig, tokenizer: Any, examples: Sequence[Example], held_out: Sequence[Example]) -> Rows:
+    """Token rows to train on. Says what was cut, and raises `ConfigError` where nothing is left."""
+    taken = rows_of(tokenizer, examples, config.max_length)
+    measured_on = rows_of(tokenizer, held_out, config.max_length)
+    for line in taken.lines(config.max_length):
+        print(line, flush=True)
+    for rows, split in ((taken, "training"), (measured_on, "held-out")):
+        if not rows.ids:
+            raise ConfigError(
+                f"max_length={config.max_length} leaves no token to learn of the {split} examples: their prompts alone "
+                "are that long; give --max-length more"
+            )
+    return taken
+
+
+def _check_start(config: SFTConfig, model: Any, tokenizer: Any, texts: list[str]) -> None:
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
     positions = max_positions(model)
     if positions is not None and config.max_length > positions:
@@ -139,34 +211,26 @@ def _check_start(config: SFTConfig, model: PreTrainedModel, tokenizer: Tokenizer
         )
 
 
-def token_rows(tokenizer: Tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
-    """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
-
-    A text begins with what the tokenizer puts in front of it. Rows never join two texts, so the model sees openings as
-    openings.
-    """
-    rows: list[list[int]] = []
-    in_front = tokens_in_front(tokenizer)
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids = [*in_front, *ids, tokenizer.eos_token_id]
-        rows.extend(ids[start : start + max_length] for start in range(0, len(ids), max_length))
-    return [row for row in rows if len(row) > 1]
-
-
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, rows: list[list[int]], batch_size: int = 32) -> float:
-    """Mean negative log-likelihood (nats) of the tokens of `rows` after each row's first."""
+def held_out_loss(
+    model: Any, rows: Sequence[list[int]], labels: Sequence[list[int]] | None = None, batch_size: int = 32
+) -> float:
+    """Mean negative log-likelihood (nats) of the tokens of `rows` after each row's first.
+
+    With `labels`, of those tokens alone whose label is not `IGNORED`.
+    """
     total, count = 0.0, 0
-    ordered = sorted(rows, key=len)
+    ordered = sorted(zip(rows, rows if labels is None else labels, strict=True), key=lambda pair: len(pair[0]))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        ids = torch.full((len(batch), len(batch[-1])), 0, device=model.device)
-        labels = torch.full_like(ids, -100)
-        for i, row in enumerate(batch):
-            ids[i, : len(row)] = labels[i, : len(row)] = torch.tensor(row)
-        logits = model(input_ids=ids, attention_mask=(labels != -100).long()).logits[:, :-1]
-        total += cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum").item()
-        count += int((labels[:, 1:] != -100).sum())
+        ids = torch.full((len(batch), len(batch[-1][0])), 0, device=model.device)
+        wanted, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for i, (row, learnt) in enumerate(batch):
+            ids[i, : len(row)], wanted[i, : len(row)] = torch.tensor(row), torch.tensor(learnt)
+            mask[i, : len(row)] = 1
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        total += cross_entropy(logits.flatten(0, 1).float(), wanted[:, 1:].flatten(), reduction="sum").item()
+        count += int((wanted[:, 1:] != IGNORED).sum())
     if not math.isfinite(total):
         raise NotFinite(f"the loss on held-out texts is {total / count}: the model is not saved")
     return total / count
@@ -174,14 +238,23 @@ def held_out_loss(model: PreTrainedModel, rows: list[list[int]], batch_size: int
 
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, tokenizer: Tokenizer, texts: list[str], *, seed: int, length: int, count: int = 8
+    model: Any, tokenizer: Any, examples: Sequence[Example], *, seed: int, max_length: int, count: int = 8
 ) -> list[str]:
-    """What the model makes of the first four tokens of held-out texts, up to `length` tokens in all."""
+    """What the model makes of the first four tokens of held-out texts, or of held-out prompts; up to 36 tokens in all,
+    or 36 new ones."""
     torch.manual_seed(seed)
     in_front = tokens_in_front(tokenizer)
-    openings = tokenizer(texts[:count], add_special_tokens=False, verbose=False)["input_ids"]
-    prompts = [[*in_front, *ids[:4]] for ids in openings]
-    settings = {"do_sample": True, "max_length": length, "pad_token_id": tokenizer.pad_token_id}
-    rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
-    drawn = [model.generate(row, attention_mask=torch.ones_like(row), **settings)[0] for row in rows]
+    drawn = []
+    for example in examples[:count]:
+        prompt = example.prompt_ids(tokenizer)
+        if prompt is None:
+            ids = tokenizer(example.text, add_special_tokens=False, verbose=False)["input_ids"][:4]
+            prompt, length = [*in_front, *ids], min(NEW_TOKENS, max_length)
+        else:
+            length = min(len(prompt) + NEW_TOKENS, max_length)
+        if len(prompt) >= length:
+            continue
+        row = torch.tensor([prompt], device=model.device)
+        settings = {"do_sample": True, "max_length": length, "pad_token_id": tokenizer.pad_token_id}
+        drawn.append(model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings)[0])
     return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in drawn]

@@ -35,7 +35,7 @@ from plaudit.settings.supervised import OptimizerSettings
 CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """In a checkpoint: from where the epoch's order was drawn, and the state of a collator that draws."""
-FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every")
+FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every", "allow_chance")
 RandomState: TypeAlias = tuple[Any, ...]
 """Of Python's generator: version, numbers, and a number left over from `gauss`."""
 
@@ -50,6 +50,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The directory of the run's checkpoints."""
         return self.config.output_dir / CHECKPOINTS
 
 
@@ -66,11 +67,7 @@ def begun(config: SFTConfig | RewardModelConfig) -> Iterator[Run]:
     if count > 1:
         raise ConfigError(f"this stage runs in one process, and a launcher started {count}: start it without one")
     with exclusive(config.output_dir), StopSignal().listening() as stop:
-        if (config.output_dir / "adapter_config.json").exists():
-            raise ConfigError(
-                f"output_dir={config.output_dir} holds adapters, and a model beside them would be loaded with them on: "
-                "give another --output-dir"
-            )
+        _require_nothing_of_the_other_kind(config)
         root = config.output_dir / CHECKPOINTS
         run = Run(config, stop, _checkpoint_to_resume(config, root))
         try:
@@ -81,6 +78,16 @@ def begun(config: SFTConfig | RewardModelConfig) -> Iterator[Run]:
                 newest = f"the newest whole checkpoint is {existing[-1].directory}" if existing else "no checkpoint yet"
                 error.add_note(f"{newest}; go on with --resume auto" if existing else newest)
             raise
+
+
+def _require_nothing_of_the_other_kind(config: SFTConfig | RewardModelConfig) -> None:
+    saves_adapters = isinstance(config, SFTConfig) and config.saves_adapters
+    other = "config.json" if saves_adapters else "adapter_config.json"
+    if (config.output_dir / other).exists():
+        whole = "a whole model, which would be loaded in place of" if saves_adapters else "adapters, which go on"
+        raise ConfigError(
+            f"output_dir={config.output_dir} holds {whole} what this run saves: give another --output-dir"
+        )
 
 
 def _checkpoint_to_resume(config: SFTConfig | RewardModelConfig, root: Path) -> checkpoints.Checkpoint | None:
@@ -181,6 +188,7 @@ class Drawing:
         return self._states.get(batches, self.random.getstate())
 
     def restore(self, batches: int, state: RandomState) -> None:
+        """Continue from batch number `batches`, counted from 0, with the generator state that `state_after` gave."""
         self._batches = batches
         version, numbers, gauss = state
         self.random.setstate((version, tuple(numbers), gauss))
@@ -295,11 +303,25 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             control.should_save = control.should_training_stop = True
 
 
-def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
-    """That trainer with checkpoints of ours, and batches that are halved when they don't fit into memory.
+@dataclass(frozen=True)
+class BatchShape:
+    """How a batch falls into examples: how many there are, and the batch of some consecutive ones."""
 
-    With `pairs`, the second half of a batch's rows belongs to the first.
-    """
+    size: Callable[[Mapping[str, Any]], int]
+    part: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
+
+
+ROWS = BatchShape(
+    size=lambda inputs: len(next(iter(inputs.values()))),
+    part=lambda inputs, start, stop: {
+        name: values[start:stop] for name, values in inputs.items() if isinstance(values, torch.Tensor)
+    },
+)
+"""An example is row i of every tensor."""
+
+
+def resumable(trainer_type: type[Trainer], shape: BatchShape = ROWS) -> Any:
+    """That trainer with checkpoints of ours, and batches that are halved when they don't fit into memory."""
 
     class Resumable(trainer_type):  # type: ignore[misc]
         keeper: _Keeper
@@ -327,7 +349,7 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
             self, model: PreTrainedModel, inputs: Mapping[str, Any], num_items_in_batch: Any = None
         ) -> torch.Tensor:
             """One batch's gradient; as several smaller ones that add up to it, where it does not fit into memory."""
-            examples = len(next(iter(inputs.values()))) // (2 if pairs else 1)
+            examples = shape.size(inputs)
 
             def in_parts(size: int) -> torch.Tensor:
                 if size >= examples:
@@ -337,10 +359,8 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
                 model.zero_grad()
                 losses: list[torch.Tensor] = []
                 for start in range(0, examples, size):
-                    rows = list(range(start, min(start + size, examples)))
-                    rows += [examples + row for row in rows] if pairs else []
-                    part = {name: values[rows] for name, values in inputs.items() if isinstance(values, torch.Tensor)}
-                    self._share = _items(part) / _items(inputs)
+                    part = shape.part(inputs, start, min(start + size, examples))
+                    self._share = _items(part, shape) / _items(inputs, shape)
                     losses.append(super(Resumable, self).training_step(model, part, None))
                 return torch.stack(losses).sum()
 
@@ -358,12 +378,12 @@ def resumable(trainer_type: type[Trainer], *, pairs: bool = False) -> Any:
     return Resumable
 
 
-def _items(inputs: Mapping[str, Any]) -> int:
-    """What a batch's mean loss is a mean over: the tokens that are predicted, or the rows."""
+def _items(inputs: Mapping[str, Any], shape: BatchShape) -> int:
+    """What a batch's mean loss is a mean over: the tokens that are predicted, or the examples."""
     labels = inputs.get("labels")
     if labels is not None and labels.ndim == 2:
         return int((labels[:, 1:] != -100).sum())
-    return len(inputs["input_ids"])
+    return shape.size(inputs)
 
 
 def _random_states() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A copy of the database while it is in use. The copy appears under its name only when it is complete."""
+"""Back up the database while it is in use. The copy appears under its name only when it is complete."""
 
 import os
 import shutil
@@ -12,9 +12,9 @@ from plaudit.ranking_service.store.database import Database, DatabaseSetupError
 
 
 def backup(database: Database, to: Path) -> None:
-    """Copy SQLite's file by its own backup, or PostgreSQL by pg_dump. Raises `DatabaseSetupError`."""
+    """Copy a SQLite file with SQLite's backup API, or PostgreSQL with pg_dump. Raises `DatabaseSetupError`."""
     if to.exists():
-        raise DatabaseSetupError(f"{to} is there already; name another file")
+        raise DatabaseSetupError(f"{to} exists already; name another file")
     with atomic.new_file(to, mode=0o600) as part:
         if database.is_postgres:
             _dump(database, part)
@@ -40,9 +40,9 @@ def _copy(database: Database, part: Path) -> None:
 
 def _dump(database: Database, part: Path) -> None:
     if shutil.which("pg_dump") is None:
-        raise DatabaseSetupError("pg_dump is not installed; it belongs to PostgreSQL's client programs")
+        raise DatabaseSetupError("pg_dump is not installed; install PostgreSQL's client programs")
     url = database.url
-    # The password goes by the environment: a process list shows arguments.
+    # The password goes into the environment: a process list shows arguments.
     environment = os.environ | ({"PGPASSWORD": str(url.password)} if url.password else {})
     plain = url.set(drivername="postgresql", password=None).render_as_string(hide_password=False)
     command = ["pg_dump", "--format=custom", f"--file={part}", f"--dbname={plain}"]

@@ -1,4 +1,4 @@
-"""Batches of tasks: taking them in whole or not at all, how far they are, closing them."""
+"""Batches of tasks: uploads, which are stored whole or not at all, progress, closing."""
 
 import json
 import math
@@ -15,14 +15,14 @@ from plaudit.ranking_service.store.schema import answers, assignments, batches, 
 from plaudit.wire import rankings as wire
 
 FIXED = ("round", "purpose", "overlap", "overlap_share", "instructions")
-"""What a batch is made with, and every later upload must repeat."""
+"""Settings that are fixed when a batch is created. Every later upload must repeat them."""
 ROWS_AT_ONCE = 500
 
 
 def upload(
     database: Database, connection: Connection, wanted: wire.BatchUpload, now: int, *, actor: int | None = None
 ) -> wire.BatchUploaded:
-    """Make the batch unless it is there, and add the rows that are new. Raises `ProblemError` for the first bad row."""
+    """Create the batch unless it exists, and add the new rows. Raises `ProblemError` for the first bad row."""
     for number, row in enumerate(wanted.rows, start=1):
         if row.batch != wanted.id:
             raise bad_row(number, f"it belongs to batch {row.batch!r}, and this is an upload to {wanted.id!r}")
@@ -30,13 +30,13 @@ def upload(
     connection.execute(
         database.insert(batches).values(id=wanted.id, created_at=now, **settings).on_conflict_do_nothing()
     )
-    # Two uploads to one batch go one after the other.
+    # The lock makes uploads to one batch wait for each other.
     batch = connection.execute(select(batches).where(batches.c.id == wanted.id).with_for_update()).one()
     for name, value in settings.items():
         if getattr(batch, name) != value:
             there = getattr(batch, name)
             raise ProblemError(
-                "batch-differs", f"batch {wanted.id!r} is there with {name}={there!r}, and the upload says {value!r}"
+                "batch-differs", f"batch {wanted.id!r} exists with {name}={there!r}, and the upload has {value!r}"
             )
     if batch.closed_at is not None:
         raise ProblemError("batch-closed", f"batch {wanted.id!r} is closed; reopen it or name another")
@@ -49,7 +49,7 @@ def upload(
             known[row.id] = content
             added.append(row)
         elif known[row.id] != content:
-            raise bad_row(number, f"task {row.id!r} is there already with another prompt, group or answers")
+            raise bad_row(number, f"task {row.id!r} exists already with another prompt, group or answers")
     merged, identical = add_tasks(connection, batch, added, count)
     if added:
         note_in_audit(connection, "upload", wanted.id, now, actor=actor, added=len(added))
@@ -64,7 +64,7 @@ def upload(
 
 
 def add_tasks(connection: Connection, batch: Row[Any], rows: list[wire.AnswersRow], count: int) -> tuple[int, int]:
-    """Insert tasks behind the `count` that are there; how many answers were merged, how many tasks are identical."""
+    """Append tasks to the `count` existing ones. Returns the number of merged answers and of identical tasks."""
     merged = identical = 0
     for start in range(0, len(rows), ROWS_AT_ONCE):
         chunk = rows[start : start + ROWS_AT_ONCE]
@@ -106,18 +106,18 @@ def add_tasks(connection: Connection, batch: Row[Any], rows: list[wire.AnswersRo
 
 
 def overlaps(position: int, share: float) -> bool:
-    """Whether the task at this position is one that several people rank: the first is, and `share` of all, evenly."""
+    """Whether several people rank the task at this position: the first one, and `share` of all, evenly spread."""
     return math.ceil((position + 1) * share) > math.ceil(position * share)
 
 
 def first_with_the_text(listed: list[wire.Answer], position: int) -> int | None:
-    """Position of the first answer with the same text, unless it is this one."""
+    """The position of the first answer with the same text; None if it is this one."""
     first = next(i for i, answer in enumerate(listed) if answer.text == listed[position].text)
     return None if first == position else first
 
 
 def close(connection: Connection, identity: str, now: int, *, actor: int | None = None) -> None:
-    """Hand out nothing more of this batch. What still comes is kept as late. Closing twice is harmless."""
+    """Close a batch: none of its tasks is handed out, and later rankings are kept as late. Idempotent."""
     _must_exist(connection, identity)
     open_one = (batches.c.id == identity) & batches.c.closed_at.is_(None)
     if connection.execute(update(batches).where(open_one).values(closed_at=now)).rowcount:
@@ -125,7 +125,7 @@ def close(connection: Connection, identity: str, now: int, *, actor: int | None 
 
 
 def reopen(connection: Connection, identity: str, now: int, *, actor: int | None = None) -> None:
-    """Hand out tasks of this batch again. What came late stays late."""
+    """Reopen a batch: its tasks are handed out again. Late rankings stay late."""
     _must_exist(connection, identity)
     closed_one = (batches.c.id == identity) & batches.c.closed_at.is_not(None)
     if connection.execute(update(batches).where(closed_one).values(closed_at=None)).rowcount:
@@ -133,7 +133,7 @@ def reopen(connection: Connection, identity: str, now: int, *, actor: int | None
 
 
 def progress(connection: Connection, identity: str) -> wire.BatchProgress:
-    """How far a batch is."""
+    """The progress of a batch."""
     batch = connection.execute(select(batches).where(batches.c.id == identity)).first()
     if batch is None:
         raise ProblemError("not-found", f"there is no batch {identity!r}")
@@ -200,7 +200,7 @@ def bad_row(number: int, reason: str) -> ProblemError:
 
 
 def contents_of(connection: Connection, batch: str) -> Mapping[str, object]:
-    """What every task of a batch is made of, by id, to compare with `content_of_row`."""
+    """A hash of the content of every task of a batch, by the task's id."""
     return _contents(connection, batch)
 
 
@@ -229,7 +229,7 @@ def _contents(connection: Connection, batch: str) -> dict[str, str]:
 
 
 def answer_of(row: Row[Any]) -> wire.Answer:
-    """An answer as files have it."""
+    """A stored answer as a message."""
     seed = None if row.seed is None else int(row.seed)
     return wire.Answer(id=row.id, text=row.text, policy=row.policy, revision=row.revision, seed=seed)
 

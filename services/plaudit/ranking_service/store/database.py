@@ -1,7 +1,7 @@
-"""The connection to SQLite or PostgreSQL: when a transaction begins, what it locks, and what its failures mean.
+"""Transactions on SQLite or PostgreSQL: when they begin, what they lock, and what their failures mean.
 
-On SQLite a writing transaction takes the write lock when it begins (BEGIN IMMEDIATE). One that reads first and writes
-later would be refused in the middle, whatever its patience.
+On SQLite, a writing transaction takes the write lock when it begins (BEGIN IMMEDIATE). A transaction that reads first
+and writes later would fail in the middle, however long its lock timeout.
 """
 
 import contextlib
@@ -23,33 +23,33 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 LOCK_TIMEOUT_S = 10.0
-"""How long a request waits for a lock before it is told to come again."""
+"""How long a request waits for a lock before it gets 503."""
 CONNECTIONS = 8
 CONNECT_TIMEOUT_S = 5
 MIGRATION_LOCK = 0x706C6175
-"""The number of the advisory lock under which one of several services migrates a PostgreSQL database."""
+"""The advisory lock that one of several services holds while it migrates a PostgreSQL database."""
 WRITE = "plaudit_write"
 PASSING = ("locked", "busy", "full", "disk i/o", "unable to open", "readonly", "not a database")
-"""What SQLite's messages say when the reason is outside the program."""
+"""Words in SQLite's messages whose cause is outside the program, so that a retry may succeed."""
 
 
 class StoreUnavailableError(Exception):
-    """The database can't be used now: locked, full, gone. Nothing was recorded; the same request may succeed later."""
+    """The database can't be used now: locked, full or unreachable. Nothing was stored; a retry may succeed."""
 
 
 class DatabaseSetupError(Exception):
-    """The database can't be used at all as it is named. The message is one line and says what to do."""
+    """The database setting is unusable. The message is one line and says what to do."""
 
 
 def now_ms() -> int:
-    """The time as the database keeps it."""
+    """The time in the database's unit: milliseconds since 1970 in UTC."""
     return time.time_ns() // 1_000_000
 
 
 class Database:
     """Transactions on one database. `read` and `write` are context managers that give a connection.
 
-    Both raise `StoreUnavailableError` when the database is locked for too long, full or gone.
+    Both raise `StoreUnavailableError` when the database is locked for too long, full or unreachable.
     """
 
     def __init__(self, url: str, *, connections: int = CONNECTIONS, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
@@ -60,7 +60,7 @@ class Database:
                 self.url = self.url.set(drivername="postgresql+psycopg")
             self.is_postgres = self.url.get_backend_name() == "postgresql"
             if not self.is_postgres and self.url.get_backend_name() != "sqlite":
-                raise DatabaseSetupError(f"--database {url}: sqlite and postgresql are known")
+                raise DatabaseSetupError(f"--database {url}: only sqlite and postgresql are supported")
             options: dict[str, Any] = {"pool_timeout": lock_timeout_s, "pool_size": connections, "max_overflow": 0}
             if self.is_postgres:
                 milliseconds = int(lock_timeout_s * 1000)
@@ -78,7 +78,7 @@ class Database:
         except ModuleNotFoundError as error:
             needed = f"{error.name} is not installed; pip install 'plaudit[rank-postgres]'"
             raise DatabaseSetupError(f"--database {self.url.render_as_string()}: {needed}") from None
-        # One writer at a time, first come first served; SQLite's own lock lets whoever asks at the right moment in.
+        # One writer at a time: waiting for SQLite's own lock is polling, and can starve a writer.
         self._writing = threading.Lock()
         self._sqlite_writer = self.engine.execution_options(**{WRITE: True})
         if not self.is_postgres:
@@ -96,13 +96,13 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Generator[Connection, None, None]:
-        """A transaction that writes nothing."""
+        """A read-only transaction."""
         with _failures_named(), self.engine.connect() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def write(self) -> Generator[Connection, None, None]:
-        """A transaction that is committed at the end of the block, or not at all."""
+        """A transaction that is committed at the end of the block, and rolled back on an exception."""
         if self.is_postgres:
             with _failures_named(), self.engine.begin() as connection:
                 yield connection
@@ -116,7 +116,7 @@ class Database:
             self._writing.release()
 
     def insert(self, table: Table) -> "postgresql.Insert | sqlite.Insert":
-        """An INSERT that knows ON CONFLICT, in the database's own dialect."""
+        """An INSERT with ON CONFLICT, in the database's own dialect."""
         return postgresql.insert(table) if self.is_postgres else sqlite.insert(table)
 
     def ping(self) -> None:
@@ -125,7 +125,7 @@ class Database:
             connection.execute(text("SELECT 1"))
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to what this version of the program needs. Several services may do so at once."""
+        """Migrate the tables to this version of the program. Several services may do so at once."""
         config = Config()
         config.set_main_option("script_location", "plaudit.ranking_service.store:migrations")
         config.set_main_option("path_separator", "os")
@@ -172,23 +172,23 @@ def _first_line(error: DBAPIError) -> str:
 
 
 def _make_private(database: str | None) -> None:
-    """Make the file, if it isn't there, readable by its owner alone: it holds names. SQLite's journals follow it."""
+    """Create a missing file readable by its owner only, because it holds names. SQLite's journals copy its mode."""
     if not database or database == ":memory:":
         raise DatabaseSetupError("--database names no file; several connections share one database")
     path = Path(database)
     if not path.parent.is_dir():
         raise DatabaseSetupError(f"--database {database}: there is no directory {path.parent}")
-    with contextlib.suppress(OSError):  # opening it says what is wrong
+    with contextlib.suppress(OSError):  # opening the database reports the error
         private_file(path)
 
 
 def private_file(path: Path) -> None:
-    """An empty file that its owner alone can read, unless there is a file of this name."""
+    """Create an empty file that only its owner can read, unless a file of this name exists."""
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
-    # No transaction begins by itself: `_begin_sqlite` says when, and how.
+    # The driver begins no transaction: `_begin_sqlite` does.
     connection.isolation_level = None
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()

@@ -1,4 +1,7 @@
-"""Rankings in and out of the database as rows. Wrong here would be a row that loses a tie, a skip, who or when."""
+"""Export and import of rankings as rows.
+
+Failure modes: a row that loses a tie, a skip, the annotator or the time; a cursor that skips a ranking.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -26,9 +29,9 @@ KINDS = {"skipped": "skip", "flagged": "flag", "withdrawn": "withdraw"}
 
 
 def last_seq(database: Database) -> int:
-    """The newest submission such that no older one can still appear: a cursor that misses nothing.
+    """The newest submission such that no older one can still appear: a safe cursor.
 
-    On PostgreSQL a transaction may commit a lower number after a higher one. The lock waits for those under way.
+    On PostgreSQL, a transaction may commit a lower number after a higher one. The lock waits for open transactions.
     """
     if database.is_postgres:
         with database.write() as connection:
@@ -41,7 +44,7 @@ def last_seq(database: Database) -> int:
 def page(
     connection: Connection, batch: str, *, after: int, until: int, limit: int, late: bool, history: bool = False
 ) -> wire.RankingsPage:
-    """Rows of one batch behind the cursor `after`, at most `limit`."""
+    """At most `limit` rows of one batch after the cursor `after`."""
     found = connection.execute(_selected(batch, after, until, late, history).limit(limit + 1)).all()
     rows = found[:limit]
     more = len(found) > limit
@@ -51,7 +54,7 @@ def page(
 def export(
     connection: Connection, chosen: Sequence[str] | None, *, late: bool, history: bool
 ) -> Iterator[wire.RankingRow]:
-    """Every row of the chosen batches (all of them if None), in the order in which they were said."""
+    """All rows of the chosen batches (of every batch if None), in the order of submission."""
     after = 0
     until = connection.execute(select(func.max(submissions.c.seq))).scalar() or 0
     while True:
@@ -65,9 +68,9 @@ def export(
 def import_rows(
     database: Database, connection: Connection, rows: Sequence[wire.RankingRow], now: int, *, only: str | None = None
 ) -> int:
-    """Add rows of a rankings file, with their batches, tasks and annotators; how many were new. All of them, or none.
+    """Import the rows of a rankings file with their batches, tasks and annotators, all or none; how many were new.
 
-    Rows that are there already are left alone, so that importing a file twice is harmless.
+    Existing rows stay as they are, so importing a file twice changes nothing.
     """
     for number, row in enumerate(rows, start=1):
         if only is not None and row.batch != only:
@@ -95,7 +98,7 @@ def import_rows(
 
 
 def _selected(batch: str | Sequence[str] | None, after: int, until: int, late: bool, history: bool) -> Any:
-    """The newest version of each assignment, or each version; late ones count only if they are asked for."""
+    """The newest version of each assignment, or with `history` every version; late ones only with `late`."""
     query = (
         select(
             submissions,
@@ -213,11 +216,11 @@ def _make_task(connection: Connection, row: wire.RankingRow, known: dict[str, An
         add_tasks(connection, batch, [task], len(known))
         known[row.task] = content
     elif known[row.task] != content:
-        raise bad_row(number, f"task {row.task!r} is there already with another prompt, group or answers")
+        raise bad_row(number, f"task {row.task!r} exists already with another prompt, group or answers")
 
 
 def _make_annotator(connection: Connection, pseudonym: str, now: int) -> int:
-    """Somebody known by a file alone: no token, so nobody can sign in as them until they are given a link."""
+    """An annotator known only from a file: without a token, nobody can sign in as them until they get a link."""
     values = {"pseudonym": pseudonym, "name": "", "role": "annotator", "created_at": now, "disabled_at": now}
     made = connection.execute(insert(annotators).values(values).returning(annotators.c.seq)).scalar_one()
     return int(made)
@@ -254,7 +257,7 @@ def _add(connection: Connection, row: wire.RankingRow, annotator: int, number: i
             )
         if row.version <= there.version:
             raise bad_row(
-                number, f"{row.annotator!r} has version {there.version} of this task already, and this is {row.version}"
+                number, f"{row.annotator!r} already has version {there.version} of this task, and this is {row.version}"
             )
         if row.status == "late" and there.state in ("counted", "surplus"):
             state = there.state
@@ -288,6 +291,6 @@ def _add(connection: Connection, row: wire.RankingRow, annotator: int, number: i
 
 
 def milliseconds_of(at: str) -> int:
-    """The database's time of a row's `at`."""
+    """A row's `at` in milliseconds since 1970 in UTC."""
     whole, rest = at.removesuffix("Z").split(".")
     return int(datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp()) * 1000 + int(rest)

@@ -1,7 +1,8 @@
-"""Who ranks what: a task is leased to one person at a time for each of its places, and nobody gets it twice.
+"""Assigning tasks to people by leases. A task needs a number of rankings; nobody gets the same task twice.
 
-A lease is a place that is kept for 15 minutes. Wrong here would be two people in one place, or a place that stays taken
-by somebody who has left.
+A lease reserves one of these rankings for a person for 15 minutes.
+
+Failure modes: two people share one reservation; a reservation stays with a person who has left.
 """
 
 import json
@@ -15,14 +16,14 @@ from plaudit.ranking_service.store.schema import answers, assignments, batches, 
 
 LEASE_MS = 15 * 60 * 1000
 PARK_AFTER_SKIPS = 3
-"""Skips and flags, by different people, after which nobody else is asked."""
+"""Skips and flags by different people after which the task is parked: nobody else is asked."""
 RENEW_AFTER_MS = 60 * 1000
-"""A lease this fresh is left as it is, so that showing a page again writes nothing."""
+"""A lease younger than this is not renewed, so that reloading a page writes nothing."""
 
 RANDOM = secrets.SystemRandom()
 
 
-# Made once: putting a statement together takes as long as running it.
+# Built once: building a statement takes as long as running it.
 _unseen = ~exists().where(assignments.c.task == tasks.c.seq, assignments.c.annotator == bindparam("annotator"))
 _takes_a_place = or_(
     assignments.c.state == "counted",
@@ -75,11 +76,11 @@ _SHOWN_POSITIONS = (
 )
 
 Standing: TypeAlias = Mapping[str, tuple[str, int]]
-"""Everybody's assignment of one task: its state, and when its lease ends."""
+"""All assignments of one task: each one's state, and when its lease expires."""
 
 
 def next_assignment(connection: Connection, annotator: int, now: int) -> str | None:
-    """The assignment that this person should see now, its lease renewed; None when there is nothing for them."""
+    """The assignment to show to this person, with its lease renewed; None if there is nothing for them."""
     for row in connection.execute(_OWN_OPEN, {"annotator": annotator}).all():
         if renew(connection, row.id, row.task, now):
             return str(row.id)
@@ -87,7 +88,7 @@ def next_assignment(connection: Connection, annotator: int, now: int) -> str | N
         wanted = {"batch": batch, "annotator": annotator, "now": now}
         tried: list[int] = []
         while (task := connection.execute(_FREE_TASK, wanted | {"tried": tried}).first()) is not None:
-            # The query saw the tasks as they were before it had the lock: count again.
+            # The query read the tasks before it had the lock: count again.
             if places_taken(standing(connection, task.seq), now) < task.wanted:
                 return _assign(connection, task.seq, annotator, now)
             tried.append(task.seq)
@@ -95,13 +96,13 @@ def next_assignment(connection: Connection, annotator: int, now: int) -> str | N
 
 
 def anything_left(connection: Connection, annotator: int) -> bool:
-    """Whether there are open tasks that this person has not seen: held by others now, they may come free."""
+    """Whether there are open tasks that this person has not seen: others hold them now, but may give them up."""
     return connection.execute(_SOMETHING_LEFT, {"annotator": annotator}).first() is not None
 
 
 def renew(connection: Connection, assignment: str, task: int, now: int) -> bool:
-    """Keep the place for another 15 minutes, or take it again if the lease has ended and there is room."""
-    # The assignment first, as a submission does: the other way round the two could wait for each other.
+    """Renew the lease for 15 minutes, or take it again if it has expired and the task still needs a ranking."""
+    # The assignment is locked first, as in a submission: another order could deadlock.
     connection.execute(_LOCK_ASSIGNMENT, {"assignment": assignment})
     row = lock_task(connection, task)
     if row.state == "parked" or row.closed_at is not None:
@@ -119,18 +120,18 @@ def renew(connection: Connection, assignment: str, task: int, now: int) -> bool:
 
 
 def lock_task(connection: Connection, task: int) -> Row[Any]:
-    """The task's row, which nobody else changes until this transaction ends, and when its batch was closed."""
+    """The task's row, locked until this transaction ends, and the time at which its batch was closed."""
     return connection.execute(_LOCK_TASK, {"task": task}).one()
 
 
 def standing(connection: Connection, task: int) -> Standing:
-    """Everybody's assignment of the (locked) task."""
+    """All assignments of the (locked) task."""
     rows = connection.execute(_STANDING, {"task": task})
     return {row.id: (row.state, row.lease_until) for row in rows}
 
 
 def places_taken(there: Standing, now: int, *, without: str | None = None) -> int:
-    """Places with a ranking that counts or a lease that runs."""
+    """The number of rankings that count, and of leases that have not expired."""
     return sum(
         state == "counted" or (state == "open" and lease_until > now)
         for identity, (state, lease_until) in there.items()
@@ -139,7 +140,7 @@ def places_taken(there: Standing, now: int, *, without: str | None = None) -> in
 
 
 def update_task_state(connection: Connection, task: Row[Any], there: Standing) -> None:
-    """Write down whether the (locked) task is done, parked or open, from everybody's assignments."""
+    """Store whether the (locked) task is done, parked or open, from all its assignments."""
     if task.state == "identical":
         return
     states = [state for state, _ in there.values()]

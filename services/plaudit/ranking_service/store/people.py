@@ -1,6 +1,6 @@
-"""Who may rank: invitations, sessions, and leaving. Tokens are 256 random bits; the database holds their hashes alone.
+"""Annotators: invitations, sessions, deletion. Tokens are 256 random bits; the database stores only their hashes.
 
-Names stay in the database; everything that leaves it carries a pseudonym.
+Names stay in the database; exports carry pseudonyms.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from plaudit.wire import rankings as wire
 
 TOKEN_BYTES = 32
 PSEUDONYM_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"
-"""No letters that are taken for one another when read aloud."""
+"""No characters that are easily confused."""
 
 _PERSON = select(annotators.c.seq, annotators.c.pseudonym, annotators.c.role).where(annotators.c.disabled_at.is_(None))
 _BY_TOKEN = _PERSON.where(annotators.c.token_sha256 == bindparam("hash"))
@@ -28,7 +28,7 @@ _BY_SESSION = _PERSON.join(sessions, sessions.c.annotator == annotators.c.seq).w
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody whose token or session is good."""
+    """A person with a valid token or session."""
 
     seq: int
     pseudonym: str
@@ -36,20 +36,20 @@ class Person:
 
 
 def hash_of(token: str) -> str:
-    """What the database keeps of a token. It is random enough that a plain hash can't be reversed."""
+    """The stored hash of a token. The token is random enough that a plain hash can't be reversed."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def note_in_audit(
     connection: Connection, action: str, subject: str, now: int, *, actor: int | None = None, **detail: Any
 ) -> None:
-    """One line of the audit. `detail` holds counts and states, never texts or names."""
+    """Add an entry to the audit log. `detail` holds counts and states, never texts or names."""
     row = {"at": now, "actor": actor, "action": action, "object": subject, "detail": json.dumps(detail)}
     connection.execute(insert(audit).values(row))
 
 
 def invite(connection: Connection, wanted: wire.Invite, now: int, *, actor: int | None = None) -> tuple[str, str]:
-    """A new person: pseudonym and token. The token can't be had again."""
+    """Add a person; pseudonym and token. The token can't be read again."""
     token = secrets.token_urlsafe(TOKEN_BYTES)
     pseudonym = new_pseudonym()
     values = {"pseudonym": pseudonym, "name": wanted.name, "role": wanted.role, "created_at": now}
@@ -59,7 +59,7 @@ def invite(connection: Connection, wanted: wire.Invite, now: int, *, actor: int 
 
 
 def new_link(connection: Connection, pseudonym: str, now: int, *, actor: int | None = None) -> str:
-    """A new token for somebody who is there; the old one and every session end."""
+    """A new token for an existing person; the old token and all sessions become invalid."""
     seq = _seq_of(connection, pseudonym)
     token = secrets.token_urlsafe(TOKEN_BYTES)
     connection.execute(
@@ -71,9 +71,9 @@ def new_link(connection: Connection, pseudonym: str, now: int, *, actor: int | N
 
 
 def delete_person(connection: Connection, pseudonym: str, now: int, *, actor: int | None = None) -> None:
-    """Delete a person. The rankings stay, under a fresh pseudonym that nothing connects with the old one.
+    """Delete a person. The rankings stay, under a new pseudonym that can't be linked to the old one.
 
-    Name, token, sessions, drafts and free-text notes go; leases that are held come free.
+    Name, token, sessions, drafts and free-text notes are deleted, and leases are released.
     """
     seq = _seq_of(connection, pseudonym)
     theirs = select(assignments.c.id).where(assignments.c.annotator == seq)
@@ -90,13 +90,13 @@ def delete_person(connection: Connection, pseudonym: str, now: int, *, actor: in
 
 
 def by_token(connection: Connection, token: str) -> Person | None:
-    """Whose invitation this is."""
+    """The owner of an invitation; None if it is not valid."""
     found = connection.execute(_BY_TOKEN, {"hash": hash_of(token)}).first()
     return None if found is None else Person(*found)
 
 
 def begin_session(connection: Connection, person: Person, now: int, lasts_ms: int) -> str:
-    """A new session of this person; sessions that are over are removed."""
+    """Begin a session of this person, and remove expired sessions."""
     token = secrets.token_urlsafe(TOKEN_BYTES)
     connection.execute(delete(sessions).where(sessions.c.expires_at <= now))
     values = {"annotator": person.seq, "created_at": now, "expires_at": now + lasts_ms}
@@ -105,18 +105,18 @@ def begin_session(connection: Connection, person: Person, now: int, lasts_ms: in
 
 
 def by_session(connection: Connection, token: str, now: int) -> Person | None:
-    """Whose session this is, unless it is over."""
+    """The owner of a session; None if it is unknown or expired."""
     found = connection.execute(_BY_SESSION, {"hash": hash_of(token), "now": now}).first()
     return None if found is None else Person(*found)
 
 
 def end_session(connection: Connection, token: str) -> None:
-    """Sign out."""
+    """End a session."""
     connection.execute(delete(sessions).where(sessions.c.token_sha256 == hash_of(token)))
 
 
 def everybody(connection: Connection) -> list[wire.AnnotatorInfo]:
-    """All people, in the order of their invitations."""
+    """All people, in the order of invitation."""
     counted = (
         select(assignments.c.annotator, func.count().label("n"))
         .where(assignments.c.state.in_(("counted", "surplus", "late")))
@@ -141,7 +141,7 @@ def everybody(connection: Connection) -> list[wire.AnnotatorInfo]:
 
 
 def new_pseudonym() -> str:
-    """A name that says nothing."""
+    """A random name."""
     return "p-" + "".join(secrets.choice(PSEUDONYM_LETTERS) for _ in range(10))
 
 

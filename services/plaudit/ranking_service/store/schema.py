@@ -1,6 +1,8 @@
-"""The tables. Submissions are only ever added: what a person said stays, and the newest version is in force.
+"""The tables. Submissions are only added: older versions stay, and the newest version counts.
 
-Times are milliseconds since 1970 in UTC. Wrong here would be a constraint that only one of the two databases keeps.
+Times are milliseconds since 1970 in UTC.
+
+Failure modes: a constraint that only one of the two databases enforces.
 """
 
 from typing import Any
@@ -42,18 +44,20 @@ class AnyText(TypeDecorator[str]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Escape, on the way into the database."""
         if value is None:
             return None
         return str(value).replace(ESCAPE, ESCAPE + "1").replace("\x00", ESCAPE + "0")
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        """Unescape, on the way out."""
         if value is None or ESCAPE not in value:
             return value
         return str(value).replace(ESCAPE + "0", "\x00").replace(ESCAPE + "1", ESCAPE)
 
 
 def _number() -> Any:
-    # SQLite counts up by itself only in a column of exactly this type.
+    # SQLite generates numbers only for a column of exactly this type.
     return BigInteger().with_variant(Integer(), "sqlite")
 
 

@@ -1,7 +1,7 @@
-"""What people say: rankings, skips, flags, and taking them back. Each is a new version; nothing is overwritten.
+"""Submissions: rankings, skips, flags and withdrawals. Each is a new version; nothing is overwritten.
 
-Sending the same thing twice, under one key or from two tabs, makes one version. Two different edits of one version make
-one version and a conflict that shows both.
+Sending the same submission twice, under one key or from two tabs, makes one version. Two different edits of one version
+make one version, and a conflict that shows both.
 """
 
 import json
@@ -21,7 +21,7 @@ from plaudit.wire import rankings as wire
 Kind = Literal["ranking", "skip", "flag", "withdraw"]
 MAX_SECONDS = 24 * 3600.0
 
-# Made once: putting a statement together takes as long as running it.
+# Built once: building a statement takes as long as running it.
 _ASSIGNMENT = select(assignments).where(
     assignments.c.id == bindparam("identity"), assignments.c.annotator == bindparam("annotator")
 )
@@ -34,11 +34,11 @@ _FORGET_DRAFT = delete(drafts).where(drafts.c.assignment == bindparam("assignmen
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a person says about a task."""
+    """A person's judgement of a task."""
 
     kind: Kind
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """By answer id, as the person gave them: gaps are closed when they are stored."""
+    """By answer id, as submitted; gaps are closed when they are stored."""
     flags: tuple[str, ...] = ()
     note: str = ""
     seconds: float | None = None
@@ -46,7 +46,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class ShownTask:
-    """A task as one person sees it, and what they have said about it so far."""
+    """A task as one person sees it, with their judgement so far."""
 
     assignment: str
     state: str
@@ -58,17 +58,17 @@ class ShownTask:
     version: int
     lease_until: int
     current: Judgement | None
-    """The newest version, unless it takes back what was there."""
+    """The newest version, unless it is a withdrawal."""
     draft: Judgement | None
 
     @property
     def key(self) -> str:
-        """The key of the next submission. Two tabs that show the same version have the same."""
+        """The key of the next submission: the same in all tabs that show this version."""
         return wire.content_hash("key", self.assignment, self.version)
 
 
 class ConflictError(ProblemError):
-    """Somebody, most likely the same person in another tab, has said something else in the meantime."""
+    """Another submission came first, most likely from the same person in another tab."""
 
     def __init__(self, name: str, detail: str, shown: ShownTask, theirs: Judgement) -> None:
         recorded = shown.current
@@ -118,11 +118,11 @@ def submit(
     word: Judgement,
     now: int,
 ) -> wire.Accepted:
-    """Record one more version of what this person says about the task.
+    """Store a new version of this person's judgement of the task.
 
     Raises:
-        ConflictError: another version came first, or the key was used for something else.
-        ProblemError: the ranking isn't one of these answers, or not of all of them.
+        ConflictError: another version came first, or the key was used for another judgement.
+        ProblemError: the ranking names an unknown answer, or leaves one out.
     """
     row = _assignment(connection, annotator, assignment, lock=True)
     stored_key = wire.content_hash("submission", assignment, key)
@@ -136,7 +136,7 @@ def submit(
     if word.kind == "ranking":
         _check_ranks(word.ranks, by_id)
     if word.kind == "withdraw" and (row.version == 0 or _kind(connection, row) == "withdraw"):
-        raise ProblemError("nothing-to-undo", "there is nothing to take back on this task")
+        raise ProblemError("nothing-to-undo", "there is nothing to undo on this task")
     task = leases.lock_task(connection, row.task)
     there = leases.standing(connection, row.task)
     status, state = _status(row, task, there, word, now)
@@ -176,7 +176,7 @@ def submit(
 def save_draft(
     database: Database, connection: Connection, annotator: int, assignment: str, draft: wire.DraftSave, now: int
 ) -> wire.DraftSaved:
-    """Keep what is ranked so far, and the lease. A draft of an older version than the newest is not kept."""
+    """Store a draft, and renew the lease. A draft of an outdated version is not stored."""
     row = _assignment(connection, annotator, assignment, lock=True)
     if draft.version == row.version:
         known = {answer.id for answer in _shown_answers(connection, row.task)}
@@ -194,7 +194,7 @@ def save_draft(
 
 
 def newest_of(connection: Connection, annotator: int, limit: int = 1) -> list[tuple[str, int, str, int]]:
-    """The person's last words that are in force: assignment, version, status and time, the newest first."""
+    """The person's latest valid judgements: assignment, version, status and time, newest first."""
     rows = connection.execute(
         select(assignments.c.id, submissions.c.version, submissions.c.status, submissions.c.at)
         .join_from(submissions, assignments)
@@ -250,7 +250,7 @@ def _replay(
 ) -> wire.Accepted:
     if not _same(_version(connection, row, recorded.version), word):
         shown = show(connection, annotator, row.id)
-        raise ConflictError("key-reused", "this key was used for something else; nothing was recorded now", shown, word)
+        raise ConflictError("key-reused", "this key was used for another judgement; nothing was recorded", shown, word)
     return wire.Accepted(assignment=row.id, version=recorded.version, status=recorded.status, replayed=True)
 
 
@@ -292,7 +292,7 @@ def _refuse_unknown(given: Mapping[str, int], known: Any) -> None:
 def _status(
     row: Row[Any], task: Row[Any], there: leases.Standing, word: Judgement, now: int
 ) -> tuple[wire.Status, str]:
-    """What becomes of the submission, and the state that the assignment has then."""
+    """The status of the submission, and the new state of the assignment."""
     if word.kind == "skip":
         return "skipped", "skipped"
     if word.kind == "flag":
@@ -301,14 +301,14 @@ def _status(
         return "withdrawn", "open"
     if task.closed_at is not None:
         return "late", row.state if row.state in ("counted", "surplus") else "late"
-    # Whoever holds a lease has a place that is theirs; whoever comes after it takes one only if it is free.
+    # A valid lease guarantees that the ranking counts. After it has expired, it counts only if one is still needed.
     if leases.places_taken(there, now, without=row.id) < task.wanted:
         return "counted", "counted"
     return "surplus", "surplus"
 
 
 def _keep_as_draft(connection: Connection, row: Row[Any], now: int) -> None:
-    """After an undo the page shows what was taken back, to be changed."""
+    """After an undo, the page shows the withdrawn ranking, to be edited."""
     before = _version(connection, row, row.version)
     if before.kind == "ranking":
         values = {"ranks": json.dumps(dict(before.ranks)), "note": before.note, "at": now}

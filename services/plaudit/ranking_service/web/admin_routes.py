@@ -1,4 +1,5 @@
-"""The administration: uploads, progress, rankings, agreement, people. For keys and for people invited as admins."""
+"""The administrators' routes: uploads, progress, rankings, agreement, people. For API keys, and people with the admin
+role."""
 
 import asyncio
 import time
@@ -34,7 +35,7 @@ class _Counted:
 
 @dataclass
 class Admin:
-    """What the administration's routes share."""
+    """What the administrators' routes share."""
 
     people: People
     public_url: str | None
@@ -44,14 +45,15 @@ class Admin:
 
     @property
     def database(self) -> Database:
+        """The annotators' database."""
         return self.people.database
 
     async def agreement(self, batch: str, *, may_be_old: bool = False) -> wire.AgreementReport:
-        """The statistics of a batch; counted anew only when somebody has said something since.
+        """The statistics of a batch, recomputed only if there are new submissions.
 
-        If they `may_be_old`, they are counted at most a tenth of the time.
+        With `may_be_old`, a new report is computed at most a tenth of the time, and an older one is returned otherwise.
         """
-        async with self._counting:  # one at a time: they take a whole core
+        async with self._counting:  # one at a time: each takes a whole core
             progress = await self.people.read(lambda c: batches.progress(c, batch))
             known = self._reports.get(batch)
             began = time.monotonic()
@@ -65,17 +67,17 @@ class Admin:
             return known.report
 
     def forget_reports(self) -> None:
-        """Count anew: pseudonyms have changed."""
+        """Clear the cached reports, because pseudonyms have changed."""
         self._reports.clear()
 
     def link(self, request: Request, token: str) -> str:
-        """The link of an invitation, as the people will reach it."""
+        """The public link of an invitation."""
         base = self.public_url or str(request.base_url)
         return f"{base.rstrip('/')}{wire.INVITATION_PATH}/{token}"
 
 
 def routes(shared: Admin) -> APIRouter:
-    """The router of the administration."""
+    """The router of the administrators' routes."""
     router = APIRouter()
     access = shared.people.access
 
@@ -200,7 +202,7 @@ def routes(shared: Admin) -> APIRouter:
 def _changed(connection: Any, batch: str, action: str, actor: int | None) -> None:
     changes = {"close": batches.close, "reopen": batches.reopen}
     if action not in changes:
-        raise ProblemError("not-found", f"a batch can be closed and reopened, not {action!r}")
+        raise ProblemError("not-found", f"{action!r} is not an action on a batch; use close or reopen")
     changes[action](connection, batch, now_ms(), actor=actor)
 
 
@@ -214,5 +216,5 @@ def _number(query: Mapping[str, str], name: str, default: int, highest: int) -> 
     if given is None:
         return default
     if not (given.isascii() and given.isdigit()) or int(given) > highest:
-        raise ProblemError("invalid-request", f"{name}={given!r} is no whole number from 0 to {highest}")
+        raise ProblemError("invalid-request", f"{name}={given!r} is not a whole number from 0 to {highest}")
     return int(given)

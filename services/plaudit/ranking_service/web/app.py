@@ -1,6 +1,6 @@
-"""The ASGI application: people's and administrators' routes, behind limits, counts and headers.
+"""The ASGI application: annotators' and administrators' routes, behind rate limits, counts and security headers.
 
-Handlers parse and wait; every look into the database runs in a thread.
+Handlers parse and wait; every database access runs in a thread.
 """
 
 import secrets
@@ -37,12 +37,12 @@ FIXED_HEADERS = (
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 )
 MACHINE_PREFIXES = ("/v1/", METRICS_PATH, LIVEZ_PATH, READYZ_PATH, "/static/")
-"""Paths whose errors are problem documents, whatever the client accepts."""
+"""Paths whose errors are always problem documents, whatever `Accept` says."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a service behaves."""
+    """The settings that the application needs; see `Serve`."""
 
     api_keys: Sequence[str] = ()
     public_url: str | None = None
@@ -54,7 +54,7 @@ class Options:
 
 
 def create_app(database: Database, options: Options | None = None) -> FastAPI:
-    """The application over a database whose tables are there."""
+    """The application over a migrated database."""
     options = options or Options()
     metrics = Metrics()
     access = AccessControl(
@@ -102,7 +102,7 @@ def create_app(database: Database, options: Options | None = None) -> FastAPI:
 
 
 class AccessMiddleware:
-    """What every request passes: the limit of its address, headers, counts. What fails inside is a 500 that says so."""
+    """What every request passes: rate limit of its address, security headers, counts. An unexpected error gives 500."""
 
     def __init__(self, app: ASGIApp, app_state: object, limits: RateLimiter) -> None:
         self._app = app
@@ -110,6 +110,7 @@ class AccessMiddleware:
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -136,8 +137,8 @@ class AccessMiddleware:
         if scope["path"] not in UNLIMITED:
             try:
                 self._limits.take(str((scope.get("client") or ("unknown",))[0]))
-                if "\x00" in scope["path"]:  # no name holds it, and PostgreSQL takes no text with it
-                    raise ProblemError("not-found", "there is nothing at a path with a NUL")
+                if "\x00" in scope["path"]:  # no route has it, and PostgreSQL refuses text with it
+                    raise ProblemError("not-found", "no path contains a NUL character")
             except ProblemError as problem:
                 metrics.refused.labels(problem.name).inc()
                 await problem_response(problem)(scope, receive, send_with_headers)
@@ -166,7 +167,7 @@ def _refuse(request: Request, error: Exception) -> Response:
     if wants_json(request) or request.url.path.startswith(MACHINE_PREFIXES) or "text/html" not in _accepted(request):
         return problem_response(problem)
     if problem.name == "session-ended":
-        alert = "You are not signed in. Paste your invitation link to go on."
+        alert = "You are not signed in. Paste your invitation link to continue."
         return view.page("welcome.html", status=problem.status, alert=alert, kept={}, then="")
     return view.page("problem.html", status=problem.status, headers=problem.headers(), detail=problem.detail)
 

@@ -1,4 +1,4 @@
-"""How much one client may ask for: token buckets, and bodies with a bound on size and time."""
+"""Limits on one client: rate limits by token bucket, and bounds on the size and time of a body."""
 
 import asyncio
 import time
@@ -9,13 +9,13 @@ from fastapi import Request
 from plaudit.ranking_service.problems import ProblemError
 
 BODY_TIMEOUT_S = 60.0
-"""How long a body may take to arrive. A client that sends no more holds memory and a connection for nothing."""
+"""Time limit for a body to arrive: until then it holds memory and a connection."""
 MAX_FORM_BYTES = 256 * 1024
-"""What people send: ranks, a note, keys."""
+"""Bound on the forms of annotators: ranks, a note, keys."""
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection before its request was complete."""
+    """The client disconnected before its request was complete."""
 
 
 class RateLimiter:
@@ -27,7 +27,7 @@ class RateLimiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, client: str, cost: float = 1.0) -> None:
-        """Take from the client's bucket, or raise `ProblemError` that says when to come again."""
+        """Take `cost` tokens from the client's bucket, or raise a `ProblemError` (429) that says when to retry."""
         if not self._per_minute:
             return
         now = time.monotonic()
@@ -38,17 +38,17 @@ class RateLimiter:
             wait_s = (cost - left) * 60 / self._per_minute
             raise ProblemError(
                 "too-many-requests",
-                f"at most {self._per_minute} requests a minute are taken; come again in {wait_s:.0f} s",
+                f"at most {self._per_minute} requests a minute are allowed; retry in {wait_s:.0f} s",
                 retry_after_s=int(wait_s) + 1,
             )
         self._buckets[client] = left - cost, now
-        # Whoever has asked least recently has a full bucket by now, or soon.
+        # The least recently used buckets are full by now, or soon, so dropping them changes little.
         while len(self._buckets) > self._clients:
             self._buckets.popitem(last=False)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too large."""
+    """The whole body. Raises `ProblemError` as soon as it is known to be too large, or has taken too long."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise ProblemError("body-too-large", f"the body has {declared} bytes; at most {limit} are taken")

@@ -1,4 +1,4 @@
-"""What the service tells Prometheus. One registry per service, handed in, so that two never share their counts."""
+"""Prometheus metrics. Each service has its own registry, so that two in one process don't share their counts."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -24,7 +24,7 @@ class Metrics:
             name("refused_requests"), "Requests refused, by the problem's name.", ["reason"], registry=self.registry
         )
         self.submissions = Counter(
-            name("submissions"), "What people said and was recorded, by status.", ["status"], registry=self.registry
+            name("submissions"), "Recorded submissions, by status.", ["status"], registry=self.registry
         )
         self.replays = Counter(
             name("replayed_submissions"), "Submissions that had been recorded before.", registry=self.registry

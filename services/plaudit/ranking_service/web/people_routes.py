@@ -1,7 +1,9 @@
-"""The routes that people use. The same addresses answer a browser with pages and a program with JSON.
+"""The annotators' routes. The same URLs answer a browser with pages and a program with JSON.
 
-A submission that is refused comes back as the filled form, and one that can't be recorded now as a page that sends it
-again: nothing that somebody has typed is lost.
+A refused submission comes back as the filled form. A submission that can't be stored now comes back as a page that can
+send it again.
+
+Failure modes: input that a person has typed is lost; a submission is stored twice.
 """
 
 import json
@@ -32,12 +34,12 @@ from plaudit.wire import rankings as wire
 T = TypeVar("T")
 RANK_FIELD = "rank."
 PROGRESS_FOR_S = 5.0
-"""How long a batch's progress is shown without being counted again."""
+"""How long a batch's progress is cached."""
 MAX_FIELDS = 200
 MINE = 100
-"""Rankings that /mine lists."""
+"""The number of rankings that /mine lists."""
 KEEPABLE = ("csrf", "session-ended", "too-many-requests", "store-unavailable")
-"""Refusals after which the same submission may succeed, and which say nothing about it."""
+"""Refusals that don't depend on the submission, so that a retry may succeed."""
 Message: TypeAlias = wire.RankingSubmit | wire.SkipSubmit | wire.FlagSubmit
 ACTIONS: Mapping[str, type[Message]] = {
     "ranking": wire.RankingSubmit,
@@ -49,7 +51,7 @@ ACTIONS: Mapping[str, type[Message]] = {
 
 @dataclass
 class People:
-    """What the routes share."""
+    """What the annotators' routes share."""
 
     database: Database
     access: AccessControl
@@ -58,7 +60,7 @@ class People:
     _progress: dict[str, tuple[float, int, int]] = field(default_factory=dict)
 
     async def caller(self, request: Request) -> Caller:
-        """Whoever is signed in, within their limit; raises `session-ended` otherwise."""
+        """The signed-in person, within their rate limit. Raises `ProblemError`, `session-ended` without a session."""
         caller = await run_in_threadpool(self.access.caller, request)
         if caller is None:
             raise ProblemError("session-ended", "you are not signed in; open your invitation link again")
@@ -84,7 +86,7 @@ class People:
         return await run_in_threadpool(run)
 
     def progress(self, connection: Connection, person: int, batch: str) -> view.Progress:
-        """How far the person is, now, and the batch, as it was up to `PROGRESS_FOR_S` ago."""
+        """The person's progress now, and the batch's as of up to `PROGRESS_FOR_S` ago."""
         mine = connection.execute(
             select(func.count())
             .select_from(assignments)
@@ -126,7 +128,7 @@ class People:
 
 
 def wants_json(request: Request) -> bool:
-    """Whether a program asks: it names JSON and no HTML, or comes with a bearer token and doesn't name HTML."""
+    """Whether the client is a program: it doesn't accept HTML, and accepts JSON or sends a bearer token."""
     accepted = request.headers.get("accept", "")
     if "text/html" in accepted:
         return False
@@ -134,7 +136,7 @@ def wants_json(request: Request) -> bool:
 
 
 def routes(shared: People) -> APIRouter:
-    """The router of everything that people use."""
+    """The router of the annotators' routes."""
     router = APIRouter()
 
     @router.get("/")
@@ -229,7 +231,7 @@ def routes(shared: People) -> APIRouter:
     async def _refused_form(
         problem: ProblemError, caller: Caller | None, assignment: str, action: str, form: Mapping[str, str]
     ) -> Response:
-        """The form again with what was filled in, or, where it can't be had now, a page that keeps all of it."""
+        """The filled form again or, if the task can't be read now, a page that keeps the input."""
         headers = problem.headers()
         filled = Judgement("ranking", _form_ranks(form), _form_flags(form), form.get("note", "")[: wire.MAX_NOTE_CHARS])
         if caller is not None and problem.name not in ("too-many-requests", "store-unavailable"):
@@ -254,7 +256,7 @@ def routes(shared: People) -> APIRouter:
 
     @router.get("/i/{token}")
     async def invitation(token: str) -> Response:
-        # Reads, and consumes nothing: messengers fetch links to show a preview.
+        # Changes nothing: messengers fetch links to show a preview.
         person = await shared.read(lambda c: people.by_token(c, token))
         if person is None:
             return view.page("welcome.html", status=404, alert=UNKNOWN_LINK, kept={}, then="")
@@ -270,7 +272,7 @@ def routes(shared: People) -> APIRouter:
 
     @router.post("/i")
     async def accept_pasted(request: Request) -> Response:
-        """Sign in by a link that was pasted, and go on with the form that came along."""
+        """Sign in with a pasted link, and continue with the form that came with it."""
         require_same_site(request)
         form = _form(request, await read_body(request, MAX_FORM_BYTES)) or {}
         token = form.get("link", "").strip().rstrip("/").rpartition("/")[2]
@@ -293,7 +295,7 @@ def routes(shared: People) -> APIRouter:
                     c, caller, submissions.show(c, person.seq, then.split("/")[2]), word=filled, alert=alert
                 )
             )
-        except ProblemError:  # somebody else's link: their own next task
+        except ProblemError:  # another person's link: show their own next task
             return response
         again.headers.append("set-cookie", cookie)
         return again
@@ -330,11 +332,11 @@ def routes(shared: People) -> APIRouter:
     return router
 
 
-UNKNOWN_LINK = "This link is not valid. It may be mistyped, or a newer one has replaced it; ask whoever invited you."
+UNKNOWN_LINK = "This link is not valid. It may be mistyped, or replaced by a newer one; ask the person who invited you."
 
 
 def task_view(shown: ShownTask) -> wire.TaskView:
-    """A task as programs get it."""
+    """A task as JSON for programs."""
     filled = shown.draft or shown.current or Judgement("ranking")
     return wire.TaskView(
         assignment=shown.assignment,
@@ -351,15 +353,15 @@ def task_view(shown: ShownTask) -> wire.TaskView:
 
 
 def parsed(kind: type[T], body: bytes) -> T:
-    """The message in a body, or a `ProblemError` that says where it is wrong."""
+    """The message in a body, or a `ProblemError` that names the field at fault."""
     adapter = TypeAdapter(kind)
     try:
         return adapter.validate_json(body)
     except ValidationError as error:
         problem = invalid(error)
     if problem.name == "malformed-body":
-        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
-        # validation can say where it is.
+        # JSON may escape half of a surrogate pair, which is not text. Python's parser accepts it, and validation then
+        # names the field.
         try:
             adapter.validate_python(json.loads(body))
         except ValidationError as error:
@@ -370,7 +372,7 @@ def parsed(kind: type[T], body: bytes) -> T:
 
 
 def invalid(error: ValidationError) -> ProblemError:
-    """The refusal for the first thing that is wrong. Rows of an upload are counted from 1."""
+    """The refusal for the first error. Rows of an upload are counted from 1."""
     first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return ProblemError("malformed-body", first["msg"])
@@ -385,12 +387,12 @@ def invalid(error: ValidationError) -> ProblemError:
 
 
 def _form(request: Request, body: bytes) -> dict[str, str] | None:
-    """The fields of a form, or None for JSON. A field that comes twice is joined by commas."""
+    """The fields of a form, or None for JSON. A repeated field is joined by commas."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         return None
     if kind != "application/x-www-form-urlencoded" and body:
-        raise ProblemError("unsupported-media-type", f"{kind or 'no type'} is not taken; send a form or JSON")
+        raise ProblemError("unsupported-media-type", f"{kind or 'no media type'} is not supported; send a form or JSON")
     fields: dict[str, str] = {}
     try:
         for name, value in parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict"):
@@ -446,7 +448,7 @@ def _as_problem(error: ProblemError | StoreUnavailableError) -> ProblemError:
 def _in_plain_words(problem: ProblemError) -> str:
     said = {
         "incomplete-ranking": "Give every answer a rank first. Equal ranks are ties.",
-        "edited-elsewhere": "You have said something else about this task in another tab. Nothing was changed now: "
+        "edited-elsewhere": "You have submitted another ranking of this task in another tab. Nothing was changed now: "
         "send the form to replace what is recorded.",
         "key-reused": "This form was sent before, with another ranking. Send it again to replace what is recorded.",
         "csrf": "Your session has changed since the page was opened. Nothing is lost: check your ranking and send it.",
@@ -457,7 +459,7 @@ def _in_plain_words(problem: ProblemError) -> str:
 def _kept(problem: ProblemError, form: Mapping[str, str], then: str) -> Response:
     kept = {name: value for name, value in form.items() if name != "csrf"}
     if problem.name == "session-ended":
-        alert = "Your session has ended. Your ranking is kept in this page: paste your invitation link to go on."
+        alert = "Your session has ended. Your ranking is kept in this page: paste your invitation link to continue."
         return view.page("welcome.html", status=problem.status, alert=alert, kept=kept, then=then)
     return view.page(
         "again.html",

@@ -1,7 +1,10 @@
-"""Who asks, and whether a browser was made to ask. Wrong here would be another site that ranks in somebody's name.
+"""Authentication, and protection against cross-site request forgery (CSRF).
 
-People come with a session cookie from a browser, or with their invitation as a bearer token from a program. A cookie
-is sent by itself, so whatever writes also needs the session's CSRF token, and must come from this site.
+A browser sends a session cookie, a program its invitation as a bearer token. Browsers attach the cookie to every
+request, also to those that another site starts. Writes with a cookie therefore need the session's CSRF token and an
+origin that is this site.
+
+Failure modes: another site ranks in a person's name.
 """
 
 import hashlib
@@ -21,37 +24,40 @@ HOUR_MS = 3_600_000
 
 @dataclass(frozen=True)
 class Caller:
-    """Somebody who may rank, and how they came."""
+    """An authenticated person, and their session."""
 
     person: people.Person
     session: str | None
-    """The session's token; None for a program with an invitation as bearer token."""
+    """The session's token; None for a program with a bearer token."""
 
     @property
     def csrf(self) -> str:
-        """What a form of this session carries. Nobody can tell the session from it, or it from the outside."""
+        """The CSRF token in this session's forms: a hash of the session's token, which it doesn't reveal."""
         return "" if self.session is None else hashlib.sha256(b"csrf" + self.session.encode()).hexdigest()
 
 
 class AccessControl:
-    """Checks of keys, sessions and origins, for one service."""
+    """Checks of keys and sessions, for one service."""
 
     def __init__(self, database: Database, keys: Sequence[str], *, secure: bool, session_hours: float) -> None:
         self._database = database
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
         self._secure = secure
         self._session_ms = int(session_hours * HOUR_MS)
-        # The prefix makes browsers refuse a cookie that another host of the domain has set.
+        # With this prefix, browsers refuse a cookie set by another host of the domain.
         self._cookie = "__Host-plaudit" if secure else "plaudit"
 
     def caller(self, request: Request) -> Caller | None:
-        """Whoever comes with a good session or invitation. Reads the database: not for the event loop."""
+        """The person with a valid session or invitation; None without a session.
+
+        Raises `ProblemError` for an invalid bearer token. Reads the database: don't call on the event loop.
+        """
         token = bearer_token(request)
         if token is not None:
             with self._database.read() as connection:
                 person = people.by_token(connection, token)
             if person is None:
-                raise ProblemError("unauthorized", "the bearer token is no invitation; ask for a new link")
+                raise ProblemError("unauthorized", "the bearer token is not a valid invitation; ask for a new link")
             return Caller(person, None)
         session = request.cookies.get(self._cookie)
         if session is None:
@@ -61,17 +67,17 @@ class AccessControl:
         return None if person is None else Caller(person, session)
 
     def has_key(self, request: Request) -> bool:
-        """Whether the request carries one of the administration's keys."""
+        """Whether the request carries a valid API key."""
         token = bearer_token(request)
         if token is None:
             return False
         presented = hashlib.sha256(token.encode()).digest()
-        # Every key is compared, so that the time taken says nothing about which one came close.
+        # Every key is compared, in constant time, so that the time doesn't tell which one nearly matched.
         matches = [hmac.compare_digest(presented, known) for known in self._keys]
         return any(matches)
 
     def require_admin(self, request: Request) -> Caller | None:
-        """An administrator: a key, an admin's invitation as bearer token, or an admin's session. None for a key."""
+        """Require an API key (returns None), or a person with the admin role. Raises `ProblemError`."""
         if self.has_key(request):
             return None
         caller = self.caller(request)
@@ -87,7 +93,7 @@ class AccessControl:
         return caller
 
     def sign_in(self, token: str, response: Response) -> people.Person | None:
-        """Begin a session for the owner of this invitation, and give the browser its cookie."""
+        """Begin a session for the owner of this invitation, and set the cookie; None if the token is invalid."""
         now = now_ms()
         with self._database.write() as connection:
             person = people.by_token(connection, token)
@@ -106,7 +112,7 @@ class AccessControl:
         return person
 
     def sign_out(self, caller: Caller, response: Response) -> None:
-        """End the session."""
+        """End the session, and delete the cookie."""
         if caller.session is not None:
             with self._database.write() as connection:
                 people.end_session(connection, caller.session)
@@ -114,13 +120,13 @@ class AccessControl:
 
 
 def bearer_token(request: Request) -> str | None:
-    """What follows `Bearer` in the Authorization header."""
+    """The token after `Bearer` in the Authorization header; None without one."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" and token.strip() else None
 
 
 def require_same_site(request: Request) -> None:
-    """Refuse what another site made a browser send. Programs that say nothing about their origin pass."""
+    """Refuse a request that another site made a browser send. Programs, which name no origin, pass."""
     site = request.headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         raise ProblemError("cross-site", f"a page of another site may not send this (Sec-Fetch-Site: {site})")
@@ -130,6 +136,6 @@ def require_same_site(request: Request) -> None:
 
 
 def require_csrf(caller: Caller, sent: str) -> None:
-    """Refuse a write by cookie without the session's own token."""
+    """Refuse a write with a cookie but without the session's CSRF token."""
     if caller.session is not None and not hmac.compare_digest(caller.csrf.encode(), sent.encode()):
         raise ProblemError("csrf", "the page is from an earlier session; nothing is lost: check it and send it again")

@@ -1,6 +1,8 @@
-"""What a person sees: pages from templates. Texts are shown as they are and run nothing.
+"""The pages, from templates. Texts are shown unchanged, and nothing in them is executed.
 
-Every text goes through autoescape, and control characters that a browser would swallow are shown as symbols.
+Every text is escaped, and control characters that a browser would hide are shown as symbols.
+
+Failure modes: a text that runs as script; two different texts that look the same.
 """
 
 import hashlib
@@ -22,9 +24,9 @@ from plaudit.ranking_service.store.submissions import Judgement, ShownTask
 from plaudit.wire import rankings as wire
 
 LONG_CHARS = 3000
-"""A text that is longer is shown to about here, and the rest on request."""
+"""A longer text is folded at about this length; the rest is shown on request."""
 FOLD_WITHIN = 600
-"""How far back the fold may move to end at a paragraph or a word."""
+"""How far back the fold may move, to end at a paragraph or a word."""
 SYMBOLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n\r"} | {0x7F: "␡", 0xFEFF: "⟨BOM⟩"}
 ROLES = {"system": "Instructions", "user": "Person", "assistant": "Assistant"}
 FLAGS: Mapping[str, str] = {
@@ -45,7 +47,7 @@ STATUS_WORDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the person is, and the batch."""
+    """The progress of the person and of the batch."""
 
     mine: int
     done: int
@@ -53,18 +55,20 @@ class Progress:
 
     @property
     def percent(self) -> int:
+        """The batch's progress in percent."""
         return 100 * self.done // self.wanted if self.wanted else 0
 
 
 @dataclass(frozen=True)
 class Body:
-    """A text in two parts: what is shown, and what is shown on request."""
+    """A text in two parts: shown, and shown on request."""
 
     head: str
     rest: str
 
     @property
     def rest_words(self) -> int:
+        """Words in the folded part."""
         return len(self.rest.split())
 
 
@@ -79,7 +83,7 @@ class Card:
 
 
 def body(text: str) -> Body:
-    """A text as it is shown."""
+    """A text for display, folded if it is long."""
     visible = text.translate(SYMBOLS)
     if len(visible) <= LONG_CHARS + FOLD_WITHIN:
         return Body(visible, "")
@@ -92,7 +96,7 @@ def body(text: str) -> Body:
 
 
 def turns(prompt: str | Sequence[wire.Turn]) -> list[tuple[str, str, Body]]:
-    """The prompt as turns: role, who speaks, text. One text is one turn without a role, unless it is a transcript."""
+    """The prompt as turns: role, speaker, text. A plain text is one turn without a role, unless it is a transcript."""
     listed = prompt
     if isinstance(prompt, str):
         try:
@@ -105,7 +109,7 @@ def turns(prompt: str | Sequence[wire.Turn]) -> list[tuple[str, str, Body]]:
 
 
 def cards(shown: ShownTask, ranks: Mapping[str, int]) -> list[Card]:
-    """The answers in the order of this person's page."""
+    """The answers, in the order of this person's page."""
     return [
         Card(answer.id, chr(ord("A") + i), body(answer.text), ranks.get(answer.id))
         for i, answer in enumerate(shown.answers)
@@ -114,7 +118,7 @@ def cards(shown: ShownTask, ranks: Mapping[str, int]) -> list[Card]:
 
 @cache
 def static_files() -> Mapping[str, tuple[bytes, str]]:
-    """The files under /static, by a name that changes with the content: bytes and media type."""
+    """The files under /static: bytes and media type, by a name that contains a hash of the content."""
     types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
     found = {}
     for name in ("page.css", "page.js", "icon.svg"):
@@ -125,7 +129,7 @@ def static_files() -> Mapping[str, tuple[bytes, str]]:
 
 
 def static_path(name: str) -> str:
-    """Where a static file is."""
+    """The URL path of a static file."""
     stem, kind = name.split(".")
     return next(f"/static/{path}" for path in static_files() if path.startswith(f"{stem}.") and path.endswith(kind))
 
@@ -155,7 +159,7 @@ def _share(value: float | None) -> str:
 
 
 def page(template: str, *, status: int = 200, headers: Mapping[str, str] | None = None, **context: Any) -> Response:
-    """A page, with a policy that lets nothing run or load but our own two files."""
+    """A page, with a content security policy that allows only our own script, style sheet and images."""
     nonce = secrets.token_urlsafe(16)
     html = _environment().get_template(template).render(nonce=nonce, **context)
     policy = (
@@ -179,7 +183,7 @@ def task_page(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The page where a task is ranked. `word` is what the form is filled with, else a draft, else what is in force."""
+    """The page where a task is ranked. The form is filled with `word`, else the draft, else the current judgement."""
     filled = word or shown.draft or shown.current or Judgement("ranking")
     letters = {answer.id: chr(ord("A") + i) for i, answer in enumerate(shown.answers)}
     return page(
@@ -208,7 +212,7 @@ def task_page(
 
 
 def in_words(word: Judgement, letters: Mapping[str, str]) -> str:
-    """What was said, in one line: B, then A and C (tied), then D."""
+    """A judgement in one line: B, then A and C (tied), then D."""
     if word.kind != "ranking":
         return {"skip": "Skipped", "flag": "Flagged", "withdraw": "Taken back"}[word.kind]
     places: dict[int, list[str]] = {}

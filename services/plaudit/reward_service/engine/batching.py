@@ -1,12 +1,15 @@
-"""Continuous batching: texts in, logits out, with a bounded queue between. Knows nothing of HTTP, torch or models.
+"""Dynamic batching: texts in, logits out, through a bounded queue. Independent of HTTP, torch and any model.
 
-Two threads a service: one tokenises whatever has arrived, one runs the model on whatever is tokenised (one such thread
-for each replica of the model). A batch forms while the previous one runs, so nobody ever waits for company. The event
-loop only waits for futures.
+One thread tokenises the texts that have arrived. Each replica of the model has a thread that runs the model on
+tokenised texts. A batch forms while the previous one runs, so no text waits for a batch to fill. The event loop
+only waits for futures.
 
-Callers share the model fairly. A request is cut into slices, and each slice gets the time at which it would be finished
-if the callers' requests ran side by side at the same speed (weighted fair queueing: Demers, Keshav and Shenker, 1989).
-Slices are served in the order of those times, so a caller with one text passes a caller with thousands.
+Callers share the model by weighted fair queueing (Demers, Keshav and Shenker, 1989). A request is cut into slices. Each
+slice gets a virtual finish time: when it would be finished if the requests of all callers ran at the same time and
+speed. Slices are served in the order of these times, so a caller with one text overtakes a caller with thousands.
+
+Failure modes: an admitted request that is never answered; a batch that fails requests which have no part in the error;
+a caller that starves.
 """
 
 import asyncio
@@ -22,22 +25,36 @@ from typing import Protocol
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.reward_service.problems import RETRY_AFTER_DRAIN_S, ProblemError, draining
 
-Text = tuple[str, str | None]
+Turn = tuple[str, str]
+"""A role and what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation whose last turn is the response to judge."""
+
+    turns: tuple[Turn, ...]
+
+
+Plain = tuple[str, str | None]
 """One text to judge, or a pair that the tokenizer joins."""
+Text = Plain | Chat
+"""What may be judged: a text, a pair, or a conversation, which the judge's chat template writes out."""
 Logits = tuple[float, ...]
 """One row of the model's output, a number for each label."""
 
 CHARS_PER_TOKEN_LIMIT = 64
-"""A text is cut to this many characters for each token the model can see, before it is tokenised: a megabyte would
-otherwise hold the tokenizer for a second. English has about 4 characters a token."""
+"""Before a text is tokenised, it is cut to this many characters for each token that the model can see: tokenising a
+megabyte takes a second. English has about 4 characters a token."""
 CHARS_PER_TOKEN_ESTIMATE = 4
-"""Of plain ASCII. Other texts are taken for a token a character: Chinese is, and combining marks are nearly."""
+"""For ASCII. Any other text is estimated at one token a character, which is right for Chinese and nearly right for
+combining marks."""
 SLICE_BATCHES = 4
-"""Batches that a slice may fill. Requests of up to that size are answered one after the other, larger ones in turns."""
+"""Batches that one slice may fill. A request of up to this size is one slice; larger requests are served in turns."""
 NEARLY_EMPTY = 1 / 16
-"""Share of its bound up to which a queue takes a job that is larger than the whole bound."""
+"""A job larger than the whole queue is admitted while the queue is filled to at most this share of its bound."""
 SLICE_CHARS = 32 * 1024
-"""Characters tokenised in one go. The tokenizer takes some 200 bytes for each of them while it works."""
+"""Characters tokenised in one call. The tokenizer uses about 200 bytes of memory for each."""
 MAX_RETRY_AFTER_S = 120
 RATE_SMOOTHING = 0.2
 
@@ -49,46 +66,68 @@ class Encoded:
     ids: Sequence[int]
     type_ids: Sequence[int] | None = None
     truncated: bool = False
+    refused: str | None = None
+    """Why the chat template makes nothing of it, if it doesn't."""
 
 
 class Scorer(Protocol):
     """A loaded model. `encode` and `score` run in different threads; a replica's `score` never runs twice at once."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """The model's name, as it was configured."""
+        ...
+
     @property
-    def revision(self) -> str: ...
+    def revision(self) -> str:
+        """A hash of the model's files."""
+        ...
+
     @property
-    def labels(self) -> tuple[str, ...]: ...
+    def labels(self) -> tuple[str, ...]:
+        """The name of each logit."""
+        ...
+
     @property
-    def max_tokens(self) -> int: ...
+    def max_tokens(self) -> int:
+        """Tokens that the model can see of one text."""
+        ...
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """The number format that the model computes in."""
+        ...
+
     @property
     def packed(self) -> bool:
         """Whether a batch costs the sum of its lengths (no padding) rather than rows times the longest."""
         ...
 
     @property
-    def replicas(self) -> int: ...
+    def replicas(self) -> int:
+        """Copies of the model that can score at the same time."""
+        ...
 
-    def encode(self, texts: Sequence[Text]) -> list[Encoded]: ...
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Tokenise texts, in order."""
+        ...
+
     def score(self, batch: Sequence[Encoded], replica: int) -> Sequence[Logits]:
         """One row for each text, in order. Raises `ScorerLostError` when no later call can succeed."""
         ...
 
 
 class ScorerLostError(Exception):
-    """The device or the model is gone for good; the process should be restarted."""
+    """The device or the model is lost; only a restart of the process can help."""
 
 
 class TemporaryOutOfMemory(Exception):
-    """The device lacks the memory for this batch. It had it when the service started, so another try may succeed."""
+    """The device lacks memory for this batch. It had enough when the service started, so a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The answer to one job: a row of logits for each text, by the model `scorer`, and where the time went."""
+    """The result of one job: a row of logits for each text, the model that made them, and the time of each phase."""
 
     logits: list[Logits]
     truncated: list[int]
@@ -102,27 +141,33 @@ class Scored:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request's texts. They are admitted together, judged by one model, and answered together."""
+    """One request's texts. They are admitted together, scored by one model, and answered together."""
 
     texts: Sequence[Text]
-    """Emptied as they are tokenised; `count` says how many there were."""
+    """Emptied once all are tokenised; `count` stays."""
     scorer: Scorer
     generation: int
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Scored]"
     tokens: int
-    """What the job holds of the queue's bound: estimated from characters until it is tokenised."""
+    """The job's share of the queue's bound: estimated from characters until the texts are tokenised."""
     admitted_at: float
     deadline: float | None = None
     caller: str = ""
+    places: Sequence[int] | None = None
+    """Which items of the request the texts are, where others of it need no score."""
     count: int = 0
     items: "list[_Item]" = field(default_factory=list)
     open_items: int = 0
     over: bool = False
-    """Answered, failed or abandoned: whatever is still waiting of it is dropped before the forward pass."""
+    """Answered, failed or abandoned. Its texts that still wait are dropped before the forward pass."""
     tokenized_at: float = 0.0
     tokenize_s: float = 0.0
     first_batch_at: float | None = None
+
+    def place(self, index: int) -> int:
+        """Which item of the request text `index` is."""
+        return index if self.places is None else self.places[index]
 
 
 @dataclass(eq=False, slots=True)
@@ -132,7 +177,7 @@ class _Item:
     encoded: Encoded
     order: int
     finish: float = 0.0
-    """When its slice would be finished if callers ran side by side; the least is served first."""
+    """The virtual finish time of its slice; the smallest is served first."""
     logits: Logits | None = None
     taken: bool = False
 
@@ -163,34 +208,35 @@ class _Slice:
 
 @dataclass(eq=False, slots=True)
 class _Caller:
-    """Somebody with open jobs."""
+    """A caller with open jobs."""
 
     jobs: int = 0
     tokens: int = 0
     finish: float = 0.0
-    """When the last of its slices would be finished."""
+    """The virtual finish time of its last slice."""
 
 
 class BatchQueue:
-    """Tokenised texts that wait for the model. The one whose turn it is is always in the next batch: nothing starves.
+    """Tokenised texts that wait for the model. The text with the smallest finish time is always in the next batch.
 
-    Without padding a batch is filled in order of turns, for one caller that is the order of arrival. With padding it is
-    filled with the length neighbours of the first, because a batch then costs as much as its longest text times its
-    rows.
+    Without padding, a batch is filled in order of finish time; for a single caller that is the order of arrival. With
+    padding, it is filled with the texts closest in length to the first, because a padded batch costs its longest text
+    times its rows.
     """
 
     def __init__(self) -> None:
         self._arrival: list[tuple[float, int, _Item]] = []
-        """A heap, in order of turns: when it would be finished, and of two the earlier one."""
+        """A heap, ordered by finish time, then by arrival."""
         self._by_length: list[_Item] = []
 
     def add(self, item: _Item) -> None:
+        """Queue a text."""
         heapq.heappush(self._arrival, (item.finish, item.order, item))
         if not item.job.scorer.packed:
             bisect.insort(self._by_length, item, key=lambda waiting: waiting.sort_key)
 
     def take(self, budget: int) -> tuple[list[_Item], list[_Item]]:
-        """The next batch, of at most `budget` tokens or one text, and the abandoned texts found on the way."""
+        """The next batch, of at most `budget` tokens or a single text, and the abandoned texts that were removed."""
         dropped: list[_Item] = []
         now = time.monotonic()
         while self._arrival:
@@ -272,10 +318,10 @@ def _abandoned(item: _Item, now: float) -> bool:
 class Engine:
     """Admits jobs, tokenises, batches, runs the model, answers. Start it with `start()`, end it with `close()`.
 
-    `max_queue_tokens` bounds what is admitted and not yet answered. Admission is atomic: all of a job or none of it. A
-    job larger than the whole bound is admitted only into a queue that is nearly empty. A full queue still takes a
-    caller's job, as long as the caller has no more than its share and all but the largest caller together no more than
-    the bound.
+    Admission control: `max_queue_tokens` bounds the tokens that are admitted and not yet answered. A job is admitted
+    whole or refused whole. A job larger than the bound is admitted only when the queue is nearly empty. A full queue
+    still admits a caller that stays within an equal share of the bound, as long as all callers but the largest stay
+    within the bound together.
     """
 
     def __init__(
@@ -292,7 +338,7 @@ class Engine:
         self.max_queue_tokens = max_queue_tokens
         self.draining = False
         self.failure: str | None = None
-        """Why the service can't score any more, when it can't."""
+        """Why the service can no longer score; None while it can."""
         self.tokens_per_s = 0.0
         """Measured throughput, smoothed; 0 until the first batch."""
         self._generation = 0
@@ -303,7 +349,7 @@ class Engine:
         self._arrived: list[_Slice] = []
         self._callers: dict[str, _Caller] = {}
         self._virtual = 0.0
-        """Tokens that each caller would have got by now, if all had run side by side."""
+        """The virtual time: tokens that each caller would have been served by now at equal speed."""
         self._waiting = BatchQueue()
         self._closing = False
         lock = threading.Lock()
@@ -313,7 +359,7 @@ class Engine:
         self._threads = [
             threading.Thread(target=self._guard, args=(self._tokenize_loop,), daemon=True, name="tokenize")
         ]
-        # One thread for each replica: a model's forward pass fills its device, a second thread would only add waiting.
+        # One thread for each replica: a forward pass fills its device, so a second thread would only wait.
         self._threads += [
             threading.Thread(target=self._guard, args=(self._score_loop, replica), daemon=True, name=f"score-{replica}")
             for replica in range(scorer.replicas)
@@ -324,12 +370,13 @@ class Engine:
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
 
     def start(self) -> "Engine":
+        """Start the threads; the engine itself."""
         for thread in self._threads:
             thread.start()
         return self
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stop the threads after the batch they are in; whatever still waits is answered with 503."""
+        """Stop the threads after their current batch. Requests that still wait get 503."""
         with self._lock:
             self._closing = True
             self.draining = True
@@ -341,19 +388,21 @@ class Engine:
         self.fail_open_jobs()
 
     def fail_open_jobs(self) -> None:
-        """Answer with 503 whatever has been admitted and isn't done."""
+        """Answer every admitted request that isn't done with 503."""
         self._fail_everything(draining())
 
     @property
     def idle(self) -> bool:
+        """Whether everything admitted has been answered."""
         return self._queued_items == 0
 
     @property
     def queued_tokens(self) -> int:
+        """Tokens admitted and not yet answered."""
         return self._queued_tokens
 
     def unready(self) -> str | None:
-        """Why no work should be sent here, or None."""
+        """Why the readiness probe should fail, or None."""
         if self.failure is not None:
             return self.failure
         if self.draining:
@@ -362,14 +411,17 @@ class Engine:
         return f"thread {', '.join(dead)} is not running" if dead else None
 
     def require_open(self) -> None:
-        """Raise `ProblemError` when nothing can be admitted."""
+        """Raise `ProblemError` when the engine admits nothing: it drains or has failed."""
         if self.failure is not None:
             raise ProblemError("not-ready", self.failure, retry_after_s=RETRY_AFTER_DRAIN_S)
         if self.draining:
             raise draining()
 
     def replace(self, scorer: Scorer) -> None:
-        """Let `scorer` judge everything admitted from now on; what was admitted before keeps its model."""
+        """Use `scorer` for jobs admitted from now on; jobs admitted before keep their model.
+
+        Raises `ValueError` when the number of replicas differs.
+        """
         old = self.scorer
         if scorer.replicas != old.replicas:
             raise ValueError(f"the new model has {scorer.replicas} replicas, the old one {old.replicas}")
@@ -379,11 +431,18 @@ class Engine:
         self.metrics.model.remove(old.id, old.revision, old.dtype)
         self.metrics.model.labels(scorer.id, scorer.revision, scorer.dtype).set(1)
 
-    def submit(self, texts: Sequence[Text], *, deadline: float | None = None, caller: str = "") -> Job:
-        """Admit all of `texts` or raise `ProblemError`. Await `job.future`; call `abandon(job)` to give up on it.
+    def submit(
+        self,
+        texts: Sequence[Text],
+        *,
+        deadline: float | None = None,
+        caller: str = "",
+        places: Sequence[int] | None = None,
+    ) -> Job:
+        """Admit all of `texts` or raise `ProblemError`. Await `job.future`; call `abandon(job)` to cancel it.
 
-        `deadline` is on the clock of `time.monotonic()`. Callers are served fairly. Must be called in a running event
-        loop.
+        `deadline` is on the clock of `time.monotonic()`. `caller` is the key of fair queueing. `places` are the
+        texts' indices in the request, for error messages. Must be called in a running event loop.
         """
         loop = asyncio.get_running_loop()
         now = time.monotonic()
@@ -394,7 +453,9 @@ class Engine:
             tokens = sum(estimates)
             if not self._has_room(tokens, caller):
                 raise self._queue_full(tokens)
-            job = Job(texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller)
+            job = Job(
+                texts, scorer, self._generation, loop, loop.create_future(), tokens, now, deadline, caller, places
+            )
             job.count = job.open_items = len(texts)
             self._open.add(job)
             self._queued_tokens += tokens
@@ -417,7 +478,7 @@ class Engine:
         )
 
     def _slice(self, job: Job, estimates: Sequence[int]) -> None:
-        """Put the job's texts in line, a slice at a time."""
+        """Queue the job's texts for tokenisation, in slices."""
         caller = self._callers.setdefault(job.caller, _Caller())
         caller.jobs += 1
         caller.tokens += job.tokens
@@ -442,7 +503,7 @@ class Engine:
         heapq.heappush(self._arrived, part)
 
     def abandon(self, job: Job) -> None:
-        """The client has gone or its deadline has passed: what hasn't run yet will not."""
+        """Drop what has not run yet: the client has disconnected, or its deadline has passed."""
         job.over = True
         job.future.cancel()
 
@@ -474,7 +535,7 @@ class Engine:
                     return
                 parts = self._take_arrived()
             self._tokenize_parts(parts)
-            del parts  # while this thread is idle, they would keep the model in memory that they were for
+            del parts  # an idle thread would otherwise keep a replaced model in memory
 
     def _tokenize_parts(self, parts: list[_Slice]) -> None:
         started = time.monotonic()
@@ -500,7 +561,7 @@ class Engine:
             self._to_score.notify_all()
 
     def _take_arrived(self) -> list[_Slice]:
-        """About one batch: more would keep the model waiting for texts that it can't use yet."""
+        """Slices of about one batch: tokenising more would delay the next forward pass."""
         parts = [heapq.heappop(self._arrived)]
         tokens = parts[0].tokens
         while self._arrived and tokens + self._arrived[0].tokens <= self.batch_tokens:
@@ -509,7 +570,7 @@ class Engine:
         return parts
 
     def _tokenize(self, part: _Slice, now: float) -> list[_Item]:
-        """The slice's items; none where its job has come to an end."""
+        """The slice's items; none if its job is over."""
         job = part.job
         if job.over or (job.deadline is not None and now >= job.deadline):
             self.metrics.dropped_items.inc(part.stop - part.start)
@@ -523,12 +584,18 @@ class Engine:
             self._resolve([(job, _scoring_failed(error, None))])
             return []
         for index, encoded in enumerate(encodings, part.start):
+            if encoded.refused is not None:
+                place = job.place(index)
+                problem = ProblemError("template-refused", f"items[{place}]: {encoded.refused}", item=place)
+                self._resolve([(job, problem)])
+                return []
             if not encoded.ids:
-                problem = ProblemError("no-tokens", f"items[{index}] is empty for this model's tokenizer", item=index)
+                place = job.place(index)
+                problem = ProblemError("no-tokens", f"items[{place}] is empty for this model's tokenizer", item=place)
                 self._resolve([(job, problem)])
                 return []
         if part.stop == job.count:
-            job.texts = ()  # a full queue need not hold them as well
+            job.texts = ()  # a full queue would otherwise hold each text twice
         return [_Item(job, index, encoded, 0, part.finish) for index, encoded in enumerate(encodings, part.start)]
 
     def _score_loop(self, replica: int) -> None:
@@ -542,7 +609,7 @@ class Engine:
                         break
                     self._to_score.wait()
             self._run(batch, dropped, replica)
-            del batch, dropped  # as in the other thread
+            del batch, dropped  # for the same reason
 
     def _run(self, batch: list[_Item], dropped: list[_Item], replica: int) -> None:
         started = time.monotonic()
@@ -560,7 +627,7 @@ class Engine:
             self._record(batch, time.monotonic() - started)
 
     def _score(self, batch: list[_Item], replica: int) -> list[tuple[Job, ProblemError | None]]:
-        """Run the model, and halve a batch that fails until the texts that make it fail stand alone."""
+        """Run the model. A batch that fails is bisected until each failing text is alone."""
         try:
             rows = batch[0].job.scorer.score([item.encoded for item in batch], replica)
             if len(rows) != len(batch):
@@ -570,7 +637,7 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 self.metrics.failed_items.inc()
-                return [(batch[0].job, _scoring_failed(error, batch[0].index))]
+                return [(batch[0].job, _scoring_failed(error, batch[0].job.place(batch[0].index)))]
             middle = len(batch) // 2
             return self._score(batch[:middle], replica) + self._score(batch[middle:], replica)
         outcomes: list[tuple[Job, ProblemError | None]] = []
@@ -578,8 +645,9 @@ class Engine:
         for item, row in zip(batch, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 self.metrics.failed_items.inc()
+                place = item.job.place(item.index)
                 problem = ProblemError(
-                    "non-finite-score", f"the model's logits for items[{item.index}] are not finite", item=item.index
+                    "non-finite-score", f"the model's logits for items[{place}] are not finite", item=place
                 )
                 outcomes.append((item.job, problem))
                 continue
@@ -605,7 +673,7 @@ class Engine:
         )
 
     def _resolve(self, outcomes: Iterable[tuple[Job, ProblemError | None]]) -> None:
-        """Hand jobs that are over to their event loops, one wake-up for each loop, and free their room in the queue."""
+        """Hand finished jobs to their event loops, one wake-up for each loop, and free their share of the queue."""
         now = time.monotonic()
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Scored | ProblemError]]] = {}
         for job, problem in outcomes:
@@ -622,7 +690,7 @@ class Engine:
                     del self._callers[job.caller]
                 job.over = True
             answer = problem or self._answer(job, now)
-            # An item knows its job. If the job went on knowing its items, only a full collection would free either.
+            # Break the reference cycle between job and items, which only a full garbage collection would free.
             job.items = []
             by_loop.setdefault(job.loop, []).append((job, answer))
         for loop, answers in by_loop.items():
@@ -665,14 +733,21 @@ def _deliver(answers: list[tuple[Job, Scored | ProblemError]]) -> None:
 
 
 def _estimated_tokens(text: Text, max_tokens: int) -> int:
-    first, second = text
-    if first.isascii() and (second is None or second.isascii()):
+    if all(part.isascii() for part in parts_of(text)):
         return min(max_tokens, 2 + _chars(text) // CHARS_PER_TOKEN_ESTIMATE)
     return min(max_tokens, 2 + _chars(text))
 
 
 def _chars(text: Text) -> int:
-    return len(text[0]) + len(text[1] or "")
+    return sum(map(len, parts_of(text)))
+
+
+def parts_of(text: Text) -> Sequence[str]:
+    """What there is to read of it: a text, both of a pair, or what each turn says."""
+    if isinstance(text, Chat):
+        return [content for _, content in text.turns]
+    first, second = text
+    return (first,) if second is None else (first, second)
 
 
 def _scoring_failed(error: Exception, index: int | None) -> ProblemError:

@@ -1,8 +1,9 @@
-"""A model's files as a classifier and a tokenizer, or a `ModelError`: no fallback of a library passes for a model.
+"""Load a classifier and its tokenizer, or raise `ModelError`: no default of a library may stand in for a missing part.
 
-transformers fills what it doesn't find: a head with random numbers, a vocabulary with five special tokens, an unknown
-class with a known one. Whatever it makes is compared here with what the files hold. Wrong here would be a model that
-loads and judges, and isn't the one that was trained.
+transformers replaces what it doesn't find: a head by random numbers, a vocabulary by five special tokens, an unknown
+class by a known one. The loaded model is therefore compared with what the files hold.
+
+Failure modes: a model that loads and scores, and isn't the one that was trained.
 """
 
 import inspect
@@ -31,15 +32,15 @@ from plaudit.reward_service.engine.model_files import (
 from plaudit.reward_service.settings import Settings
 
 FALLBACK_MAX_TOKENS = 512
-"""For a model that names no limit of its own."""
+"""The limit of a model that declares none."""
 NO_LIMIT = 1_000_000
-"""What is longer than this is how transformers writes "none"."""
+"""transformers writes a limit above this where there is none."""
 UNUSED_BUFFERS = ("position_ids", "inv_freq", "masked_bias", "attn.bias", "attention.bias", "num_batches_tracked")
-"""Ends of names that older files hold and newer classes work out for themselves."""
+"""Suffixes of buffers that older files hold and newer classes compute."""
 MERGED_WITHIN = 1e-3
 """How far adapters may move a logit by being added to the weights: rounding is a thousandth of that."""
 LONGEST_QUOTE = 200
-"""Characters of another library's message."""
+"""Characters quoted of another library's message."""
 HOW_TO_SAVE_A_TOKENIZER = "copy the files of the tokenizer that the model was trained with (save_pretrained) there"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,19 +54,19 @@ class Loaded:
     labels: tuple[str, ...]
     max_tokens: int
     pad_id: int | None
-    """What the model takes for padding; None where it has no such token, or the token has no embedding."""
+    """The model's padding token; None if it has none, or the token has no embedding."""
     takes: tuple[str, ...]
-    """Which of input_ids, attention_mask and token_type_ids the model is given, in this order."""
+    """The inputs that the model takes, of input_ids, attention_mask and token_type_ids, in this order."""
 
 
 def read_model(source: ModelSource, settings: Settings) -> Loaded:
-    """The model of `source` as `settings` ask for it. Raises `ModelError`."""
+    """The model of `source`, as `settings` describe. Raises `ModelError`."""
     name = settings.model
     _check_files(name, source)
     model = _with_adapters(source, settings) if source.base is not None else _whole_model(source.directory, settings)
     config = model.config
     labels = _labels(name, config)
-    # The weights may be a view of the file. Whoever writes another model over it would change this one, or crash it.
+    # The weights may be mapped from the file: writing another model over it would change or crash this one.
     for tensor in chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
     _check_finite(name, model, settings.dtype)
@@ -105,9 +106,9 @@ def _whole_model(directory: Path, settings: Settings) -> Any:
 
 
 def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The classifier of a directory, and what was missing. Weights that don't fit or would be ignored are refused."""
+    """The classifier of a directory, and transformers' report. Raises `ModelError` for weights that don't fit."""
     try:
-        # No code from the directory is run. Unless told so, transformers would ask for leave at the terminal.
+        # No code from the directory is run. Without this argument, transformers asks for permission at the terminal.
         config = config or AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             raise ModelError(
@@ -142,8 +143,8 @@ def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> 
     ]
     if ignored:
         raise ModelError(
-            f"{name} holds weights that a {type(model).__name__} has no place for ({', '.join(ignored[:3])}), so it "
-            "was trained as something else; give the directory of a plain transformers classifier"
+            f"{name} holds weights that a {type(model).__name__} doesn't have ({', '.join(ignored[:3])}), so it was "
+            "trained as another architecture; give the directory of a plain transformers classifier"
         )
     return model, report
 
@@ -153,7 +154,7 @@ def _shape(size: Iterable[int]) -> str:
 
 
 def _with_adapters(source: ModelSource, settings: Settings) -> Any:
-    """The base model with the adapters added to its weights, and with the head that was trained with them."""
+    """The base model with the adapters merged into its weights, and with the head that was trained with them."""
     name = settings.model
     assert source.base is not None
     try:
@@ -184,7 +185,7 @@ def _with_adapters(source: ModelSource, settings: Settings) -> Any:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # weights that the file lacks are only a warning, and looked for below
+            warnings.simplefilter("ignore")  # missing weights are only a warning there; they are checked below
             adapted = PeftModel.from_pretrained(model, source.directory)
         lacking = sorted(get_peft_model_state_dict(adapted).keys() - saved.keys())
         if lacking:
@@ -218,7 +219,7 @@ def _probe(model: Any) -> Any:
 
 
 def _base_model(source: ModelSource, name: str, trained: dict[str, tuple[int, ...]]) -> tuple[Any, set[str]]:
-    """The base model as a classifier of as many labels as the adapters' head has, and what its files lack."""
+    """The base model as a classifier with as many labels as the adapters' head, and the weights that it lacks."""
     assert source.base is not None
     described = source.directory if (source.directory / "config.json").is_file() else source.base
     try:
@@ -240,7 +241,7 @@ def _base_model(source: ModelSource, name: str, trained: dict[str, tuple[int, ..
 
 
 def _labels(name: str, config: Any) -> tuple[str, ...]:
-    """The names of the logits in their order. A whole number is its own name; other things than text are refused."""
+    """The names of the logits, in order. A whole number becomes its decimal name; other values are refused."""
     names = config.id2label
     if sorted(names) != list(range(config.num_labels)):
         raise ModelError(
@@ -273,11 +274,11 @@ def _check_finite(name: str, model: Any, dtype: str) -> None:
         if not tensor.isfinite().all():
             what = "NaN" if tensor.isnan().any() else f"infinity in {dtype}"
             remedy = "" if dtype != "fp16" else "; try --dtype bf16 or fp32"
-            raise ModelError(f"{name} can't judge: its weights hold {what} ({key}); train it again{remedy}")
+            raise ModelError(f"{name} can't score: its weights hold {what} ({key}); train it again{remedy}")
 
 
 def _tokenizer(source: ModelSource, settings: Settings) -> tuple[Any, Path]:
-    """The tokenizer beside the model; adapters may leave it to their base model."""
+    """The tokenizer in the model's directory; for adapters without one, their base model's."""
     directory = source.directory
     if source.base is not None and not (directory / "tokenizer_config.json").is_file():
         directory = source.base
@@ -296,12 +297,12 @@ def _embedding_rows(model: Any) -> int | None:
     try:
         rows: int = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
-        return None  # CANINE hashes characters, Perceiver and others have their own
+        return None  # CANINE hashes characters; Perceiver and others embed differently
     return rows
 
 
 def _check_vocabulary(name: str, directory: Path, tokenizer: Any, rows: int | None) -> None:
-    """Its files are there, it knows more than special tokens, and each of its tokens has a row in the embedding."""
+    """Require that its files exist, that it has words, and that the embedding has a row for each of its tokens."""
     kind = type(tokenizer).__name__
     files = dict(getattr(tokenizer, "vocab_files_names", {}))
     present = {file for file in files.values() if (directory / file).is_file()}
@@ -348,7 +349,7 @@ def _max_tokens(model: Any, tokenizer: Any, settings: Settings) -> int:
     wanted = settings.max_tokens
     if wanted is not None and wanted > limit and limits:
         raise ModelError(f"--max-tokens {wanted} is more than the model takes ({limit})")
-    added = tokenizer.num_special_tokens_to_add(settings.join == "pair")
+    added = 0 if settings.join == "chat" else tokenizer.num_special_tokens_to_add(settings.join == "pair")
     if (wanted or limit) <= added:
         raise ModelError(
             f"--max-tokens {wanted or limit} leaves no room for text beside the {added} tokens that the tokenizer of "
@@ -358,9 +359,9 @@ def _max_tokens(model: Any, tokenizer: Any, settings: Settings) -> int:
 
 
 def _positions(model: Any) -> list[Any]:
-    """How many tokens the model has positions for, by its configuration and by its tables.
+    """The number of positions that the model has, by its configuration and by its embeddings.
 
-    A table with a padding row numbers its positions from the one after that row on: so do RoBERTa and its relatives.
+    An embedding with a padding row, as in RoBERTa's family, counts positions from the row after that one.
     """
     config = model.config.get_text_config()
     declared = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
@@ -373,7 +374,7 @@ def _positions(model: Any) -> list[Any]:
 
 
 def one_line(error: Exception) -> str:
-    """The error's kind and the first line of its message, or its beginning if that line only announces the others."""
+    """The error's type and the first line of its message, or the message's beginning if that line ends with a colon."""
     lines = str(error).strip().splitlines() or ["no message"]
     said = lines[0] if not lines[0].rstrip().endswith(":") else " ".join(str(error).split())[:LONGEST_QUOTE]
     return f"{type(error).__name__}: {said}"

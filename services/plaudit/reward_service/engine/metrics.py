@@ -1,4 +1,4 @@
-"""What the service tells Prometheus. One registry per service, handed in, so that two never share their counts."""
+"""Prometheus metrics. Each service has its own registry, so that two in one process don't share their counts."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -44,7 +44,7 @@ class Metrics:
         )
         self.phase = Histogram(
             name("phase_seconds"),
-            "Where a request's time went: tokenize, queue, inference.",
+            "Seconds of a request in each phase: tokenize, queue, inference.",
             ["phase"],
             buckets=LATENCY_BUCKETS_S,
             registry=self.registry,
@@ -54,7 +54,7 @@ class Metrics:
             name("queue_tokens"), "Their tokens (estimated until tokenised).", registry=self.registry
         )
         self.model = Gauge(
-            name("model_info"), "The model that serves now.", ["model", "revision", "dtype"], registry=self.registry
+            name("model_info"), "The model that is served now.", ["model", "revision", "dtype"], registry=self.registry
         )
 
     def exposition(self) -> bytes:

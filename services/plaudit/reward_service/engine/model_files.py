@@ -1,4 +1,4 @@
-"""Where a model's files are, and the name that their content gives them. Quick to import: no torch, no transformers."""
+"""Where a model's files are, and the revision: a hash of their content. Quick to import: no torch, no transformers."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from plaudit import atomic
 
 VOCABULARY_FILES = ("*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken", "*.vocab", "*.dict")
-"""Vocabularies that are neither JSON nor plain text: SentencePiece's and older ones."""
+"""Vocabulary files that are neither JSON nor plain text: SentencePiece's and older formats."""
 MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.jinja", *VOCABULARY_FILES)
 LEGACY_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin")
 WEIGHTS_LIKE = ("model*.safetensors", LEGACY_WEIGHTS[0])
@@ -23,20 +23,21 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are. A directory that holds adapters alone needs that of their base model too."""
+    """Where a model's files are. A directory of adapters also needs the directory of their base model."""
 
     directory: Path
     base: Path | None = None
 
     @property
     def directories(self) -> tuple[Path, ...]:
+        """The model's directory, then its base model's."""
         return (self.directory,) if self.base is None else (self.directory, self.base)
 
 
 def model_source(model: str, directory_of: Callable[[str, str | None], Path]) -> ModelSource:
-    """The files of `model`, and those of its base model if it is a directory of adapters.
+    """The files of `model`, and of its base model if it is a directory of adapters. Raises `ModelError`.
 
-    `directory_of` gives the directory of a model, at the revision that adapters may name.
+    `directory_of` gives the directory of a model at a revision, which adapters may name.
     """
     directory = directory_of(model, None)
     described = directory / ADAPTER_CONFIG
@@ -61,7 +62,7 @@ def model_source(model: str, directory_of: Callable[[str, str | None], Path]) ->
 
 
 def how_to_merge(model: str) -> str:
-    """What to do about adapters that can't be put on their base model here."""
+    """Advice for adapters that this service can't merge into their base model."""
     return (
         'merge them first: python -c "from peft import AutoPeftModelForSequenceClassification as Model; '
         f"Model.from_pretrained('{model}').merge_and_unload().save_pretrained('merged')\", and copy the tokenizer's "
@@ -70,7 +71,7 @@ def how_to_merge(model: str) -> str:
 
 
 def holds(directory: Path, patterns: tuple[str, ...]) -> bool:
-    """Whether a file of the directory has a name like one of these."""
+    """Whether a file of the directory matches one of these patterns."""
     return any(path.is_file() for pattern in patterns for path in directory.glob(pattern))
 
 
@@ -93,7 +94,7 @@ def looks_like_a_path(model: str) -> bool:
 
 
 def snapshot(model: str, revision: str | None = None) -> Path:
-    """The local copy of the hub's `model`, at `revision` where it is pinned. The only pickles are weights."""
+    """The local copy of a hub model, at `revision` if it is pinned. Pickles are downloaded only as weights."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -101,11 +102,11 @@ def snapshot(model: str, revision: str | None = None) -> Path:
         if not list(found.glob("*.safetensors")):
             patterns = [*MODEL_FILES, *LEGACY_WEIGHTS]
             found = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # its own, the network's, and what its HTTP library makes of a proxy variable
+    except Exception as error:  # its own errors, the network's, and its HTTP library's about proxy variables
         reason = (str(error).strip().splitlines() or ["no message"])[0]
         at = f" at revision {revision}" if revision is not None else ""
         raise ModelError(
-            f"{model}{at} is neither a directory here nor a model the hub gives ({type(error).__name__}: {reason}); "
+            f"{model}{at} is neither a local directory nor a model on the hub ({type(error).__name__}: {reason}); "
             "give a sequence-classification directory or a hub id that can be reached"
         ) from error
     return found
@@ -114,7 +115,7 @@ def snapshot(model: str, revision: str | None = None) -> Path:
 def content_revision(*directories: Path) -> str:
     """`sha256:` and a hash over the names and contents of the model's weights, configuration and tokenizer files.
 
-    Of adapters, over their own directory's and then over their base model's.
+    For adapters, it covers the files of their directory, then those of their base model.
     """
     digest = hashlib.sha256()
     for place, directory in enumerate(directories):
@@ -126,14 +127,20 @@ def content_revision(*directories: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def with_template(revision: str, template: str) -> str:
+    """The revision of a model that is given this chat template in place of its own."""
+    digest = hashlib.sha256(f"{revision}\0chat template\0{template}".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def file_stamps(*directories: Path) -> list[tuple[str, int, int, int]]:
-    """Name, inode, size and time of each file that makes the revision: equal twice, nothing changed between."""
+    """Name, inode, size and time of each file of the revision. If two calls agree, no file changed in between."""
     stamps = ((path.name, path.stat()) for directory in directories for path in model_files(directory))
     return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stamps]
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files that make the revision, by name, each where it is now (`plaudit.atomic`). Raises `ModelError`."""
+    """The files that the revision covers, by name, each at its current path (`plaudit.atomic`). Raises `ModelError`."""
     try:
         found = {
             path for pattern in (*MODEL_FILES, *LEGACY_WEIGHTS) for path in atomic.current_files(directory, pattern)

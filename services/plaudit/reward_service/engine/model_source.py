@@ -1,7 +1,7 @@
-"""Where the served model comes from: decided once, at the start, and never again.
+"""Where the served model comes from: a directory or a hub model, decided once at start. No torch, no transformers.
 
-What would be wrong here: a reload that finds the directory gone and fetches a stranger's repository of the same name,
-or a revision that names other bytes than those that were loaded. Quick to import: no torch, no transformers.
+Failure modes: a reload that finds the directory gone and downloads someone else's repository of the same name; a
+revision that is the hash of other bytes than those that were loaded.
 """
 
 import contextlib
@@ -26,26 +26,26 @@ from plaudit.reward_service.engine.model_files import (
 )
 
 OPEN_FILES = Path("/proc/self/fd")
-"""Names of this process's open files, where the system has them (Linux)."""
+"""Paths of this process's open files, on systems that have them (Linux)."""
 ATTEMPTS = 20
 BETWEEN_ATTEMPTS_S = 0.05
-"""A trainer that puts a new model in place needs milliseconds."""
+"""A trainer that replaces a model needs milliseconds."""
 
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """What `--model` and `--revision` mean: one directory, or one hub repository."""
+    """The meaning of `--model` and `--revision`: one directory, or one hub repository."""
 
     name: str
-    """As it was given."""
+    """`--model` as it was given."""
     path: Path | None
     """The directory, absolute; None for a hub model."""
     revision: str | None = None
-    """A hub model's branch, tag or commit, where it is pinned."""
+    """A hub model's branch, tag or commit, if it is pinned."""
 
     @classmethod
     def decide(cls, model: str, revision: str | None = None) -> "ModelOrigin":
-        """A directory here, else the embedded model of that name, else a hub id. Raises `ModelError`."""
+        """A local directory, else an embedded model of that name, else a hub id. Raises `ModelError`."""
         path = Path(demo_models.resolve(model)).expanduser()
         if path.exists() and not path.is_dir():
             raise ModelError(f"{model} is a file; give the directory that holds the model")
@@ -56,21 +56,21 @@ class ModelOrigin:
         return cls(model, None, revision)
 
     def directory(self) -> Path:
-        """Where the files are now, with every link on the way resolved. Raises `ModelError`.
+        """Where the files are now, with all links resolved. Raises `ModelError`.
 
-        A directory that has gone stays gone: the hub is not asked for it.
+        A directory that has been removed is never looked up on the hub.
         """
         if self.path is None:
             return snapshot(self.name, self.revision).resolve()
         if not self.path.is_dir():
             raise ModelError(
-                f"the directory {self.path} has gone; it was served as {self.name}. Put it back and reload again"
+                f"the directory {self.path} no longer exists; it was served as {self.name}. Restore it and reload again"
             )
         return self.path.resolve()
 
 
 class ModelOrigins:
-    """The served model's origin and, if it is a directory of adapters, its base model's: each is decided once."""
+    """The origin of the served model and, for adapters, of its base model. Each is decided once."""
 
     def __init__(self, model: str, revision: str | None = None) -> None:
         """Raises `ModelError`."""
@@ -95,10 +95,10 @@ class ModelOrigins:
 
 @contextlib.contextmanager
 def pinned_files(source: ModelSource) -> Iterator[ModelSource]:
-    """The model's files as they are at this moment, in directories to hash and to load.
+    """The model's files as they are now, in directories to hash and to load.
 
-    Every file is opened once, so what is hashed is what is loaded, even if a directory becomes another model's in the
-    meantime. Raises `ModelError` if a directory or the bytes of a file changed before the block ends.
+    Every file is opened once, so the hashed bytes are the loaded bytes, even if a directory is replaced meanwhile.
+    Raises `ModelError` if a directory, or the content of a file, changed before the block ends.
     """
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="plaudit-model-")))

@@ -1,7 +1,8 @@
-"""BERT-like encoders on a CPU without padding: a batch is one matrix with a row for each token; no text sees another.
+"""BERT-like encoders on a CPU without padding: a batch is one matrix with a row for each token.
 
-Only the first token is read after the last layer, so that layer works out nothing else. Wrong here would be a text
-whose reward depends on its company, or one that differs from what transformers says of it.
+Attention runs for each text alone. The classifier reads only the first token, so the last layer computes only that one.
+
+Failure modes: a text's reward depends on the other texts of its batch, or differs from the one by transformers.
 """
 
 import importlib
@@ -47,24 +48,23 @@ _FAMILIES = {
 _TORCH_PARTS = (nn.Dropout, nn.Embedding, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Tanh)
 NUMBERED_FROM_PADDING = {"camembert", "roberta", "xlm-roberta"}
 ROWS_AT_ONCE = 128
-"""Tokens that go through a layer's products together: what lies between two products then stays in the cache."""
+"""Rows of a layer's matrix products that are computed together: the intermediate results then stay in the CPU cache."""
 ROWS_STEP = 16
-"""Matrices have a multiple of so many rows, the last of them of no meaning. oneDNN compiles a product for each shape it
-meets; so it meets few."""
+"""Matrices are filled up to a multiple of this many rows, so that few shapes occur: oneDNN compiles each of them."""
 INT8_MAX = 127
 U8_ZERO = 128
 TINY = 1e-12
-"""Keeps a row of zeros from a scale of zero."""
+"""The smallest scale, for rows of zeros."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] to [rows, out], bias included, and GELU where it was asked for."""
 
 
 def can_pack(model: Any) -> bool:
-    """Whether `PackedEncoder` runs this model: of a family it knows, and made of that family's modules alone.
+    """Whether `PackedEncoder` can run this model: its family is known, and every module has exactly a known type.
 
-    It reads the modules' weights and never calls them, so a subclass, or a layer with an adapter around it, would be
-    taken for the plain layer within.
+    `PackedEncoder` reads the modules' weights and never calls the modules. A subclass, or an adapter around a layer,
+    would therefore be ignored.
     """
     config = model.config
     if (
@@ -79,7 +79,7 @@ def can_pack(model: Any) -> bool:
 
 
 def _is_called(path: str) -> bool:
-    """Activations are called as they are, so they may be of any type."""
+    """Whether the module is an activation: those are called as they are, so any type will do."""
     return path.rpartition(".")[2] in ("activation", "intermediate_act_fn")
 
 
@@ -103,7 +103,7 @@ class _Norm:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One transformer layer. In the last one `query` stands alone, because few rows want it."""
+    """One transformer layer. The last layer has a separate `query`, because it needs the query of few rows."""
 
     query_key_value: Product | None
     query: Product | None
@@ -111,18 +111,18 @@ class _Layer:
     output: Product
     attention_norm: _Norm
     up: Product
-    """With its activation."""
+    """The first product of the feed-forward network, with its activation."""
     down: Product
     output_norm: _Norm
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What follows attention, for rows `hidden` that it led to `attended`."""
+        """The rest of the layer, from its input `hidden` and the attention's output `attended`."""
         middle = self.attention_norm(self.output(attended).add_(hidden))
         return self.output_norm(self.down(self.up(middle)).add_(middle))
 
 
 class PackedEncoder:
-    """A sequence classifier that `can_pack`, its weights laid out anew; the model it is made from may go."""
+    """A sequence classifier that `can_pack`, with its weights in a new layout. It doesn't need the original model."""
 
     def __init__(self, model: Any, *, int8: bool = False) -> None:
         config = model.config
@@ -135,7 +135,7 @@ class PackedEncoder:
         self._types = None if types is None else types.weight.detach()
         self._embedding_norm = _norm(embeddings.LayerNorm)
         self._heads = config.num_attention_heads
-        # These number their positions from the padding id on, and a padding token within a text has no position.
+        # These families count positions from the padding id on. A padding token in a text gets the padding position.
         self._padding = config.pad_token_id if config.model_type in NUMBERED_FROM_PADDING else None
         parts = [_parts(layer, config.model_type) for layer in _layers(base)]
         self._layers = [_layer(part, self._heads, product, last=part is parts[-1]) for part in parts]
@@ -154,7 +154,7 @@ class PackedEncoder:
         return logits
 
     def warm_up(self) -> None:
-        """Meet every shape of a product once, so that no request waits for it to be compiled."""
+        """Compute a product of every shape once, so that no request waits for its compilation."""
         for rows in range(ROWS_STEP, ROWS_AT_ONCE + 1, ROWS_STEP):
             self([[0]] * rows, None)
 
@@ -202,7 +202,7 @@ def _whole_steps(rows: int) -> int:
 
 
 def _in_pieces(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """`function` of all rows, worked out for at most `ROWS_AT_ONCE` at a time, in pieces of about the same size."""
+    """`function` of all rows, in pieces of about the same size and at most `ROWS_AT_ONCE` rows."""
     rows = len(inputs[0])
     count = math.ceil(rows / ROWS_AT_ONCE)
     if count == 1:
@@ -220,9 +220,9 @@ def _attention(
     *,
     one_query: bool = False,
 ) -> torch.Tensor:
-    """Attention of each text to itself alone: [rows, heads, size] in, [query rows, heads * size] out.
+    """Attention within each text: [rows, heads, size] in, [query rows, heads * size] out.
 
-    Queries come scaled. With `one_query` a text has one row of `query`, otherwise as many as of `key`.
+    Queries are already scaled. With `one_query`, `query` has one row for each text, otherwise as many as `key`.
     """
     attended = query.new_empty(query.shape)
     attended[len(bounds) if one_query else bounds[-1][1] :] = 0
@@ -242,7 +242,7 @@ def _float_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool 
 
 
 def _prepacked_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
-    """The same by oneDNN, with the weights in its own layout: it saves laying them out for each product."""
+    """The same by oneDNN, with the weights converted to its own layout once instead of in every product."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     multiply = torch.ops.mkldnn._linear_pointwise
     # As inductor calls it: the last argument names the exact GELU.
@@ -288,9 +288,9 @@ PREPACKED_PRODUCT = {
 
 
 def _int8_product(weight: torch.Tensor, bias: torch.Tensor, *, with_gelu: bool = False) -> Product:
-    """Weights with a scale for each output channel, inputs with one for each row: no row knows of another.
+    """Dynamic int8: a scale for each output channel of the weights, and one for each row of the input.
 
-    The integers' product is exact, so a row's result doesn't depend on the shape of the batch either.
+    A row's result is independent of the other rows, and, because integer products are exact, of the batch's shape.
     """
     channel_scale = weight.abs().amax(dim=1).clamp_min(TINY) / INT8_MAX
     whole = (weight / channel_scale[:, None]).round().to(torch.int8)
@@ -312,7 +312,7 @@ def _fast_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
     multiply = torch.ops.onednn.qlinear_pointwise
 
     def product(rows: torch.Tensor) -> torch.Tensor:
-        # oneDNN is fast for unsigned input alone. Flipping the sign bit adds 128, its zero point.
+        # oneDNN is fast only for unsigned input. Flipping the sign bit adds 128, which is the zero point.
         unsigned = rows.view(torch.uint8).bitwise_xor(U8_ZERO)
         result: torch.Tensor = multiply(
             unsigned, 1.0, U8_ZERO, packed, channel_scale, no_shift, None, 1.0, 0, torch.float32, "none", [], ""
@@ -323,7 +323,7 @@ def _fast_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
 
 
 def _slow_integers(whole: torch.Tensor, channel_scale: torch.Tensor) -> Product:
-    """The same in floats, which hold the integers: for processors that would round or that oneDNN doesn't know."""
+    """The same in floats, which hold these integers exactly, where oneDNN's int8 products are missing or inexact."""
     floats = whole.float()
     return lambda rows: linear(rows.float(), floats).mul_(channel_scale)
 
@@ -350,7 +350,7 @@ class _Scaled:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The modules of a layer by what they do; families name them differently."""
+    """The modules of a layer by their function; each family has its own names for them."""
 
     query: Any
     key: Any
@@ -421,7 +421,7 @@ def _layer(parts: _Parts, heads: int, product: Callable[..., Product], *, last: 
 
 
 def _is_gelu(activation: Product) -> bool:
-    """Whether it is the exact GELU, which oneDNN can work out along with a product."""
+    """Whether it is the exact GELU, which oneDNN can fuse with a product."""
     probe = torch.linspace(-4, 4, 101)
     return torch.equal(activation(probe), gelu(probe))
 

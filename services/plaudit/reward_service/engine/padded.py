@@ -1,6 +1,8 @@
-"""Any other classifier, and every one on a GPU: batches with padding, in one copy to the device and one back.
+"""Padded batches, for every model on a GPU and for CPU models that `packed` does not cover.
 
-Wrong here would be a number left over from an earlier batch, or a wait for the device more than once a batch.
+A batch takes one copy to the device and one back.
+
+Failure modes: a value of an earlier batch in the staging memory; more than one wait for the device in a batch.
 """
 
 from collections.abc import Sequence
@@ -12,11 +14,11 @@ import torch
 from plaudit.reward_service.engine.batching import Encoded
 
 GPU_WIDTH_STEP = 8
-"""On a GPU rows have a multiple of so many tokens: tensor cores want it, and fewer shapes are met."""
+"""On a GPU, rows are padded to a multiple of this many tokens: tensor cores need it, and there are fewer shapes."""
 
 
 class PaddedModel:
-    """A transformers classifier on one device. Calls must not overlap: they share the memory that batches use."""
+    """A transformers classifier on one device. Calls must not overlap: they share the staging memory."""
 
     def __init__(
         self,
@@ -30,10 +32,10 @@ class PaddedModel:
         compiled: bool = False,
         width_step: int | None = None,
     ) -> None:
-        """A negative `pad_id` is no token: all texts of a batch then have one length.
+        """A negative `pad_id` means no padding token: all texts of a batch must then have one length.
 
         Rows are widened to a multiple of `width_step` tokens: by default `GPU_WIDTH_STEP` on a GPU, 1 elsewhere.
-        With `compiled` the model is compiled for batches of any shape; `warm_up` does all of it.
+        With `compiled`, the model is compiled for batches of any shape; `warm_up` does all compilation.
         """
         self._model = torch.compile(model, dynamic=True) if compiled else model
         self._compiled = compiled
@@ -57,13 +59,13 @@ class PaddedModel:
         if not self._takes_mask:
             del inputs["attention_mask"]
         logits: torch.Tensor = self._model(**inputs).logits
-        # The one wait for the device. After it the staging memory may be written again.
+        # The only wait for the device. After it, the staging memory is free for the next batch.
         return logits.float().cpu()
 
     def warm_up(self, batch_tokens: int) -> None:
-        """Compile, and where rows are widened meet every order of width, so that no request has to wait for either."""
+        """Compile, and where rows are widened run batches of every order of width. No request waits for either."""
         if self._compiled:
-            # To the compiler 1 is a number and everything above it a variable.
+            # The compiler specialises on size 1 and treats every larger size as a variable.
             for rows, length in product((1, 3), (1, 5)):
                 self([Encoded([0] * length)] * rows)
         width = self._width_step
@@ -73,7 +75,7 @@ class PaddedModel:
             width *= 2
 
     def _stage(self, batch: Sequence[Encoded], width: int) -> torch.Tensor:
-        """All inputs as one tensor [inputs, texts, width], in memory that is pinned for a GPU and used again."""
+        """All inputs as one tensor [inputs, texts, width], in memory that is reused, and pinned for a GPU."""
         shape = (len(self._inputs), len(batch), width)
         size = shape[0] * shape[1] * shape[2]
         if size > len(self._staging):

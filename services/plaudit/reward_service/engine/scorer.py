@@ -1,7 +1,7 @@
 """A loaded sequence classifier that scores texts: without padding, in padded batches, by length or one by one.
 
-A model that can't give an honest reward never starts: what its files lack shows in `loading`, and what it does in
-`self_check`. Each ends in a `ModelError` that says what to do.
+A model whose rewards would be wrong is refused with a `ModelError` that says what to do: `loading` checks its files,
+`self_check` its scores.
 """
 
 import copy
@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
 from plaudit.reward_service.engine.batching import (
     CHARS_PER_TOKEN_LIMIT,
+    Chat,
     Encoded,
     Logits,
+    Plain,
     ScorerLostError,
     TemporaryOutOfMemory,
     Text,
 )
+from plaudit.reward_service.engine.chat import ChatTemplate
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
-from plaudit.reward_service.engine.model_files import ModelError, content_revision
+from plaudit.reward_service.engine.model_files import ModelError, content_revision, with_template
 from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
@@ -32,13 +36,13 @@ from plaudit.reward_service.engine.self_check import WORDS, BatchingMode, check_
 from plaudit.reward_service.settings import Settings
 
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
-"""What torch's plain RuntimeError names when an allocation on the CPU fails."""
+"""The name in torch's RuntimeError when an allocation on the CPU fails."""
 
 
 def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "TransformersScorer":
-    """The scorer that `settings` ask for, warmed up and proven on its own model. Raises `ModelError`.
+    """The scorer that `settings` describe, warmed up and checked. Raises `ModelError`.
 
-    `origins` is what was decided at the start, so that a reload reads the same place.
+    `origins` are the places that were resolved at start, so that a reload reads the same ones.
     """
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -49,6 +53,9 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
         with pinned_files(source) as files:
             revision = content_revision(*files.directories)
             loaded = read_model(files, settings)
+            if settings.chat_template is not None:
+                loaded.tokenizer.chat_template = template = _template_in(settings.chat_template)
+                revision = with_template(revision, template)
     except (OSError, KeyError) as error:
         raise ModelError(f"{settings.model} can't be read: {one_line(error)}") from error
     if settings.label is not None and settings.label not in loaded.labels:
@@ -59,7 +66,7 @@ def load_scorer(settings: Settings, origins: ModelOrigins | None = None) -> "Tra
 
 
 class TransformersScorer:
-    """Any Hugging Face sequence classifier: without padding where its family allows, in padded batches elsewhere."""
+    """Any Hugging Face sequence classifier: without padding if its family is known, else in padded batches."""
 
     batching: BatchingMode
     packed: bool
@@ -80,10 +87,17 @@ class TransformersScorer:
         self._deterministic = settings.deterministic
         self._takes_type_ids = "token_type_ids" in loaded.takes
         self.tokenizer = loaded.tokenizer
+        self._template: ChatTemplate | None = None
+        if settings.join == "chat":
+            self._template = ChatTemplate(
+                loaded.tokenizer, self.id, max_tokens=self.max_tokens, truncation_side=self.truncation_side
+            )
         self._backend = self._fast_backend()
+        if self._template is not None:
+            self._template.require_room(self._tokenized, self.id)
         self._loaded: Loaded | None = loaded
         self._models: list[Any] = []
-        # On a GPU a loop over texts would be bound by kernel launches, so there padding is the cheaper way.
+        # On a GPU, attention for each text alone would be bound by kernel launches: padding is cheaper there.
         if all(device.type == "cpu" for device in devices) and can_pack(loaded.model):
             if settings.compile:
                 raise ModelError(f"--compile is for padded batches, and {self.id} runs without padding on a CPU")
@@ -92,7 +106,7 @@ class TransformersScorer:
             self.use("padded" if loaded.pad_id is not None else "by length")
 
     def run_self_check(self) -> None:
-        """Check the model's scores and how it may be batched, once. Raises `ModelError`."""
+        """Check the model's scores, and choose how it is batched. Call it once. Raises `ModelError`."""
         assert self._loaded is not None
         self.checked = check_scores(self, self._loaded, self._settings, self._devices[0])
         self._loaded = None
@@ -106,13 +120,13 @@ class TransformersScorer:
         assert self._loaded is not None
         loaded = self._loaded
         if loaded.pad_id is None:
-            # A decoder pools at the last token that isn't padding, and without a padding token it refuses batches. All
-            # texts of a batch have one length then, so an id that no token has will do.
+            # A decoder pools at the last token that isn't padding, and refuses batches without a padding token. The
+            # texts of a batch then have one length, so an id that no token has works.
             loaded.model.config.get_text_config().pad_token_id = -1
         return _replicas(_quantised(loaded.model) if self.dtype == "int8" else loaded.model, self._devices)
 
     def use(self, batching: BatchingMode) -> None:
-        """Score in this way from now on, warmed up."""
+        """Switch to this way of batching, and warm up. Raises `ModelError` when the model doesn't run."""
         assert self._loaded is not None
         loaded = self._loaded
         self.batching, self.packed = batching, batching == "packed"
@@ -140,7 +154,15 @@ class TransformersScorer:
             raise ModelError(f"{self.id} loads but does not run: {one_line(error)}") from error
 
     def encode(self, texts: Sequence[Text]) -> list[Encoded]:
-        """Token ids with the tokenizer's own special tokens, cut to `max_tokens` and marked where that happened."""
+        """Token ids with the tokenizer's own special tokens, or the chat template's in their place.
+
+        They are cut to `max_tokens` and marked where that happened.
+        """
+        if self._template is not None:
+            return self._template.encode(texts, self._tokenized)
+        return self._tokenized([text for text in texts if not isinstance(text, Chat)])
+
+    def _tokenized(self, texts: Sequence[Plain]) -> list[Encoded]:
         limit = self.max_tokens * CHARS_PER_TOKEN_LIMIT
         cut = [_cut(text, limit, self.truncation_side) for text in texts]
         if self._backend is None:
@@ -149,21 +171,22 @@ class TransformersScorer:
             inputs = [first if second is None else (first, second) for (first, second), _ in cut]
             encodings = [
                 Encoded(encoding.ids, encoding.type_ids if self._takes_type_ids else None, bool(encoding.overflowing))
-                for encoding in self._backend.encode_batch_fast(inputs)
+                for encoding in self._backend.encode_batch_fast(inputs, add_special_tokens=self._template is None)
             ]
         return [
             Encoded(encoded.ids, encoded.type_ids, True) if shortened else encoded
             for encoded, (_, shortened) in zip(encodings, cut, strict=True)
         ]
 
-    def _encode_slowly(self, text: Text) -> Encoded:
-        full = self.tokenizer(*text, verbose=False)["input_ids"]
-        encoding = self.tokenizer(*text, truncation=True, max_length=self.max_tokens)
+    def _encode_slowly(self, text: Plain) -> Encoded:
+        specials = self._template is None
+        full = self.tokenizer(*text, add_special_tokens=specials, verbose=False)["input_ids"]
+        encoding = self.tokenizer(*text, add_special_tokens=specials, truncation=True, max_length=self.max_tokens)
         type_ids = encoding["token_type_ids"] if self._takes_type_ids else None
         return Encoded(encoding["input_ids"], type_ids, len(full) > self.max_tokens)
 
     def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
-        """Logits for each text, in order: the model's own for the text alone, but for rounding (1e-5 in fp32)."""
+        """Logits for each text, in order: equal to those of the text alone, within rounding (1e-5 in fp32)."""
         rows: dict[int, Logits] = {}
         try:
             for group in self._groups(batch):
@@ -183,7 +206,7 @@ class TransformersScorer:
 
     def _groups(self, batch: Sequence[Encoded]) -> list[list[int]]:
         if self._deterministic or self.batching == "alone":
-            # Matrix products round differently for different shapes; alone, a text always has the same shape.
+            # Matrix products of different shapes round differently; alone, a text always has the same shape.
             return [[index] for index in range(len(batch))]
         if self.batching == "by length":
             by_length: dict[int, list[int]] = {}
@@ -198,12 +221,12 @@ class TransformersScorer:
         return logits
 
     def _fast_backend(self) -> Any:
-        """The tokenizer's core, which takes many texts at once; None where transformers' own call differs from it."""
+        """The tokenizer's fast core, which takes many texts at once; None if its tokens differ from transformers'."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
         specials = " ".join(map(str, self.tokenizer.all_special_tokens))
-        texts: list[Text] = [(text, None) for text in ("", f"The film {specials} was good.", " ".join(WORDS) * 2)]
+        texts: list[Plain] = [(text, None) for text in ("", f"The film {specials} was good.", " ".join(WORDS) * 2)]
         texts += [(first, "It was  not bad ") for first, _ in texts] if self._settings.join == "pair" else []
         try:
             by_transformers = [self._encode_slowly(text) for text in texts]
@@ -215,7 +238,7 @@ class TransformersScorer:
         except BaseException as error:  # the library panics
             raise ModelError(f"--max-tokens {self.max_tokens} leaves no room for text: {error}") from error
         self._backend = backend
-        if by_transformers != self.encode(texts):
+        if by_transformers != self._tokenized(texts):
             return None
         return backend
 
@@ -236,7 +259,7 @@ def _devices(settings: Settings) -> list[torch.device]:
 
 def _quantised(model: Any) -> Any:
     with warnings.catch_warnings():
-        # torch points at torchao, whose dynamic quantisation needs a further package for the same arithmetic.
+        # torch recommends torchao, which needs another package for the same arithmetic.
         warnings.simplefilter("ignore")
         return quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})  # type: ignore[no-untyped-call]
 
@@ -253,7 +276,14 @@ def _type_ids(encoded: Encoded) -> Sequence[int]:
     return encoded.type_ids if encoded.type_ids is not None else [0] * len(encoded.ids)
 
 
-def _cut(text: Text, limit: int, side: str) -> tuple[Text, bool]:
+def _template_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"--chat-template {file} can't be read: {one_line(error)}") from error
+
+
+def _cut(text: Plain, limit: int, side: str) -> tuple[Plain, bool]:
     first, second = text
     if len(first) <= limit and (second is None or len(second) <= limit):
         return text, False

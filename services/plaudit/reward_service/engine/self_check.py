@@ -1,9 +1,10 @@
-"""What a service proves on its own model before it serves: a reward depends on the text and on nothing else.
+"""The start-up check of a model: a reward must depend on its text alone (batch invariance).
 
-The same texts are judged by plain transformers one at a time, and by the service alone and together, short and as long
-as they may be. Where padding changes a score, texts of different lengths no longer share a forward pass; where any
-company does, each text has its own. Wrong here would be a service that says ready and gives every text the same reward,
-or one that depends on who else asked.
+The same texts, short ones and one of full length, are scored by plain transformers one at a time, and by the service
+alone and in batches. If padding changes a score, only texts of the same length share a forward pass; if any batching
+does, each text gets its own.
+
+Failure modes: a service that is ready and gives every text the same reward, or rewards that depend on other requests.
 """
 
 import copy
@@ -15,30 +16,30 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from plaudit.reward_service.engine.batching import Encoded, Logits, ScorerLostError, TemporaryOutOfMemory, Text
+from plaudit.reward_service.engine.batching import Chat, Encoded, Logits, ScorerLostError, TemporaryOutOfMemory, Text
 from plaudit.reward_service.engine.loading import Loaded, one_line
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.settings import Settings
 
 BatchingMode = Literal["packed", "padded", "by length", "alone"]
-"""How texts share a forward pass: without padding, with it, only those of one length, not at all."""
+"""How texts share a forward pass: without padding, with padding, only texts of one length, not at all."""
 BATCHING_MODES: tuple[BatchingMode, ...] = ("packed", "padded", "by length", "alone")
-"""From the fastest to the most careful. Where one fails the check, the next is tried."""
+"""From the fastest to the most careful. If one fails the check, the next is tried."""
 WORDS = (
     *("good", "bad", "the", "film", "great", "awful", "story", "best", "worst", "love", "hate", "never", "always"),
     *("music", "actor", "plot", "boring", "bright", "Haus", "livre", "好", "мир", "MKT", "ACGT", "GATTACA", "7", "42"),
     *("1999", "a", "z"),
 )
-"""Enough kinds of words that some of them are in any vocabulary, and that some have the same number of tokens."""
+"""Words of many kinds: some are in any vocabulary, and some have the same number of tokens."""
 SHORT_LENGTHS = (3, 7, 15, 24)
-"""Words of the short texts that are more than one word."""
+"""Number of words in each of the short texts of several words."""
 SAME_LENGTH_WORDS = 4
 EXACT = 1e-5
-"""How far scores in fp32 may be apart, as a share of the largest logit where that is more than 1."""
+"""Tolerance for scores in fp32, relative to the text's largest logit if that is above 1."""
 ROUNDING = 1e-3
-"""Scores in fp32 that are further apart than this are not so by rounding."""
+"""A larger difference between scores in fp32 is not due to rounding."""
 ALIKE = 1e-6
-"""Scores of different words that are no further apart than this are the same."""
+"""Scores of different words within this distance count as equal."""
 
 
 class ScorerUnderTest(Protocol):
@@ -54,13 +55,21 @@ class ScorerUnderTest(Protocol):
         """The transformers model of each replica, on its device."""
         ...
 
-    def use(self, batching: BatchingMode) -> None: ...
-    def encode(self, texts: Sequence[Text]) -> list[Encoded]: ...
-    def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]: ...
+    def use(self, batching: BatchingMode) -> None:
+        """Switch to another way of batching."""
+        ...
+
+    def encode(self, texts: Sequence[Text]) -> list[Encoded]:
+        """Tokenise."""
+        ...
+
+    def score(self, batch: Sequence[Encoded], replica: int) -> list[Logits]:
+        """Run one replica of the model."""
+        ...
 
 
 class ReferenceModel:
-    """A transformers model asked for one text at a time, with the inputs that its tokenizer would give it."""
+    """The reference: a transformers model that scores one text at a time, with its tokenizer's own inputs."""
 
     def __init__(self, module: Any, device: torch.device, takes: Sequence[str]) -> None:
         self.module = module
@@ -69,7 +78,7 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def __call__(self, encoded: Encoded, *, with_mask: bool = True) -> torch.Tensor:
-        """Its logits, on the CPU, in double precision."""
+        """The text's logits [labels], on the CPU, in double precision."""
         inputs = {"input_ids": encoded.ids}
         if with_mask and "attention_mask" in self._takes:
             inputs["attention_mask"] = [1] * len(encoded.ids)
@@ -80,7 +89,7 @@ class ReferenceModel:
         return logits[0].double().cpu()
 
     def scores(self, texts: Sequence[Encoded]) -> list[torch.Tensor]:
-        """The logits of each text; worked out on the CPU where the device has no room."""
+        """The logits of each text; computed on the CPU if the device lacks memory."""
         try:
             self.module.to(self.device)
             return [self(encoded) for encoded in texts]
@@ -106,16 +115,16 @@ class Probes:
 
     @property
     def all(self) -> list[Encoded]:
-        """The longest first: a model that changes with what it has seen should show it."""
+        """The longest first: that reveals a model whose state changes with its inputs."""
         return [self.longest, *self.short]
 
 
 def check_scores(
     subject: ScorerUnderTest, loaded: Loaded, settings: Settings, device: torch.device
 ) -> Mapping[str, object]:
-    """Find the fastest way of batching that gives the model's own scores; what was found, for the log.
+    """Find the fastest way of batching that gives the model's own scores. Returns the findings, for the log.
 
-    Raises `ModelError` when there is none, or when the model's scores are no rewards.
+    Raises `ModelError` when there is none, or when the model's scores can't be rewards.
     """
     started = time.perf_counter()
     name = subject.id
@@ -158,15 +167,17 @@ def check_scores(
             return found | ({"not": "; ".join(failures)} if failures else {})
         failures.append(f"{way}: scores {apart:.1e} from those of the same texts alone, {allowed:.1e} allowed")
     raise ModelError(
-        f"{name} gives no scores that depend on the text alone ({failures[-1]}); what it says changes with what it has "
-        "judged before, or is random, so no reward can be made of it; try a smaller --max-tokens, or give another model"
+        f"{name} gives scores that do not depend on the text alone ({failures[-1]}): they change with earlier inputs, "
+        "or are random, so they can't be rewards; try a smaller --max-tokens, or give another model"
     )
 
 
 def probes_of(subject: ScorerUnderTest, settings: Settings, tokenizer: Any) -> Probes:
-    """Texts that show what can be wrong. Raises `ModelError` when different words give the same tokens."""
+    """The texts of the check. Raises `ModelError` when different words give the same tokens."""
 
     def encode(texts: Sequence[str]) -> list[Encoded]:
+        if settings.join == "chat":
+            return subject.encode([Chat((("user", WORDS[0]), ("assistant", text))) for text in texts])
         if settings.join == "pair":
             return subject.encode([(text, text[::-1]) for text in texts])
         return subject.encode([(text, None) for text in texts])
@@ -203,7 +214,7 @@ def probes_of(subject: ScorerUnderTest, settings: Settings, tokenizer: Any) -> P
 def _references(
     subject: ScorerUnderTest, loaded: Loaded, settings: Settings, device: torch.device
 ) -> tuple[ReferenceModel, ReferenceModel]:
-    """Plain transformers in the service's number format, and in fp32."""
+    """The reference in the service's number format, and in fp32."""
     own = subject.modules[0] if subject.batching != "packed" else loaded.model
     plain = ReferenceModel(own, device, loaded.takes)
     if settings.dtype == "fp32":
@@ -217,7 +228,7 @@ def _references(
 
 
 def _plain_scores(name: str, plain: ReferenceModel, probes: Probes) -> tuple[Probes, list[torch.Tensor]]:
-    """What plain transformers gives, and for which texts: some families can't read an empty one."""
+    """The reference's scores, and the texts that it can read: some families fail on an empty text."""
     rows: dict[int, torch.Tensor] = {}
     for encoded in probes.all:
         length = len(encoded.ids)
@@ -252,7 +263,7 @@ def _check_logits(
     labels: Sequence[str],
     settings: Settings,
 ) -> None:
-    """One finite logit for each label, and not the same one for every text."""
+    """Require one finite logit for each label, and different logits for different words."""
     for rows in (wanted, expected):
         for row in rows:
             if row.shape != (len(labels),):
@@ -277,7 +288,7 @@ def _check_logits(
 
 
 def _check_padding_token(name: str, plain: ReferenceModel, probes: Probes, loaded: Loaded) -> None:
-    """A model whose padding token is in every text reads texts as shorter than they are."""
+    """Refuse a padding token that the tokenizer puts into every text: the model would ignore part of each text."""
     probe, pad_id = probes.words[0], loaded.pad_id
     if pad_id is None or pad_id not in probe.ids or "attention_mask" not in loaded.takes:
         return
@@ -290,7 +301,7 @@ def _check_padding_token(name: str, plain: ReferenceModel, probes: Probes, loade
 
 
 def _service_scores(subject: ScorerUnderTest, probes: Probes, settings: Settings) -> list[list[torch.Tensor]]:
-    """The scores of all probes: alone, and together as far as the service itself would put them together."""
+    """The service's scores of all probes: alone, and in the batches that the service itself would form."""
 
     def score(batch: Sequence[Encoded], replica: int = 0) -> list[torch.Tensor]:
         return [torch.tensor(row, dtype=torch.float64) for row in subject.score(batch, replica)]
@@ -318,9 +329,9 @@ def _beside_double(
     got: Sequence[Sequence[torch.Tensor]],
     otherwise: tuple[float, float],
 ) -> tuple[float, float]:
-    """How far the service is from double precision, and twice how far plain transformers is: deep models round more."""
+    """The service's distance from double precision, and twice the reference's: deep models round more."""
     if _apart(plain.scores(probes.all), expected) > EXACT:
-        return otherwise  # transformers itself doesn't say the same twice
+        return otherwise  # the reference itself is not deterministic
     try:
         exact = plain.in_precision(torch.float64, loaded).scores(probes.all)
     except Exception:  # not every operation exists in double precision
@@ -329,7 +340,7 @@ def _beside_double(
 
 
 def _apart(rows: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """The largest difference of any logit, as a share of the text's largest logit where that is more than 1."""
+    """The largest difference of any logit, relative to the text's largest logit if that is above 1."""
     shares = [((row - right).abs().max() / _scale(right)).item() for row, right in zip(rows, wanted, strict=True)]
     return max(share if share == share else float("inf") for share in shares)
 

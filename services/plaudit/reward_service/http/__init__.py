@@ -1,1 +1,1 @@
-"""The HTTP face of the engine."""
+"""The engine over HTTP: routes, middleware, server."""

@@ -1,6 +1,6 @@
-"""The HTTP face of the engine. Checks what comes in, says precisely what is wrong with it, and never invents a score.
+"""The ASGI application: routes, middleware and exception handlers.
 
-Handlers only parse, submit and wait; nothing here runs long enough to hold up the event loop.
+Handlers parse, submit and wait. The model runs in other threads, so no handler blocks the event loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,7 @@ from plaudit.reward_service.http.rewards import (
     MSGPACK_TYPES,
     FastRouteMiddleware,
     answer_rewards,
-    json_response,
-    request_id_of,
+    model_response,
 )
 from plaudit.reward_service.http.service import ClientGoneError, Service, ServiceLimits
 from plaudit.reward_service.keys import Keys
@@ -42,9 +41,9 @@ if TYPE_CHECKING:
 METRICS_PATH = "/metrics"
 DESCRIPTION = """Rewards from a sequence classifier: raw logits, chosen by label, in request order.
 
-Errors on `/v1` are `application/problem+json` documents; `type` says which. When the service has keys, every route but
-health wants `Authorization: Bearer KEY`. The other tags are foreign protocols over the same engine, their
-errors included.
+Errors on `/v1` are `application/problem+json` documents; `type` names the problem. If the service has keys, every route
+but the health routes needs `Authorization: Bearer KEY`. The other tags are the protocols of other servers, with their
+own errors, over the same engine.
 """
 REWARDS_EXAMPLE = {"items": [{"prompt": "This movie", "response": " was wonderful."}], "label": "POSITIVE"}
 
@@ -60,10 +59,10 @@ def create_app(
     reload: Callable[[], Scorer] | None = None,
     traces: "TracerProvider | None" = None,
 ) -> FastAPI:
-    """The ASGI application over a started engine. Without `api_keys` every caller is served.
+    """The ASGI application over a started engine. Without `api_keys`, no request needs a key.
 
-    `reload` loads the model anew, in a thread, for `POST /v1/model:reload`. With `traces`, every request but probes
-    gets a span. `app.state.service` is the `Service`.
+    `reload` loads the model again, in a thread, for `POST /v1/model:reload`. With `traces`, every request but health
+    probes and `/metrics` gets a span. `app.state.service` is the `Service`.
     """
     service = Service(engine, limits or ServiceLimits(), default_label, join, cache, reload)
     app = FastAPI(
@@ -98,8 +97,8 @@ def create_app(
 def _add_routes(app: FastAPI, service: Service) -> None:
     engine = service.engine
     problems = openapi.refusals(
-        s4XX="The request is refused; `type` says why and `item` where.",
-        s5XX="No score this time; 503 and 504 are worth another try.",
+        s4XX="The request is refused: `type` names the problem, `item` the item at fault.",
+        s5XX="The request was not scored. Retry 503 and 504.",
     )
 
     @app.post(
@@ -116,21 +115,21 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         wire.MODEL_PATH, response_model=wire.ModelInfo, responses=problems, summary="What is served, and its limits"
     )
     async def model(request: Request) -> Response:
-        return json_response(service.model_info(request_id_of(request)))
+        return model_response(service, request)
 
     @app.post(RELOAD_PATH, response_model=wire.ModelInfo, responses=problems, summary="Read the model's files again")
     async def reload(request: Request) -> Response:
         await service.reload_model()
-        return json_response(service.model_info(request_id_of(request)))
+        return model_response(service, request)
 
-    @app.get(wire.LIVEZ_PATH, summary="The process answers")
+    @app.get(wire.LIVEZ_PATH, summary="Liveness probe")
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get(
         wire.READYZ_PATH,
         responses=openapi.refusals(s503="Draining, or a thread has died; `detail` says which."),
-        summary="Worth sending work to",
+        summary="Readiness probe",
     )
     async def readyz() -> dict[str, str]:
         reason = engine.unready()
@@ -150,7 +149,7 @@ async def _problem_response(request: Request, error: Exception) -> Response:
 
 
 async def _client_gone_response(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the number is for the metrics
+    return Response(status_code=499)  # nobody reads it; the status is for the metrics
 
 
 async def _http_exception_response(request: Request, error: Exception) -> Response:

@@ -1,8 +1,10 @@
-"""Reading a body without holding up the event loop: what is small at once, what is large a piece at a time.
+"""Receiving and parsing a request's body without blocking the event loop.
 
-A JSON or msgpack parser holds the interpreter until it is done, so a thread is no help, and four megabytes can be made
-to cost it minutes. So sizes, depth and count are bounded before anything is built, and a large body is parsed in pieces
-between which other requests have their turn.
+A JSON or msgpack parser holds the interpreter lock until it is done, so a thread doesn't help, and a hostile body of
+four megabytes can take it minutes. Size, depth and number of values are therefore bounded before anything is built. A
+small body is parsed in one call, a large one in pieces, between which the event loop serves other requests.
+
+Failure modes: one request delays all others; parsed values take far more memory than the body's bound allows.
 """
 
 import asyncio
@@ -20,38 +22,41 @@ from plaudit.reward_service.http.service import RESERVATION, ClientGoneError, Se
 from plaudit.reward_service.problems import ProblemError
 
 BODY_TIMEOUT_S = 60.0
-"""How long a body may take to arrive. Until then it holds memory and a connection."""
+"""Time limit for a body to arrive: until then it holds memory and a connection."""
 SMALL_BYTES = 32 * 1024
-"""What is parsed in one go, if it has no more than `SMALL_PARTS` commas and brackets: a millisecond or two."""
+"""A body of up to this size, with at most `SMALL_PARTS` commas and brackets, is parsed in one call: one or two
+milliseconds."""
 SMALL_PARTS = 1500
-MAX_PARTS = 16 * wire.MAX_ITEMS_PER_REQUEST + 2048
-"""Values and keys of a body: enough for any of the protocols' requests, and for some things that we don't know."""
+MAX_PARTS = wire.MAX_VALUES_PER_REQUEST
+"""Bound on the values and keys of a body. Every valid request of the supported protocols has fewer."""
 MAX_DEPTH = 32
 MAX_NUMBER_CHARS = 64
-"""Of a number in JSON. Python's floats have 24 at most; an integer of thousands takes its square in time."""
+"""Bound on a number in JSON. Floats have at most 24 characters; parsing an integer takes quadratic time."""
 TIME_SLICE_S = 0.003
-"""How long a large body may keep the event loop before others have their turn."""
+"""How long parsing a large body may occupy the event loop without a pause."""
 PIECE_BYTES = 64 * 1024
 
 SPACE = re.compile(rb"[ \t\n\r]*")
 UNITS = re.compile(rb'(?:[^"\\]++|\\u[0-9a-fA-F]{4}|\\[^u])*+', re.DOTALL)
-"""Of a string, whole characters and escapes."""
+"""Whole characters and escapes of a string."""
 SCALAR = re.compile(rb"-?[0-9][0-9.eE+-]*|true|false|null|NaN|-?Infinity")
 HIGH_SURROGATES = range(0xD800, 0xDC00)
 QUOTE = ord('"')
 
 
 class TimeSlice:
-    """Lets others have the event loop when `TIME_SLICE_S` has passed."""
+    """Cooperative yielding: says when `TIME_SLICE_S` is over, and then gives up the event loop for one turn."""
 
     def __init__(self) -> None:
         self._until = time.monotonic() + TIME_SLICE_S
 
     @property
     def over(self) -> bool:
+        """Whether the time slice is used up."""
         return time.monotonic() > self._until
 
     async def next(self) -> None:
+        """Let other tasks run, and begin a new time slice."""
         await asyncio.sleep(0)
         self._until = time.monotonic() + TIME_SLICE_S
 
@@ -108,12 +113,12 @@ async def read_document(service: Service, request: Request, *, msgpack: bool) ->
 
 
 def is_small(body: bytes) -> bool:
-    """Whether parsing all of it in one go keeps nobody waiting."""
+    """Whether the body can be parsed in one call without delaying other requests."""
     return len(body) <= SMALL_BYTES and body.count(b",") + body.count(b"[") + body.count(b"{") <= SMALL_PARTS
 
 
 async def parse_json(body: bytes) -> Any:
-    """The JSON value in `body`. Raises `ProblemError`: malformed, too deep, or too much of it."""
+    """The JSON value in `body`. Raises `ProblemError` when it is malformed, nested too deep or has too many values."""
     if is_small(body):
         try:
             return json.loads(body)
@@ -134,7 +139,7 @@ async def parse_msgpack(body: bytes) -> Any:
 
 
 class _LargeJson:
-    """A parser that can be interrupted. The strings' contents, which are most of it, are left to C."""
+    """A JSON parser that pauses. Strings, which are most of a body, are decoded by the C parser."""
 
     def __init__(self, body: bytes) -> None:
         self._body = body.removeprefix(b"\xef\xbb\xbf")
@@ -143,9 +148,9 @@ class _LargeJson:
         self._slice = TimeSlice()
 
     async def value(self) -> Any:
-        """All of the body as one value."""
+        """The whole body as one value."""
         stack: list[tuple[Any, str | None]] = []
-        """Containers that are open, each with the key that it has in the one around it."""
+        """The open containers, each with its key in the container around it."""
         key: str | None = None
         while True:
             if self._slice.over:
@@ -184,7 +189,7 @@ class _LargeJson:
                 stack.pop()
 
     async def _begin(self) -> tuple[Any, bool]:
-        """A whole scalar, or an empty container that has been opened."""
+        """A whole scalar, or a container that was opened and is still empty; and which of the two."""
         self._skip()
         self._count()
         first = self._body[self._at : self._at + 1]
@@ -230,7 +235,7 @@ class _LargeJson:
             except ValueError as error:
                 raise _malformed("JSON", f"the string that begins at byte {began}: {error}") from None
             if not ended and piece and ord(piece[-1]) in HIGH_SURROGATES:
-                stop -= len(rb"\ud800")  # the other half must be read with it
+                stop -= len(rb"\ud800")  # both halves of a surrogate pair must be decoded together
                 piece = piece[:-1]
             pieces.append(piece)
             if ended:
@@ -243,7 +248,7 @@ class _LargeJson:
                 await self._slice.next()
 
     def _piece(self) -> tuple[int, bool]:
-        """Where to stop for now, with no character or escape cut in two, and whether the string ends there."""
+        """Where the next piece ends, without cutting a character or an escape, and whether the string ends there."""
         start, limit = self._at, min(self._at + PIECE_BYTES, len(self._body))
         quote = self._body.find(b'"', start, limit)
         stop = limit if quote < 0 else quote
@@ -285,11 +290,11 @@ SIZES = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC7: 1, 0xC8: 2,
 FIXED = {0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}
 FIXED |= {0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17}
 CONTAINERS = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
-"""Bytes of the count that follows, and values for each."""
+"""Bytes of the count that follows the type byte, and values for each entry."""
 
 
 async def _count_msgpack(body: bytes) -> None:
-    """Walk over all values without building one. Raises `ProblemError` where there are too many, or too deep."""
+    """Walk over all values without building them. Raises `ProblemError` when there are too many, or nested too deep."""
     at = parts = 0
     open_values = [1]
     time_slice = TimeSlice()
@@ -321,7 +326,7 @@ async def _count_msgpack(body: bytes) -> None:
             at += FIXED.get(kind, 0)
         if inside:
             if inside > len(body) - at:
-                return  # it isn't whole, and the parser says so at this place
+                return  # the body is incomplete, which the parser reports
             open_values.append(inside)
             if len(open_values) > MAX_DEPTH + 1:
                 raise ProblemError(

@@ -26,23 +26,25 @@ from plaudit.reward_service.problems import ProblemError
 from plaudit.serving.server import MAX_HEAD_BYTES
 
 HEAD_TIMEOUT_S = 15.0
-"""How long a connection may stay silent before its first request, or a head incomplete."""
+"""Time limit for the first byte of a connection, and for a head to be complete."""
 REST_TIMEOUT_S = 65.0
-"""How long the rest of a body may take. While a handler waits for it, that has a shorter time of its own."""
+"""Time limit for the rest of a body that no handler waits for. A handler's own limit is shorter."""
 OVER_LIMIT_HEAD_TIMEOUT_S = 2.0
+"""`HEAD_TIMEOUT_S` of connections beyond the bound."""
 CHECK_TIMEOUT_S = 5.0
 LINGER_S = 1.0
-"""How long a refused client may go on sending: closed at once, its own unread bytes would cost it the answer."""
+"""How long a refused connection stays open: closing it with unread bytes would reset it and lose the refusal."""
 HOST = re.compile(rb"[\x21\x23-\x2b\x2d\x2e\x30-\x3b\x3d\x41-\x5b\x5d\x5f-\x7e]*")
-"""Characters of a host and port (RFC 9110, 7.2)."""
+"""Characters of a host and port (RFC 9110, section 7.2)."""
 VERSIONS = ("1.1", "1.0")
-"""Of HTTP. The parser takes 0.9 and 2.0 as well, whose messages are framed otherwise."""
+"""Supported versions of HTTP. The parser also accepts 0.9 and 2.0, whose messages are framed differently."""
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that ends when a request on it is too large, too slow or ambiguous. `refused` is told why.
+    """A connection that is closed when a request on it is too large, too slow or ambiguous.
 
-    `bound` is how many may be open; those beyond are only told so, but for health.
+    `refused` is called with each refusal, for the metrics. `bound` is the number of connections that may be open;
+    connections beyond it answer health routes only.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Connection(HttpToolsProtocol):
         self._refused = refused
         self._bound = bound
         self._unparsed = 0
-        """Bytes since a head, a piece of a body or a request was last complete."""
+        """Bytes received since a head, a piece of a body or a request was last complete."""
         self._over = False
         self._over_limit = False
         self._in_head = False
@@ -63,15 +65,18 @@ class Connection(HttpToolsProtocol):
         """The refusal that goes out when the requests before it are answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the time limit of the first request."""
         super().connection_made(transport)
         self._over_limit = len(self.connections) > self._bound
         self._wait(OVER_LIMIT_HEAD_TIMEOUT_S if self._over_limit else HEAD_TIMEOUT_S, for_body=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel the time limit."""
         self._wait_no_more()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse, then enforce the bounds on size and time."""
         if self._over:
             return
         self._unparsed += len(data)
@@ -86,7 +91,7 @@ class Connection(HttpToolsProtocol):
         elif self._deadline is not None and self.cycle is not None:
             self._wait_no_more()
         elif self._deadline is None and self._is_idle and self.timeout_keep_alive_task is None:
-            self._wait(HEAD_TIMEOUT_S, for_body=False)  # empty lines, that begin nothing
+            self._wait(HEAD_TIMEOUT_S, for_body=False)  # empty lines, which begin no request
 
     @property
     def _is_idle(self) -> bool:
@@ -107,7 +112,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not self._is_idle:
-            # A request is being answered: its handler looks to its own time, and nothing more is read meanwhile.
+            # A request is being answered: its handler has its own time limit, and nothing more is read meanwhile.
             self._wait(HEAD_TIMEOUT_S, for_body=self._waits_for_body)
         elif self._in_head:
             self._refuse(ProblemError("request-timeout", f"the request's head took more than {HEAD_TIMEOUT_S:g} s"))
@@ -115,14 +120,17 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
+        """A request begins."""
         self._in_head = True
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # else it is a trailer, and those count for nothing
+        """Take a header; fields of a trailer are ignored."""
+        if self._in_head:
             super().on_header(name, value.strip(b" \t"))
 
     def on_headers_complete(self) -> None:
+        """Refuse ambiguous framing, else start the handler."""
         self._unparsed = 0
         self._in_head = False
         problem = None if self._over else self._misframed()
@@ -138,25 +146,28 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False  # what follows isn't read as a request
 
     def on_body(self, body: bytes) -> None:
+        """Pass a piece of the body on."""
         self._unparsed = 0
         if not self._over:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """The request is complete."""
         self._unparsed = 0
         self._in_body = False
         if not self._over:
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse what httptools can't parse, as a problem document."""
         if not self._over:
-            self._refuse(ProblemError("malformed-request", "this is not HTTP/1.1, or not framed as RFC 9112 says"))
+            self._refuse(ProblemError("malformed-request", "this is not HTTP/1.1, or not framed as RFC 9112 requires"))
 
     def _unsupported_upgrade_warning(self) -> None:
-        pass  # the upgrade is not taken, as RFC 9110 allows; not worth a line in the log for each
+        pass  # ignoring an upgrade is allowed (RFC 9110), and not worth a log line each time
 
     def _misframed(self) -> ProblemError | None:
-        """Why this head can't be trusted to mean the same to everybody who reads it (RFC 9110 and 9112)."""
+        """Why another server may read this head differently (RFC 9110 and 9112); None if it is unambiguous."""
         version = self.parser.get_http_version()
         if version not in VERSIONS:
             return ProblemError("malformed-request", f"HTTP/{version} came; this is a server of HTTP/1.1 and 1.0")
@@ -174,30 +185,29 @@ class Connection(HttpToolsProtocol):
             elif name == b"upgrade":
                 upgrade = True
         if len(hosts) > 1 or (not hosts and version != "1.0"):
-            return ProblemError("malformed-request", f"{len(hosts)} Host headers came; a request has one")
+            return ProblemError("malformed-request", f"the request has {len(hosts)} Host headers; send one")
         if hosts and HOST.fullmatch(hosts[0]) is None:
-            return ProblemError("malformed-request", "the Host header holds no host")
+            return ProblemError("malformed-request", "the Host header is not a valid host")
         if coding:
             if version == "1.0" or lengths:
-                return ProblemError(
-                    "malformed-request", "Transfer-Encoding goes with HTTP/1.1 alone, and not with Content-Length"
-                )
+                return ProblemError("malformed-request", "Transfer-Encoding needs HTTP/1.1 and no Content-Length")
             if [part.strip().lower() for part in b",".join(coding).split(b",")] != [b"chunked"]:
-                return ProblemError("unknown-transfer-coding", "of transfer codings, chunked alone is understood")
+                return ProblemError("unknown-transfer-coding", "the only supported transfer coding is chunked")
         if len(lengths) > 1:
-            return ProblemError("malformed-request", f"{len(lengths)} Content-Length headers came; a request has one")
+            return ProblemError("malformed-request", f"the request has {len(lengths)} Content-Length headers; send one")
         if upgrade and (coding or lengths not in ([], [b"0"])):
-            return ProblemError("malformed-request", "a request with a body can't be upgraded; leave Upgrade out")
+            return ProblemError("malformed-request", "a request with a body can't be upgraded; omit Upgrade")
         return None
 
     def on_response_complete(self) -> None:
+        """Send a pending refusal once the answers to all earlier requests are out."""
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and self._due is not None and not self.transport.is_closing():
             self._tell(self._due)
 
     def _refuse(self, problem: ProblemError) -> None:
-        """Read no more, answer what came before, then `problem`, and close: one answer for each request."""
+        """Stop reading, answer earlier requests, then send `problem` and close: one answer for each request."""
         self._over = True
         self._wait_no_more()
         self._refused(problem)

@@ -1,28 +1,31 @@
-"""Python's garbage collector, kept from looking through a quarter of a million objects of torch and transformers.
+"""Settings of Python's garbage collector for short pauses.
 
-A full collection of them holds up every request for a quarter of a second. They are there to stay, so it need not look
-at them; but a model that a reload replaces must be looked at once more, or it would stay in memory for good.
+torch and transformers make a quarter of a million objects that live as long as the process. A full collection visits
+them all and stops every request for a quarter of a second, so they are frozen: moved out of the collector's sight. A
+reload replaces the model, so they are unfrozen for a while, or the old model would never be freed.
 
-Requests leave nothing to collect: what they made goes with the last reference. So what waits in a full queue, a hundred
-objects a request, is looked at through small collections, and through full ones hardly ever.
+Requests make no reference cycles, so the collector finds nothing among their objects. A full queue holds about a
+hundred objects a request; young collections visit them, and full ones are made rare.
+
+Failure modes: a pause of all requests; a replaced model that stays in memory.
 """
 
 import gc
 
 FREEZE_AFTER_S = 60.0
-"""After a reload: when the last request for the old model is surely over."""
+"""How long after a reload to freeze again: by then the last request to the old model is answered."""
 THRESHOLDS = (700, 3, 1000)
-"""New objects before a small collection, small ones before a middle one (milliseconds), those before a full one."""
+"""Thresholds of generations 0, 1 and 2: new objects, generation-0 collections, generation-1 collections."""
 
 
 def freeze() -> None:
-    """Collect what is garbage now, and never look again at what isn't."""
+    """Collect the garbage, and exclude every object that is left from later collections."""
     gc.set_threshold(*THRESHOLDS)
-    gc.unfreeze()  # what was still in use the last time, after two reloads in a row
+    gc.unfreeze()  # after two reloads in a row, a model may still be frozen
     gc.collect()
     gc.freeze()
 
 
 def unfreeze() -> None:
-    """Look at everything again."""
+    """Include all objects in collections again."""
     gc.unfreeze()

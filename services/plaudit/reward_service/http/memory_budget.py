@@ -1,6 +1,8 @@
-"""One bound, in bytes, for everything that the service holds for its callers: bodies on their way in, and their texts.
+"""The memory budget: one bound in bytes on the bodies of all requests that are being received or answered.
 
-Each body has a bound of its own, but sixty of them together would fill the memory.
+Each body has its own bound, but many bodies together could still fill the memory.
+
+Failure modes: a reservation that is never released; small requests refused because of a few large ones.
 """
 
 import asyncio
@@ -11,15 +13,15 @@ from plaudit.reward_service.private_apis import PrivateApi
 from plaudit.reward_service.problems import ProblemError
 
 SMALL_BYTES = 64 * 1024
-"""Of requests up to this size, those that come last still find room."""
+"""Requests of up to this size may use the whole budget; larger ones leave `SMALL_SHARE` of it free."""
 SMALL_SHARE = 1 / 8
 LARGE_BYTES = 1024 * 1024
 TRIM_AFTER_S = 2.0
-"""After a large request: when to give its memory back to the system."""
+"""How long after a large request to return free memory to the system."""
 
 
 class MemoryBudget:
-    """How much is held, of at most `limit`. Used by the event loop alone."""
+    """Bytes in use, of at most `limit`. Used only by the event loop."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -28,6 +30,7 @@ class MemoryBudget:
         self._can_trim = MALLOC_TRIM.usable
 
     def released(self, count: int) -> None:
+        """Take `count` bytes as free again."""
         self.bytes -= count
         if count >= LARGE_BYTES and self._can_trim and not self._trimming:
             self._trimming = True
@@ -39,7 +42,7 @@ class MemoryBudget:
 
 
 class Reservation:
-    """What one request holds."""
+    """One request's share of the budget. It grows while the body arrives and is released after the answer."""
 
     __slots__ = ("_held", "bytes")
 
@@ -48,7 +51,7 @@ class Reservation:
         self.bytes = 0
 
     def grow(self, count: int) -> None:
-        """Raises `ProblemError` when there is no room."""
+        """Reserve `count` more bytes. Raises `ProblemError` (503) when the budget has no room."""
         held = self._held
         size = self.bytes + count
         room = held.limit if size <= SMALL_BYTES else held.limit - int(held.limit * SMALL_SHARE)
@@ -63,6 +66,7 @@ class Reservation:
         held.bytes += count
 
     def release(self) -> None:
+        """Give all bytes back."""
         if self.bytes:
             self._held.released(self.bytes)
             self.bytes = 0

@@ -1,4 +1,7 @@
-"""What every request passes before a route: the bound on its head, its key, its id, its count."""
+"""What every request passes before its route: bound on the head, authentication, request id, count of responses.
+
+Failure modes: a request served without a valid key; a request that is in no metric.
+"""
 
 import random
 from collections.abc import Callable, Mapping
@@ -17,27 +20,28 @@ from plaudit.reward_service.problems import ProblemError
 from plaudit.serving.server import MAX_HEAD_BYTES
 
 PUBLIC_PATHS = frozenset({wire.LIVEZ_PATH, wire.READYZ_PATH}) | compat.HEALTH_PATHS
-"""What answers without a key: health, and nothing else."""
+"""The routes that need no key: health probes, and nothing else."""
 RELOAD_PATH = "/v1/model:reload"
-"""For administrators."""
+"""The route that needs an administrator's key."""
 INTERNAL_ERROR = ProblemError("internal-error", "the service failed; its log says where")
 CONTROLS = bytes([*range(32), 127])
-"""Bytes that a header may not hold."""
+"""Bytes that a header must not contain."""
 
 
 class AccessMiddleware:
-    """Keys, request ids and counts, before any route. Plain ASGI: BaseHTTPMiddleware would halve the throughput."""
+    """Access control, request ids and counts. Plain ASGI, because BaseHTTPMiddleware would halve the throughput."""
 
     def __init__(self, app: ASGIApp, keys: Keys, engine: Engine) -> None:
         self._app = app
         self._keys = keys
-        # Not from the system for each request: that call lets another thread in between.
+        # Not `secrets`: a system call for each request would release the interpreter lock.
         self._ids = random.Random()
         self._engine = engine
         self._metrics = engine.metrics
         self._count: dict[tuple[str, int], Callable[[], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse the request, or pass it on; release its memory reservation when it is answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -54,7 +58,7 @@ class AccessMiddleware:
                 begun = True
                 message["headers"].append((b"x-request-id", request_id))
                 if self._engine.draining or OVER_CONNECTION_LIMIT in scope:
-                    # A kept connection would be cut at the end; told so, its client sends the next request elsewhere.
+                    # The shutdown closes kept connections. Told so, the client sends its next request elsewhere.
                     message["headers"].append((b"connection", b"close"))
                 route = scope.get("route")
                 path = route.path if route is not None else "unknown"
@@ -93,14 +97,14 @@ class AccessMiddleware:
             scope[CALLER] = str(scope.get("client"))
             return None
         caller = None
-        if sum([name == b"authorization" for name, _ in scope["headers"]]) == 1:  # of two, none counts
+        if sum([name == b"authorization" for name, _ in scope["headers"]]) == 1:  # two headers: neither is valid
             caller = self._keys.authenticate(headers[b"authorization"])
         if caller is None:
             return ProblemError("unauthorized", "send a valid key as `Authorization: Bearer KEY`")
         if scope["path"] == RELOAD_PATH and not caller.may_administer:
             return ProblemError(
                 "forbidden",
-                "a reload wants an administrator's key: start the service with --admin-key-file, or send it SIGHUP",
+                "a reload needs an administrator's key: start the service with --admin-key-file, or send it SIGHUP",
             )
         scope[CALLER] = caller.name
         return None

@@ -1,4 +1,4 @@
-"""What `/docs` and `/openapi.json` say of bodies. Handlers read bodies themselves, so FastAPI can't know."""
+"""Request and response bodies in the OpenAPI document. Handlers read bodies themselves, so FastAPI can't know them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ PROBLEM = REFERENCE.format(model="Problem")
 
 
 def body(models: Sequence[type[BaseModel]], examples: Mapping[str, Any], *types: str) -> dict[str, Any]:
-    """For a route's `openapi_extra`: its body is one of these models, such as these examples."""
+    """For a route's `openapi_extra`: its body is one of these models, with examples."""
     references = [{"$ref": REFERENCE.format(model=model.__name__)} for model in models]
     described = {
         "schema": references[0] if len(references) == 1 else {"anyOf": references},
@@ -26,21 +26,21 @@ def body(models: Sequence[type[BaseModel]], examples: Mapping[str, Any], *types:
     return {"requestBody": {"required": True, "content": content}}
 
 
-def answer(example: Any, description: str = "As asked.") -> dict[int | str, dict[str, Any]]:
-    """For a foreign route's `responses`: what an answer looks like, and that errors have that protocol's own shape."""
+def answer(example: Any, description: str = "The scores.") -> dict[int | str, dict[str, Any]]:
+    """For a foreign protocol's `responses`: an example answer, and that errors have that protocol's shape."""
     errors: dict[str, Any] = {JSON_TYPE: {}, wire.PROBLEM_CONTENT_TYPE: {"schema": {"$ref": PROBLEM}}}
     return {
         200: {"description": description, "content": {JSON_TYPE: {"example": example}}},
         "4XX": {
-            "description": "Refused, in that protocol's own shape; a problem if it is the key or the headers.",
+            "description": "Refused, in that protocol's shape; a problem document if the key or headers are at fault.",
             "content": errors,
         },
-        "5XX": {"description": "No score this time; 503 and 504 are worth another try.", "content": errors},
+        "5XX": {"description": "The request was not scored. Retry 503 and 504.", "content": errors},
     }
 
 
 def also(media_type: str, model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: the answer comes in this form too."""
+    """For a route's `responses`: a second media type of the answer."""
     return {200: {"content": {media_type: {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}}}}
 
 
@@ -56,7 +56,7 @@ def refusals(**by_status: str) -> dict[int | str, dict[str, Any]]:
 
 
 def document(app: FastAPI, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """The whole document, made once. `models` are those that `body` refers to."""
+    """The OpenAPI document, built once. `models` are those that `body` refers to."""
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags

@@ -1,4 +1,4 @@
-"""What a connection and the head of a request are refused for, whichever protocol class parses them."""
+"""Refusals of a connection or of a request's head (request line and headers), for every HTTP parser in use."""
 
 from starlette.types import Scope
 
@@ -14,20 +14,22 @@ REFUSED = "plaudit.refused"
 
 
 def head_too_large() -> ProblemError:
+    """The refusal of a request line and headers that are too large."""
     return ProblemError("headers-too-large", f"request line and headers have more than {MAX_HEAD_BYTES} bytes")
 
 
 def too_many_connections(bound: int) -> ProblemError:
+    """The refusal of a request on a connection beyond the bound."""
     return ProblemError(
         "too-many-connections",
-        f"{bound} connections are open, and that is the bound; health alone answers on this one. Keep connections and "
-        "use them again, or come back later",
+        f"{bound} connections are open, the most that the service takes; only health routes answer on this one. Reuse "
+        "connections, or retry later",
         retry_after_s=1,
     )
 
 
 def head_bytes(scope: Scope) -> int:
-    """The size of a complete head, about as it came over the wire."""
+    """The approximate size of a complete head on the wire."""
     headers = scope["headers"]
     return (
         sum([len(name) + len(value) for name, value in headers])

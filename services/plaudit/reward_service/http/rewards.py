@@ -7,34 +7,28 @@ serves an application that is mounted under a prefix.
 Failure modes: the two routes answer differently; a refusal does not name the item at fault.
 """
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
 
 import msgpack
 from fastapi import Request, Response
-from pydantic import ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from plaudit import wire
 from plaudit.reward_service.engine.batching import Scored
 from plaudit.reward_service.http.body import read_document
 from plaudit.reward_service.http.openapi import JSON_TYPE
-from plaudit.reward_service.http.service import Service, ServiceLimits, too_long, too_many
+from plaudit.reward_service.http.service import Service
+from plaudit.reward_service.http.validation import validated
 from plaudit.reward_service.problems import ProblemError
 
-MAX_REPORTED_ERRORS = 10
-MAX_PATH_CHARS = 200
-REQUEST_FIELDS = frozenset(wire.RewardRequest.model_fields)
-ITEM_FIELDS = frozenset(wire.RewardItem.model_fields)
 MSGPACK_TYPES = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
 Handler = Callable[[Request], Awaitable[Response]]
 Refusal = Callable[[Request, Exception], Awaitable[Response]]
 
 
 class FastRouteMiddleware:
-    """ASGI middleware that answers `POST path` with `handler`; `refusals` turn what it raises into answers."""
+    """ASGI middleware that answers `POST path` with `handler`. `refusals` map its exceptions to responses."""
 
     def __init__(self, app: ASGIApp, path: str, handler: Handler, refusals: Mapping[type[Exception], Refusal]) -> None:
         self._app = app
@@ -42,9 +36,10 @@ class FastRouteMiddleware:
         self._handler = handler
         self._refusals = dict(refusals)
         self._expected = tuple(refusals)
-        self._route = SimpleNamespace(path=path)  # what the gate counts answers by
+        self._route = SimpleNamespace(path=path)  # the route in AccessMiddleware's count of responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer the route, or pass the request on."""
         if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -61,7 +56,7 @@ async def answer_rewards(service: Service, request: Request) -> Response:
     """Read, validate, score, answer. Raises `ProblemError`, and `ClientGoneError` when the client disconnects."""
     content_type = _content_type(request)
     document = await read_document(service, request, msgpack=content_type in MSGPACK_TYPES)
-    wanted = _validated(*document, service.limits)
+    wanted = validated(*document, service.limits)
     del document
     scored, index = await service.score_items(wanted.items, wanted.label, request)
     return _answer(scored, index, request, content_type)
@@ -73,25 +68,6 @@ def _content_type(request: Request) -> str:
     if content_type != JSON_TYPE and content_type not in MSGPACK_TYPES:
         raise ProblemError("unsupported-media-type", f"the body is {sent}; send {JSON_TYPE} or {MSGPACK_TYPES[0]}")
     return content_type
-
-
-def _validated(raw: bytes | None, value: object, limits: ServiceLimits) -> wire.RewardRequest:
-    """The request, from small JSON (`raw`) or a parsed value. A `ProblemError` names the first item at fault."""
-    try:
-        if raw is not None:
-            request = wire.RewardRequest.model_validate_json(raw)
-        else:
-            _refuse_early(value, limits)
-            request = wire.RewardRequest.model_validate(value)
-    except ValidationError as error:
-        raise _invalid(error, raw, limits) from None
-    if len(request.items) > limits.max_items:
-        raise too_many(len(request.items), limits)
-    if limits.max_text_chars < wire.MAX_TEXT_CHARS:
-        for index, item in enumerate(request.items):
-            if max(len(item.prompt), len(item.response)) > limits.max_text_chars:
-                raise too_long(index, limits)
-    return request
 
 
 def _answer(scored: Scored, index: int, request: Request, content_type: str) -> Response:
@@ -120,17 +96,26 @@ def _wants_msgpack(request: Request, content_type: str) -> bool:
     return content_type in MSGPACK_TYPES and JSON_TYPE not in accept
 
 
-def json_response(answer: wire.RewardResponse | wire.ModelInfo, headers: dict[str, str] | None = None) -> Response:
+def json_response(answer: wire.RewardResponse, headers: dict[str, str] | None = None) -> Response:
+    """The answer as JSON, without the fields that the client didn't ask for."""
     body = answer.__pydantic_serializer__.to_json(answer, exclude=_unasked_fields(answer))
     return Response(body, media_type=JSON_TYPE, headers=headers)
 
 
-def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str] | None:
-    """Fields that older clients don't know, and refuse: they didn't ask for them."""
-    return {"request_id"} if answer.request_id is None else None
+def model_response(service: Service, request: Request) -> Response:
+    """The answer to `GET /v1/model`. Only clients that name their version of the wire get its version and fields."""
+    info = service.model_info(request_id_of(request))
+    unasked = _unasked_fields(info) | (set() if wire.WIRE_HEADER in request.headers else {"wire", "fields"})
+    return Response(info.model_dump_json(exclude=unasked), media_type=JSON_TYPE)
+
+
+def _unasked_fields(answer: wire.RewardResponse | wire.ModelInfo) -> set[str]:
+    """Fields to leave out: older clients, which don't ask for them, refuse unknown fields."""
+    return {"request_id"} if answer.request_id is None else set()
 
 
 def request_id_of(request: Request) -> str | None:
+    """The value of `Plaudit-Request-Id`; None without it. Raises `ProblemError`."""
     sent = request.headers.get(wire.REQUEST_ID_HEADER)
     if sent is None:
         return None
@@ -144,64 +129,6 @@ def request_id_of(request: Request) -> str | None:
 
 
 def _server_timing(scored: Scored) -> str:
-    """Where the time went, as a `Server-Timing` header, in milliseconds."""
+    """The `Server-Timing` header: milliseconds in each phase."""
     phases = (("tokenize", scored.tokenize_s), ("queue", scored.queue_s), ("inference", scored.inference_s))
     return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in phases)
-
-
-def _refuse_early(value: object, limits: ServiceLimits) -> None:
-    """Refuse too many items and unknown keys before each of them is validated, and makes an error of its own."""
-    if not isinstance(value, dict):
-        return
-    _refuse_unknown(value, REQUEST_FIELDS, (), None)
-    items = value.get("items")
-    if isinstance(items, list):
-        if len(items) > limits.max_items:
-            raise too_many(len(items), limits)
-        for index, item in enumerate(items):
-            if isinstance(item, dict):
-                _refuse_unknown(item, ITEM_FIELDS, ("items", index), index)
-
-
-def _refuse_unknown(
-    value: dict[Any, Any], known: frozenset[str], where: tuple[int | str, ...], item: int | None
-) -> None:
-    if len(value) <= len(known):
-        return
-    unknown = [_path((*where, str(key))) for key in value if key not in known][:MAX_REPORTED_ERRORS]
-    message = "Extra inputs are not permitted"
-    errors = [{"path": path, "message": message} for path in unknown]
-    raise ProblemError("invalid-request", f"{unknown[0]}: {message}", item=item, errors=errors)
-
-
-def _invalid(error: ValidationError, raw: bytes | None, limits: ServiceLimits) -> ProblemError:
-    errors = error.errors(include_url=False, include_context=True, include_input=False)
-    first = errors[0]
-    if first["type"] == "json_invalid" and raw is not None:
-        # JSON may escape half of a surrogate pair, which is no text. Python's own parser lets it through, so that
-        # validation can say which item holds it.
-        try:
-            wire.RewardRequest.model_validate(json.loads(raw))
-        except ValidationError as second:
-            errors = second.errors(include_url=False, include_context=True, include_input=False)
-            first = errors[0]
-        except (ValueError, RecursionError):
-            return ProblemError("malformed-body", first["msg"])
-    location = first["loc"]
-    if location == ("items",) and first["type"] == "too_short":
-        return ProblemError("empty-items", "`items` is empty; give at least one prompt and response")
-    if location == ("items",) and first["type"] == "too_long":
-        return too_many(first["ctx"]["actual_length"], limits)
-    item = location[1] if len(location) > 1 and location[0] == "items" and isinstance(location[1], int) else None
-    name = "text-too-long" if first["type"] == "string_too_long" else "invalid-request"
-    return ProblemError(
-        name,
-        f"{_path(location)}: {first['msg']}",
-        item=item,
-        errors=[{"path": _path(each["loc"]), "message": each["msg"]} for each in errors[:MAX_REPORTED_ERRORS]],
-    )
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return path.removeprefix(".")[:MAX_PATH_CHARS] or "body"

@@ -1,6 +1,6 @@
-"""uvicorn with a start that is announced and an end that comes: from SIGTERM to exit within the grace time.
+"""The reward service's uvicorn server: readiness, reload on SIGHUP, graceful shutdown within the grace time.
 
-Wrong here would be an accepted request without an answer, or a client that keeps the process alive by doing nothing.
+Failure modes: an admitted request without an answer; a client that keeps the process alive by doing nothing.
 """
 
 import asyncio
@@ -28,26 +28,26 @@ from plaudit.reward_service.problems import ProblemError
 from plaudit.serving.server import KEEP_ALIVE_S, MAX_HEAD_BYTES, GracefulServer, drain_seconds
 
 LATE_REQUESTS_S = 0.25
-"""How long, after the last accepted request is answered, whoever still sends is told 503 and not just cut off."""
+"""After the last admitted request is answered: how long requests on open connections still get 503."""
 CLOSE_TIMEOUT_S = 1.5
-"""How long whoever came in last may take to ask, and be told no: over a slow network, or on a busy machine."""
+"""After the port is closed: how long the last connections may take to send a request and get its 503."""
 POLL_S = 0.01
 FILTER_CHECK_S = 0.02
 ACCEPT_TURNS = 5
-"""Turns of the event loop in which whoever waits at the port becomes a connection: it takes two."""
+"""Turns of the event loop in which connections that wait at the port are accepted; two are needed."""
 SO_ATTACH_FILTER = 26
 BPF_RETURN = 6
 OTHER_FILES = 64
-"""Open files that are kept for the model, health beyond the bound, the log and the system."""
+"""Open files reserved for the model, health probes beyond the bound, the log and the system."""
 LINES_A_MINUTE = 20
-"""Of uvicorn's warnings and of tracebacks."""
+"""Bound on log lines of uvicorn: warnings and tracebacks."""
 
 Log = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the program does when the server is up, told to reload, and told to stop."""
+    """What the program does when the server is ready, when it gets SIGHUP, and with log events."""
 
     ready: Callable[[], None]
     reload: Callable[[], Coroutine[None, None, None]]
@@ -55,11 +55,11 @@ class Hooks:
 
 
 class Server(GracefulServer):
-    """Announces itself, reloads on SIGHUP, drains on SIGTERM or Ctrl-C, and a clean end is exit code 0.
+    """Announces itself, reloads on SIGHUP, and drains on SIGTERM or Ctrl-C.
 
-    A drain goes so: `/readyz` is red and nothing more is accepted, but the port stays open and answers 503. When the
-    last accepted request is answered, or the grace time nearly over, requests still on their way in are turned away and
-    the port and all connections are closed. A second signal ends the grace time at once.
+    During a drain `/readyz` gives 503 and nothing more is admitted, but the port stays open and new requests get 503.
+    When the last admitted request is answered, or the grace time is nearly over, requests that are still arriving get
+    503, and the port and all connections are closed. A second signal ends the drain at once.
     """
 
     def __init__(self, app: FastAPI, grace_s: float, hooks: Hooks, *, max_connections: int = 1024) -> None:
@@ -67,7 +67,7 @@ class Server(GracefulServer):
         self._can_drop_connections = SOCKET_FILTER.usable
         bound = connections_allowed(max_connections)
         if bound < max_connections:
-            hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: ulimit -n allows no more files")
+            hooks.log("fewer-connections", bound=bound, detail=f"of {max_connections}: limited by ulimit -n")
         logging.getLogger("uvicorn.error").addFilter(LogRateLimit())
         config = uvicorn.Config(
             app,
@@ -94,12 +94,13 @@ class Server(GracefulServer):
         return {"http": functools.partial(Connection, refused=self._count, bound=bound)}
 
     def _count(self, problem: ProblemError) -> None:
-        """What was refused before it was a request."""
+        """Count a refusal that no handler saw."""
         metrics = self._service.engine.metrics
         metrics.refused_requests.labels(problem.name).inc()
         metrics.responses.labels("unknown", problem.status).inc()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, log which fallbacks are in use, announce."""
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
         for api in fallbacks():
@@ -121,6 +122,7 @@ class Server(GracefulServer):
         self._stop_at = time.monotonic()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what was admitted, refuse the rest, close the port and all connections."""
         began = time.monotonic()
         service, state = self._service, self.server_state
         accepted = len(service.in_flight)
@@ -128,7 +130,7 @@ class Server(GracefulServer):
         lost = len(service.in_flight)
         service.engine.fail_open_jobs()
         await self._until(lambda: not state.connections, time.monotonic() + LATE_REQUESTS_S)
-        # Whoever waits at the port is let in first: closing it would cut them off without a word.
+        # Connections that wait at the port are accepted first: closing it would reset them.
         if self._can_drop_connections:
             for listener in sockets or []:
                 _drop_new_connections(listener)
@@ -142,7 +144,7 @@ class Server(GracefulServer):
         await self._until(lambda: not state.connections and not self._reloads, time.monotonic() + CLOSE_TIMEOUT_S)
         for connection in list(state.connections):
             connection.shutdown()
-        # What is left now are answers that their clients don't read.
+        # The connections that are left have answers which their clients don't read.
         await self._until(lambda: not state.connections, self._stop_at)
         for connection in list(state.connections):
             connection.transport.abort()
@@ -150,14 +152,13 @@ class Server(GracefulServer):
         self._hooks.log("drained", accepted=accepted, answered=accepted - lost, seconds=seconds)
 
     async def _until(self, condition: Callable[[], bool], deadline: float) -> None:
-        # Polled, as uvicorn polls its own end: no event tells when a connection has gone, and a second signal may move
-        # `_stop_at`.
+        # Polled, as uvicorn does: no event tells when a connection has closed, and a second signal moves `_stop_at`.
         while not condition() and time.monotonic() < min(deadline, self._stop_at):  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
 
 
 def connections_allowed(wanted: int) -> int:
-    """As many of the connections as the system gives this process open files for, with some left for other use."""
+    """`wanted`, or fewer if the limit on open files, less `OTHER_FILES`, is lower."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -169,7 +170,7 @@ def connections_allowed(wanted: int) -> int:
 
 
 class LogRateLimit(logging.Filter):
-    """Lets a few messages a minute into the log: whoever sends nonsense, or finds a defect, can not fill the disk."""
+    """Passes at most `LINES_A_MINUTE`, so that a client that sends malformed requests can't fill the disk."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +178,7 @@ class LogRateLimit(logging.Filter):
         self._said = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is within this minute's bound."""
         now = time.monotonic()
         if now > self._minute + 60:
             self._minute, self._said = now, 0
@@ -195,7 +197,7 @@ def _drop_new_connections(listener: socket.socket) -> None:
 
 def _check_filter() -> None:
     if sys.platform != "linux":
-        raise OSError("packet filters for sockets are Linux's")
+        raise OSError(f"sockets have packet filters on Linux only, and this is {sys.platform}")
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as before, socket.socket() as after:
         before.settimeout(1.0)
         before.connect(listener.getsockname())

@@ -1,6 +1,6 @@
-"""What every handler needs, whatever protocol it speaks: the engine's scores, the limits, the labels, the model's face.
+"""What the handlers of all protocols share: scoring, limits, labels, reload, and the state of a drain.
 
-Wrong here would be a score computed for nobody, or two protocols that disagree about what a request may hold.
+Failure modes: a score computed after its client has disconnected; two protocols with different limits.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import Request
 
 from plaudit import wire
-from plaudit.reward_service.engine.batching import Engine, Job, Scored, Scorer, Text
+from plaudit.reward_service.engine.batching import Chat, Engine, Job, Plain, Scored, Scorer, Text
 from plaudit.reward_service.engine.cache import CachedScore, ScoreCache
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.http import garbage_collection, tracing
@@ -25,28 +25,28 @@ from plaudit.reward_service.http.memory_budget import MemoryBudget
 from plaudit.reward_service.problems import ProblemError, draining
 
 RESERVATION = "plaudit.reservation"
-"""In a request's scope: what it holds. Released by the gate, when the answer is written."""
+"""In a request's scope: its memory reservation, which `AccessMiddleware` releases when the answer is written."""
 CALLER = "plaudit.caller"
-"""In a request's scope: who asks, as the engine's fairness knows them."""
+"""In a request's scope: the caller, as the key of the engine's fair queueing."""
 TIMEOUT_HEADER = "x-request-timeout"
 WATCH_AFTER_S = 0.02
-"""When to begin to look whether the client has gone. Most answers are there sooner, and looking costs a task."""
+"""How long to wait before watching for a disconnect, which costs a task. Most requests are answered sooner."""
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What one request may hold. Each is also told by `GET /v1/model`."""
+    """Limits on one request. `GET /v1/model` reports them."""
 
     max_items: int = wire.MAX_ITEMS_PER_REQUEST
     max_text_chars: int = wire.MAX_TEXT_CHARS
     max_body_bytes: int = 16 * 1024 * 1024
     max_held_bytes: int = 128 * 1024 * 1024
-    """Of all requests together."""
+    """The memory budget for the bodies of all requests together."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What handlers share; foreign protocols are built on it too."""
+    """The state that all handlers share, and scoring on top of the engine."""
 
     engine: Engine
     limits: ServiceLimits
@@ -56,9 +56,9 @@ class Service:
     reload: Callable[[], Scorer] | None = None
     reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
     in_flight: set[Job] = field(default_factory=set)
-    """Jobs that the engine took and whose answers aren't written yet: a drain waits for them."""
+    """Jobs that the engine has admitted and that aren't answered: a drain waits for them."""
     unadmitted: "set[asyncio.Task[Any]]" = field(default_factory=set)
-    """Handlers of requests that nobody has accepted yet: a drain turns them away."""
+    """Handlers of requests that aren't admitted yet: a drain ends them with 503."""
     refusing: asyncio.Event = field(default_factory=asyncio.Event)
     memory: MemoryBudget = field(init=False)
 
@@ -70,48 +70,67 @@ class Service:
     ) -> tuple[Scored, int]:
         """The scores of these items, and the index of the logit that is the reward. Raises as `score` does."""
         index = self.label_index(self.engine.scorer, label)
-        return await self.score([self.text(item.prompt, item.response) for item in items], request), index
+        return await self.score(self._texts(items), request), index
 
-    def text(self, prompt: str, response: str) -> Text:
-        """Prompt and response as the model wants them."""
-        return (prompt, response) if self.join == "pair" else (prompt + response, None)
+    def _texts(self, items: Sequence[wire.RewardItem]) -> list[Text]:
+        """Prompts and responses, joined as `--join` says. Raises `ProblemError` for messages without --join chat."""
+        if self.join == "chat":
+            return [conversation(item.prompt, item.response) for item in items]
+        texts: list[Text] = []
+        for index, item in enumerate(items):
+            if not isinstance(item.prompt, str):
+                raise ProblemError(
+                    "strings-only",
+                    f"items[{index}].prompt is a list of messages: this service was started with --join {self.join} "
+                    "and takes strings; start it with --join chat",
+                    item=index,
+                )
+            texts.append((item.prompt, item.response) if self.join == "pair" else (item.prompt + item.response, None))
+        return texts
 
     def refused_by_drain(self) -> "_Unadmitted":
-        """Around a wait for which nothing has been accepted yet, so that `refuse_unadmitted` can end it with 503."""
+        """A context for waits before admission: `refuse_unadmitted` ends them with 503."""
         return _Unadmitted(self)
 
     def record_refusal(self, request: Request, problem: ProblemError) -> None:
-        """Count a request that is answered with `problem`, by whatever protocol, and note it in its trace."""
+        """Count a request of any protocol that is refused with `problem`, and note it in its trace."""
         tracing.note_problem(request.scope, problem)
         self.engine.metrics.refused_requests.labels(problem.name).inc()
 
     def refuse_unadmitted(self) -> None:
-        """Answer 503 to every request of which nothing has been accepted, now and from now on."""
+        """Answer every request that isn't admitted with 503, now and from now on."""
         self.refusing.set()
         for task in list(self.unadmitted):
             task.cancel()
 
     async def score(self, texts: Sequence[Text], request: Request) -> Scored:
-        """The logits of `texts`, or `ProblemError`. Gives up when the client does or its deadline passes."""
+        """The logits of `texts`. Cancelled when the client disconnects or its deadline passes.
+
+        Raises:
+            ProblemError: the request isn't admitted, a text can't be scored, or the deadline passed.
+            ClientGoneError: the client disconnected.
+        """
         if self.cache is None:
             return await self._run(texts, request)
         known = self.cache.lookup(self.engine.scorer, texts)
-        missing = [text for text, score in zip(texts, known, strict=True) if score is None]
+        places = [place for place, score in enumerate(known) if score is None]
+        missing = [texts[place] for place in places]
         self.engine.metrics.cached_items.inc(len(texts) - len(missing))
         if not missing:
             self.engine.require_open()
             return _merged(known, Scored([], [], [], self.engine.scorer, 0.0, 0.0, 0.0))
-        scored = await self._run(missing, request)
+        scored = await self._run(missing, request, places)
         self.cache.keep(missing, scored)
         return _merged(known, scored)
 
-    async def _run(self, texts: Sequence[Text], request: Request) -> Scored:
+    async def _run(self, texts: Sequence[Text], request: Request, places: Sequence[int] | None = None) -> Scored:
         timeout_s = timeout_of(request)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        job = self.engine.submit(texts, deadline=deadline, caller=request.scope.get(CALLER, ""))
+        caller = request.scope.get(CALLER, "")
+        job = self.engine.submit(texts, deadline=deadline, caller=caller, places=places)
         self.in_flight.add(job)
-        # The future itself is awaited, so that an answer costs one turn of the event loop; whatever else ends the wait
-        # cancels it.
+        # The future itself is awaited, so that an answer costs one turn of the event loop. A disconnect, or the
+        # deadline, cancels it.
         client = _DisconnectWatch(request, job.future.cancel)
         watch = job.loop.call_later(WATCH_AFTER_S, client.watch)
         timer = None if timeout_s is None else job.loop.call_later(timeout_s, job.future.cancel)
@@ -124,7 +143,7 @@ class Service:
                 raise
             if client.gone:
                 raise ClientGoneError from None
-            detail = f"no score within the {timeout_s:g} s that {TIMEOUT_HEADER} leaves"
+            detail = f"no score within the {timeout_s:g} s of {TIMEOUT_HEADER}"
             raise ProblemError("deadline-exceeded", detail) from None
         finally:
             if timer is not None:
@@ -134,10 +153,10 @@ class Service:
             tracing.note_job(request.scope, job)
             self.engine.abandon(job)
             self.in_flight.discard(job)
-            # A failure remembers this frame, and these remember the failure.
+            # Break the reference cycle: a failure's traceback holds this frame, and these variables hold the failure.
             del job, client, watch, timer
 
-    def check_limits(self, texts: Sequence[Text]) -> None:
+    def check_limits(self, texts: Sequence[Plain]) -> None:
         """Apply the same limits to texts that came by a foreign protocol. Raises `ProblemError`."""
         if not texts:
             raise ProblemError("empty-items", "the request holds no text")
@@ -155,9 +174,9 @@ class Service:
                 raise ProblemError("invalid-request", f"text {index} holds half a surrogate pair", item=index) from None
 
     async def reload_model(self) -> Scorer:
-        """Read the model anew and switch to it. `ProblemError` leaves the old one in place."""
+        """Load the model again and switch to it. On `ProblemError` the old model stays in use."""
         if self.reload is None:
-            raise ProblemError("not-found", "this service was started without a way to reload")
+            raise ProblemError("not-found", "this service can't reload its model; restart it")
         self.engine.require_open()
         with self.refused_by_drain():
             async with self.reloading:
@@ -171,6 +190,7 @@ class Service:
                 return scorer
 
     def model_info(self, request_id: str | None = None) -> wire.ModelInfo:
+        """The answer to `GET /v1/model`."""
         scorer = self.engine.scorer
         return wire.ModelInfo(
             id=scorer.id,
@@ -179,6 +199,7 @@ class Service:
             default_label=self.default_label or (scorer.labels[0] if len(scorer.labels) == 1 else None),
             join=self.join,
             dtype=scorer.dtype,
+            wire=wire.WIRE_VERSION,
             limits=wire.Limits(
                 max_items=self.limits.max_items,
                 max_text_chars=self.limits.max_text_chars,
@@ -189,14 +210,14 @@ class Service:
         )
 
     def label_index(self, scorer: Scorer, label: str | None) -> int:
-        """Which logit is the reward. Only a model of one logit needs no name for it."""
+        """The index of the logit that is the reward. A label is needed unless the model has a single logit."""
         wanted = label if label is not None else self.default_label
         if wanted is None:
             if len(scorer.labels) == 1:
                 return 0
             raise ProblemError(
                 "label-required",
-                f"the model has {len(scorer.labels)} labels and the service no default; name one of them in `label`",
+                f"the model has {len(scorer.labels)} labels and the service has no default; name one in `label`",
                 labels=list(scorer.labels),
             )
         if wanted not in scorer.labels:
@@ -208,8 +229,14 @@ class Service:
         return scorer.labels.index(wanted)
 
 
+def conversation(prompt: str | list[wire.ChatMessage], response: str) -> Chat:
+    """The prompt's turns, of which a plain text is the user's, and the response as the assistant's."""
+    turns = [("user", prompt)] if isinstance(prompt, str) else [(turn.role, turn.content) for turn in prompt]
+    return Chat((*turns, ("assistant", response)))
+
+
 async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
-    """`load()` in a thread that the end of the process doesn't wait for, as it would for one of `asyncio`'s."""
+    """`load()` in a daemon thread: the end of the process would wait for a thread of `asyncio`."""
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[Scorer] = loop.create_future()
 
@@ -230,7 +257,7 @@ async def _in_thread(load: Callable[[], Scorer]) -> Scorer:
 
 
 class _DisconnectWatch:
-    """Whoever waits for an answer; `left` is called when it closes its connection."""
+    """Watches a client that waits for its answer; `left` is called when it disconnects."""
 
     def __init__(self, request: Request, left: Callable[[], object]) -> None:
         self._request, self._left = request, left
@@ -269,23 +296,23 @@ class _Unadmitted:
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection before the answer was there."""
+    """The client disconnected before its request was answered."""
 
 
 def too_many(count: int, limits: ServiceLimits) -> ProblemError:
-    """The problem of a request with more items than it may hold."""
+    """The refusal of a request with too many items."""
     return ProblemError("too-many-items", f"the request holds {count} items; at most {limits.max_items} are taken")
 
 
 def too_long(index: int, limits: ServiceLimits) -> ProblemError:
-    """The problem of an item with a longer text than it may have."""
+    """The refusal of an item with a text that is too long."""
     return ProblemError(
         "text-too-long", f"items[{index}] has a text of more than {limits.max_text_chars} characters", item=index
     )
 
 
 def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
-    """`scored` with the cached scores put back where they belong."""
+    """`scored` with the cached scores inserted at their positions."""
     truncated = set(scored.truncated)
     fresh = (
         CachedScore(row, index in truncated, length)
@@ -301,7 +328,7 @@ def _merged(known: Sequence[CachedScore | None], scored: Scored) -> Scored:
 
 
 async def sleep_while_connected(request: Request, seconds: float) -> None:
-    """Wait so long. Raises `ClientGoneError` as soon as the client has gone."""
+    """Sleep. Raises `ClientGoneError` as soon as the client disconnects."""
     receiving = asyncio.ensure_future(request.receive())
     try:
         done, _ = await asyncio.wait({receiving}, timeout=seconds)
@@ -312,7 +339,7 @@ async def sleep_while_connected(request: Request, seconds: float) -> None:
 
 
 def timeout_of(request: Request) -> float | None:
-    """Seconds until the client stops waiting, from its `X-Request-Timeout` header."""
+    """Seconds until the client stops waiting, from its `X-Request-Timeout` header; None without one."""
     value = request.headers.get(TIMEOUT_HEADER)
     if value is None:
         return None

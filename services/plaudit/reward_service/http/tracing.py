@@ -1,7 +1,8 @@
-"""A span for each request and its phases below it, sent to an OpenTelemetry collector when the environment names one.
+"""OpenTelemetry traces: a span for each request, with child spans for its phases.
 
-Wrong here would be a request that fails or waits because of its trace: spans are sent by a thread of their own, from a
-bounded queue. The SDK is imported only when it is needed.
+A separate thread sends the spans from a bounded queue. The SDK is imported only if the environment names a collector.
+
+Failure modes: a request that fails, or waits, because of its trace.
 """
 
 import threading
@@ -20,35 +21,35 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 NOTES = "plaudit.notes"
-"""Where a traced request's ASGI scope holds what handlers note."""
+"""In a traced request's scope: its `Notes`."""
 FLUSH_S = 2.0
-"""How long the end of the process waits for the last spans to be sent."""
+"""How long the shutdown waits for the last spans to be sent."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 INSTALL = "install plaudit[otel]"
 
 
 class TracingError(Exception):
-    """Traces can't be sent as the environment asks. The message is one line and says what to do."""
+    """Traces can't be sent as the environment says. The message is one line and says what to do."""
 
 
 @dataclass
 class Notes:
-    """What the handlers of one request tell its span."""
+    """What the handlers of one request add to its span."""
 
     jobs: list[tuple[Job, float]] = field(default_factory=list)
-    """Each job with the time (`time.monotonic()`) at which its handler was done waiting for it."""
+    """Each job, and when its handler stopped waiting for it (`time.monotonic()`)."""
     problem: ProblemError | None = None
 
 
 def note_job(scope: Scope, job: Job) -> None:
-    """Let the request's span show this job's phases. Call it when the wait for the job is over."""
+    """Add this job's phases to the request's span. Call it when the wait for the job is over."""
     notes = scope.get(NOTES)
     if notes is not None:
         notes.jobs.append((job, time.monotonic()))
 
 
 def note_problem(scope: Scope, problem: ProblemError) -> None:
-    """Let the request's span say why it was refused."""
+    """Add the reason of a refusal to the request's span."""
     notes = scope.get(NOTES)
     if notes is not None:
         notes.problem = problem
@@ -63,13 +64,13 @@ def phases(job: Job, done_at: float) -> list[tuple[str, float, float]]:
         return [tokenize, ("queue", job.tokenized_at, done_at)]
     future = job.future
     if not future.cancelled() and future.exception() is None:
-        # The handler learns of it a moment later.
+        # Inference ended a moment before the handler woke up.
         done_at = job.first_batch_at + future.result().inference_s
     return [tokenize, ("queue", job.tokenized_at, job.first_batch_at), ("inference", job.first_batch_at, done_at)]
 
 
 def provider_from_environment(environment: Mapping[str, str]) -> "TracerProvider | None":
-    """What sends spans where the OTEL_* variables say, or None where they ask for no traces. Raises `TracingError`."""
+    """A provider that sends spans as the OTEL_* variables say; None if they ask for none. Raises `TracingError`."""
 
     def asked(*names: str) -> str:
         return next((environment[name].strip() for name in names if environment.get(name, "").strip()), "")
@@ -79,14 +80,14 @@ def provider_from_environment(environment: Mapping[str, str]) -> "TracerProvider
     if exporter == "none" or asked("OTEL_SDK_DISABLED").lower() == "true":
         return None
     if exporter != "otlp":
-        raise TracingError(f"OTEL_TRACES_EXPORTER is {exporter}; traces are sent by otlp, or by none")
+        raise TracingError(f"OTEL_TRACES_EXPORTER is {exporter}; set it to otlp or none")
     protocol = asked("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
     if protocol != "http/protobuf":
         raise TracingError(
-            f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}; traces are sent by http/protobuf (most collectors' port 4318)"
+            f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol}; set it to http/protobuf (most collectors' port 4318)"
         )
     try:
-        # It looks for the propagators that OTEL_PROPAGATORS names; requests find it loaded.
+        # Importing it loads the propagators that OTEL_PROPAGATORS names, before the first request.
         from opentelemetry import propagate  # noqa: F401
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -94,29 +95,29 @@ def provider_from_environment(environment: Mapping[str, str]) -> "TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise TracingError(
-            f"traces are asked for and {error.name} is missing; {INSTALL}, or set OTEL_TRACES_EXPORTER=none"
+            f"traces are on and {error.name} is not installed; {INSTALL}, or set OTEL_TRACES_EXPORTER=none"
         ) from None
     except ValueError as error:
         raise TracingError(f"OTEL_PROPAGATORS is {asked('OTEL_PROPAGATORS')}: {error}") from None
     is_named = asked("OTEL_SERVICE_NAME") or f"{SERVICE_NAME}=" in asked("OTEL_RESOURCE_ATTRIBUTES")
     named = {} if is_named else {SERVICE_NAME: "plaudit-reward"}
-    # Not the global provider: that would make FastAPI send spans of its own for the same requests.
+    # Not the global provider: FastAPI would then send its own spans for the same requests.
     provider = TracerProvider(resource=Resource.create(named))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
 
 
 def finish(provider: "TracerProvider") -> None:
-    """Send what is left, for at most `FLUSH_S`."""
+    """Send the remaining spans, for at most `FLUSH_S`."""
     thread = threading.Thread(target=provider.shutdown, daemon=True)
     thread.start()
     thread.join(FLUSH_S)
 
 
 class TracingMiddleware:
-    """The outermost middleware: the span, as a child of the caller's where it sends `traceparent`.
+    """The outermost middleware: makes the span, as a child of the caller's span if it sends `traceparent`.
 
-    `quiet` are paths whose requests get none: probes, which would drown the rest.
+    Requests to the paths in `quiet` get no span: probes would outnumber everything else.
     """
 
     def __init__(self, app: ASGIApp, provider: "TracerProvider", quiet: frozenset[str]) -> None:
@@ -125,6 +126,7 @@ class TracingMiddleware:
         self._quiet = quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on inside a span."""
         if scope["type"] != "http" or scope["path"] in self._quiet:
             await self._app(scope, receive, send)
             return
@@ -149,7 +151,7 @@ class TracingMiddleware:
             await self._app(scope, receive, send_and_see)
         except Exception as error:
             span.record_exception(error)
-            # The handler of last resort, outside of this middleware, will say so.
+            # The outermost exception handler, outside this middleware, answers 500.
             answer.setdefault("status", 500)
             raise
         finally:
@@ -186,7 +188,7 @@ class TracingMiddleware:
 
 
 def _asked(scope: Scope, headers: Mapping[str, str], method: str) -> dict[str, Any]:
-    """The attributes that OpenTelemetry's conventions for HTTP servers want of a request."""
+    """A request's attributes by OpenTelemetry's conventions for HTTP servers."""
     attributes = {
         "http.request.method": method,
         "url.path": scope["path"],

@@ -1,6 +1,6 @@
-"""Other servers' protocols over the same engine, a thin adapter each, so that existing clients need no change.
+"""Protocols of other servers, as thin adapters over the same engine, so that their clients work unchanged.
 
-What each one covers, and what not, is in docs/wire.md. None of them is needed by Plaudit's own trainer.
+docs/wire.md says what each one covers. Plaudit's own trainer needs none of them.
 """
 
 from fastapi import APIRouter
@@ -10,10 +10,10 @@ from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.protocols import classify, kserve, listing, openrlhf, pooling, tei
 
 HEALTH_PATHS = frozenset({"/health", "/ping", "/v2/health/live", "/v2/health/ready"})
-"""Foreign health routes; like our own they need no key."""
+"""Health routes of these protocols; like our own, they need no key."""
 
 BODIES: list[type[BaseModel]] = [*tei.BODIES, *classify.BODIES, *pooling.BODIES, *openrlhf.BODIES, *kserve.BODIES]
-"""Models of the bodies that the routes take, for the OpenAPI document."""
+"""Models of the request bodies, for the OpenAPI document."""
 
 
 def routers(service: Service) -> list[APIRouter]:

@@ -1,6 +1,7 @@
-"""`/classify` as vLLM, SGLang and infinity each mean it. `text` is SGLang's, `raw_scores` infinity's, the rest vLLM's.
+"""`/classify`, which vLLM, SGLang and infinity define differently.
 
-infinity without `raw_scores` can't be told from vLLM; point such a client at `/infinity`.
+A body with `text` is SGLang's, one with `raw_scores` infinity's, any other vLLM's. An infinity client that sends no
+`raw_scores` looks like vLLM's: it must use `/infinity/classify`.
 """
 
 import time
@@ -11,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, Field
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
@@ -19,15 +20,21 @@ from plaudit.reward_service.protocols.common import Foreign, activated, parsed, 
 
 
 class VllmRequest(Foreign):
+    """vLLM's body."""
+
     input: str | list[str]
     use_activation: bool | None = Field(default=None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
 class SglangRequest(Foreign):
+    """SGLang's body: a text, texts, or texts and pairs."""
+
     text: str | list[str] | list[list[str]]
 
 
 class InfinityRequest(Foreign):
+    """infinity's body."""
+
     input: list[str]
     raw_scores: bool = False
 
@@ -57,13 +64,14 @@ INFINITY_ANSWER = {
 
 
 def router(service: Service) -> APIRouter:
+    """`/classify` and `/infinity/classify`."""
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
     @routes.post(
         "/classify",
         summary="Logits or probabilities, for vLLM, SGLang and infinity clients",
         openapi_extra=openapi.body(BODIES, EXAMPLES),
-        responses=openapi.answer(VLLM_ANSWER, "In the shape of whoever's request it is; this is vLLM's."),
+        responses=openapi.answer(VLLM_ANSWER, "In the shape of the request's protocol; this is vLLM's."),
     )
     async def classify(request: Request) -> Response:
         try:
@@ -79,7 +87,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(
         "/infinity/classify",
-        summary="The same, always as infinity means it",
+        summary="The same, always in infinity's protocol",
         openapi_extra=openapi.body([InfinityRequest], {"logits": EXAMPLES["infinity, logits"]}),
         responses=openapi.answer(INFINITY_ANSWER),
     )
@@ -95,17 +103,19 @@ def router(service: Service) -> APIRouter:
 
 
 def openai_error(problem: ProblemError) -> Response:
-    """An error as the OpenAI-like servers write it: what is wrong with a request is 400, never 422."""
+    """An error in the shape of OpenAI-compatible servers: an invalid request is 400, never 422."""
     status = 400 if problem.status == 422 else problem.status
     error = {"message": problem.detail, "type": problem.name, "param": None, "code": status}
     return JSONResponse({"error": error}, status, headers=problem.headers())
 
 
-def as_texts(value: str | list[str]) -> list[Text]:
+def as_texts(value: str | list[str]) -> list[Plain]:
+    """The texts of `input`."""
     return [(text, None) for text in ([value] if isinstance(value, str) else value)]
 
 
 def usage(scored: Scored) -> dict[str, Any]:
+    """The `usage` member: tokens of all texts together."""
     tokens = sum(scored.lengths)
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
@@ -132,7 +142,7 @@ async def _answer_vllm(service: Service, wanted: VllmRequest, request: Request) 
 
 async def _answer_sglang(service: Service, wanted: SglangRequest, request: Request) -> Any:
     single = isinstance(wanted.text, str)
-    texts: list[Text] = []
+    texts: list[Plain] = []
     for index, text in enumerate([wanted.text] if isinstance(wanted.text, str) else wanted.text):
         parts = [text] if isinstance(text, str) else text
         if not 1 <= len(parts) <= 2:

@@ -1,4 +1,4 @@
-"""What the adapters share: reading a JSON body, the usual activations, and time stamps."""
+"""What the adapters share: reading a JSON body, and the usual activations."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Foreign(BaseModel):
-    """A foreign request: members that we don't know are its business and ignored."""
+    """A body of another server's protocol. Unknown members are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
@@ -31,14 +31,14 @@ async def read_json(service: Service, request: Request) -> dict[str, Any]:
 
 
 def refuse_long_lists(values: Iterable[object], limits: ServiceLimits) -> None:
-    """Before each of their members is validated, and makes an error of its own."""
+    """Refuse lists that are too long before validation, which would build an error for each member."""
     for value in values:
         if isinstance(value, list) and len(value) > limits.max_items:
             raise too_many(len(value), limits)
 
 
 def parsed(model: type[ModelT], value: dict[str, Any]) -> ModelT:
-    """`value` as `model`, or `ProblemError` with the first thing that is wrong."""
+    """`value` as `model`, or `ProblemError` with the first error."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe v2, Triton): BYTES texts in, FP32 logits out, as JSON or Triton's binary tensors.
 
-The first input holds texts, an optional second one their pairs. The model answers to the last part of its path, and to
+The first input holds texts, an optional second input their pairs. The model's name is the last part of its path, or
 `reward`.
 """
 
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from plaudit.reward_service.engine.batching import Text
+from plaudit.reward_service.engine.batching import Plain
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.body import parse_json, read_body
 from plaudit.reward_service.http.service import Service, ServiceLimits
@@ -22,15 +22,19 @@ from plaudit.reward_service.protocols.common import Foreign, parsed, refuse_long
 HEADER_LENGTH = "inference-header-content-length"
 MODEL_ALIAS = "reward"
 MAX_DIMENSIONS = 8
-"""Of a tensor. Texts have one or two."""
+"""Bound on the dimensions of a tensor. Texts have one or two."""
 
 
 class TensorParameters(Foreign):
+    """Where a tensor's data is: in the JSON, or in the binary part behind it."""
+
     binary_data_size: int | None = None
     binary_data: bool | None = None
 
 
 class InputTensor(Foreign):
+    """Texts."""
+
     name: str
     shape: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=MAX_DIMENSIONS)]
     datatype: str
@@ -39,15 +43,21 @@ class InputTensor(Foreign):
 
 
 class OutputRequest(Foreign):
+    """An output that the client asks for."""
+
     name: str
     parameters: TensorParameters = TensorParameters()
 
 
 class InferParameters(Foreign):
+    """Parameters of the whole request."""
+
     binary_data_output: bool = False
 
 
 class InferRequest(Foreign):
+    """The JSON part of an inference request."""
+
     id: str | None = None
     parameters: InferParameters = InferParameters()
     inputs: list[InputTensor] = Field(min_length=1, max_length=2)
@@ -65,6 +75,7 @@ NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {404: {"description": "No model
 
 
 def router(service: Service) -> APIRouter:
+    """The routes below `/v2`."""
     routes = APIRouter(prefix="/v2", tags=["KServe v2"])
     engine = service.engine
 
@@ -80,13 +91,13 @@ def router(service: Service) -> APIRouter:
     async def server() -> dict[str, Any]:
         return {"name": "plaudit-reward", "version": "2", "extensions": ["binary_tensor_data"]}
 
-    @routes.get("/health/live", summary="The process answers")
+    @routes.get("/health/live", summary="Liveness probe")
     async def live() -> dict[str, bool]:
         return {"live": True}
 
     health: dict[int | str, dict[str, Any]] = {200: {"description": "Ready."}, 503: {"description": "Not ready."}}
 
-    @routes.get("/health/ready", summary="200 when work is welcome", responses=health)
+    @routes.get("/health/ready", summary="Readiness probe", responses=health)
     async def ready() -> Response:
         is_ready = engine.unready() is None
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
@@ -137,7 +148,7 @@ async def _infer(service: Service, model: str, request: Request) -> Response:
     del body, header, tail
     if len({len(column) for column in columns}) != 1:
         raise ProblemError("invalid-request", "the two inputs differ in length")
-    texts: list[Text] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
+    texts: list[Plain] = [(row[0], row[1] if len(row) == 2 else None) for row in zip(*columns, strict=True)]
     service.check_limits(texts)
     scored = await service.score(texts, request)
     values = [logit for row in scored.logits for logit in row]
@@ -159,7 +170,7 @@ async def _split(body: bytes, header_length: str | None, limits: ServiceLimits) 
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit() and int(header_length[:20]) <= len(body)):
             raise ProblemError(
-                "malformed-body", f"{HEADER_LENGTH}: {header_length:.40} is no number of bytes that the body has"
+                "malformed-body", f"{HEADER_LENGTH}: {header_length:.40} is not a number from 0 to {len(body)}"
             )
         length = int(header_length)
     header = await parse_json(body if length == len(body) else body[:length])
@@ -174,14 +185,14 @@ async def _split(body: bytes, header_length: str | None, limits: ServiceLimits) 
 
 
 def _strings(tensor: InputTensor, tail: memoryview, limits: ServiceLimits) -> tuple[list[str], memoryview]:
-    """The tensor's strings, from its JSON data or from the front of the binary tail, and the tail that is left."""
+    """The tensor's strings, from its JSON data or the start of the binary part, and the rest of that part."""
     if tensor.datatype != "BYTES":
         raise ProblemError("invalid-request", f"input {tensor.name} is {tensor.datatype}; texts are BYTES")
     size = tensor.parameters.binary_data_size
     if size is None:
         data = tensor.data or []
         if not all(isinstance(text, str) for text in data):
-            raise ProblemError("invalid-request", f"input {tensor.name} holds something that is no string")
+            raise ProblemError("invalid-request", f"input {tensor.name} holds a value that is not a string")
         strings = list(data)
     else:
         strings = _unpacked(tensor.name, tail[: max(size, 0)], size, limits)

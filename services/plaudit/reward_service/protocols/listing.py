@@ -1,4 +1,4 @@
-"""How vLLM, SGLang and infinity each tell which model they serve. Their clients ask before they send texts."""
+"""The routes with which vLLM, SGLang and infinity name the served model: their clients ask before they send texts."""
 
 import time
 from typing import Any
@@ -9,6 +9,7 @@ from plaudit.reward_service.http.service import Service
 
 
 def router(service: Service) -> APIRouter:
+    """The routes that name the served model."""
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
     started = int(time.time())
 

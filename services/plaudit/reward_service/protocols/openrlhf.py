@@ -1,7 +1,7 @@
-"""OpenRLHF's remote reward model, `/get_reward`. `query` is prompt and response already joined.
+"""OpenRLHF's remote reward model, `/get_reward`. `query` is prompt and response, already joined.
 
-That client ignores `Retry-After` and gives up after five quick tries, so a full queue makes it wait here, at the door,
-instead of being refused.
+That client ignores `Retry-After` and gives up after five quick attempts. When the queue is full, its request therefore
+waits here for admission instead of being refused.
 """
 
 import time
@@ -10,17 +10,19 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service, sleep_while_connected, timeout_of
 from plaudit.reward_service.problems import ProblemError
 from plaudit.reward_service.protocols.common import Foreign, parsed, read_json
 
-DOOR_WAIT_S = 150.0
-"""Less than the 180 s that the client waits in all."""
+ADMISSION_WAIT_S = 150.0
+"""How long a request waits for admission: less than the client's timeout of 180 s."""
 
 
 class RewardQuery(Foreign):
+    """OpenRLHF's body."""
+
     query: list[str]
 
 
@@ -29,6 +31,7 @@ EXAMPLE = {"query": ["This movie was wonderful."], "prompts": ["This movie"], "l
 
 
 def router(service: Service) -> APIRouter:
+    """`/get_reward`."""
     routes = APIRouter(tags=["OpenRLHF"])
 
     @routes.post(
@@ -40,7 +43,7 @@ def router(service: Service) -> APIRouter:
     async def get_reward(request: Request) -> Response:
         try:
             wanted = parsed(RewardQuery, await read_json(service, request))
-            # With several URLs this client sends some of them nothing, and wants nothing back.
+            # With several URLs, this client sends empty requests to some of them.
             rewards = await _rewards(service, wanted.query, request) if wanted.query else []
         except ProblemError as problem:
             service.record_refusal(request, problem)
@@ -52,17 +55,17 @@ def router(service: Service) -> APIRouter:
 
 
 async def _rewards(service: Service, queries: list[str], request: Request) -> list[float]:
-    texts: list[Text] = [(query, None) for query in queries]
+    texts: list[Plain] = [(query, None) for query in queries]
     service.check_limits(texts)
-    service.label_index(service.engine.scorer, None)  # refused at once, not after the wait
+    service.label_index(service.engine.scorer, None)  # refuse before the wait, not after it
     scored = await _score_patiently(service, texts, request)
     index = service.label_index(scored.scorer, None)
     return [row[index] for row in scored.logits]
 
 
-async def _score_patiently(service: Service, texts: list[Text], request: Request) -> Scored:
+async def _score_patiently(service: Service, texts: list[Plain], request: Request) -> Scored:
     timeout_s = timeout_of(request)
-    give_up_at = time.monotonic() + (DOOR_WAIT_S if timeout_s is None else min(timeout_s, DOOR_WAIT_S))
+    give_up_at = time.monotonic() + (ADMISSION_WAIT_S if timeout_s is None else min(timeout_s, ADMISSION_WAIT_S))
     while True:
         try:
             return await service.score(texts, request)

@@ -17,6 +17,8 @@ from plaudit.reward_service.protocols.common import Foreign, activated, parsed, 
 
 
 class PoolingRequest(Foreign):
+    """vLLM's body."""
+
     input: str | list[str]
     task: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
@@ -35,6 +37,7 @@ ANSWER = {
 
 
 def router(service: Service) -> APIRouter:
+    """`/pooling`."""
     routes = APIRouter(tags=["vLLM, SGLang, infinity"])
 
     @routes.post(

@@ -1,7 +1,7 @@
 """text-embeddings-inference: `/predict`, `/info`, health; and the Hugging Face inference API on `/` and `/predict`.
 
-A list of two strings is one pair, not two texts: that is TEI's rule. A body with `parameters` comes from a Hugging Face
-client, whose own rule it is that a list is a batch, and whose answer is nested one deeper.
+In TEI's protocol a list of two strings is one pair, not two texts. A body with `parameters` comes from a Hugging Face
+client: there a list is a batch, and the answer is nested one level deeper.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from plaudit.reward_service.engine.batching import Scored, Text
+from plaudit.reward_service.engine.batching import Plain, Scored
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
@@ -20,6 +20,8 @@ ERROR_TYPES = {400: "Empty", 413: "Validation", 422: "Validation", 429: "Overloa
 
 
 class PredictRequest(Foreign):
+    """TEI's body."""
+
     inputs: str | list[str] | list[list[str]]
     truncate: bool | None = None
     truncation_direction: str | None = None
@@ -27,11 +29,15 @@ class PredictRequest(Foreign):
 
 
 class HubParameters(Foreign):
+    """Parameters of a Hugging Face client."""
+
     function_to_apply: str | None = None
     top_k: int | None = None
 
 
 class HubRequest(Foreign):
+    """The body of a Hugging Face client."""
+
     inputs: str | list[str]
     parameters: HubParameters
 
@@ -47,6 +53,7 @@ PREDICTIONS = [{"label": "POSITIVE", "score": 2.31}, {"label": "NEGATIVE", "scor
 
 
 def router(service: Service) -> APIRouter:
+    """`/`, `/predict`, `/info` and the health routes."""
     routes = APIRouter(tags=["text-embeddings-inference, Hugging Face InferenceClient"])
 
     described: dict[str, Any] = {
@@ -72,7 +79,7 @@ def router(service: Service) -> APIRouter:
             )
 
     ready: dict[str, Any] = {
-        "summary": "200 when work is welcome",
+        "summary": "Readiness probe",
         "response_class": Response,
         "responses": {
             200: {"description": "Ready."},
@@ -124,11 +131,11 @@ async def _answer_tei(service: Service, wanted: PredictRequest, request: Request
     return predictions if batched else predictions[0]
 
 
-def _texts(inputs: str | list[str] | list[list[str]]) -> list[Text]:
+def _texts(inputs: str | list[str] | list[list[str]]) -> list[Plain]:
     if isinstance(inputs, str):
         return [(inputs, None)]
     groups = [inputs] if inputs and isinstance(inputs[0], str) else inputs
-    texts: list[Text] = []
+    texts: list[Plain] = []
     for group in groups:
         if not 1 <= len(group) <= 2:
             raise ProblemError("invalid-request", f"inputs: a text is [text] or [text, pair], not {len(group)} strings")
@@ -137,7 +144,7 @@ def _texts(inputs: str | list[str] | list[list[str]]) -> list[Text]:
 
 
 async def _answer_hub(service: Service, wanted: HubRequest, request: Request) -> list[Any]:
-    texts: list[Text] = [
+    texts: list[Plain] = [
         (text, None) for text in ([wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs)
     ]
     service.check_limits(texts)

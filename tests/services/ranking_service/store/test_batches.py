@@ -32,7 +32,7 @@ def test_uploading_twice_is_harmless_and_more_rows_can_follow(database: Database
 def test_a_row_that_is_there_with_other_answers_is_refused_and_nothing_is_taken(database: Database) -> None:
     send(database, rows(1))
     changed = rows(1)[0].model_copy(update={"answers": rows(1, k=3)[0].answers})
-    with pytest.raises(ProblemError, match=r"row 3: task .* is there already with another prompt") as caught:
+    with pytest.raises(ProblemError, match=r"row 3: task .* exists already with another prompt") as caught:
         send(database, [*rows(3)[1:], changed])
     assert caught.value.extra == {"row": 3}
     assert count(database) == 1
@@ -46,7 +46,7 @@ def test_a_row_of_another_batch_is_refused_with_its_number(database: Database) -
 
 def test_an_upload_that_names_other_settings_is_refused(database: Database) -> None:
     send(database, rows(1), overlap=3)
-    with pytest.raises(ProblemError, match="is there with overlap=3, and the upload says 5"):
+    with pytest.raises(ProblemError, match="exists with overlap=3, and the upload has 5"):
         send(database, rows(2), overlap=5)
 
 

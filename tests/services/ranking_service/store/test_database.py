@@ -124,7 +124,7 @@ def test_a_cursor_waits_for_writers_with_lower_numbers(postgres: PostgresServer)
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("mysql://host/name", "sqlite and postgresql are known"),
+        ("mysql://host/name", "only sqlite and postgresql are supported"),
         ("nonsense://x", "nonsense"),
         ("sqlite://", "names no file"),
         ("/nowhere/at/all.db", "there is no directory /nowhere/at"),
@@ -146,7 +146,7 @@ def test_a_backup_is_whole_and_replaces_nothing(sqlite: Database, tmp_path: Path
     backup(sqlite, copy)
     with closing(sqlite3.connect(copy)) as connection:
         assert connection.execute("SELECT count(*) FROM audit").fetchone() == (1,)
-    with pytest.raises(DatabaseSetupError, match="is there already"):
+    with pytest.raises(DatabaseSetupError, match="exists already"):
         backup(sqlite, copy)
     assert not (tmp_path / ".copy.db.writing").exists()
     assert not (tmp_path / "copy.db-wal").exists()

@@ -124,7 +124,7 @@ def good_row() -> dict[str, Any]:
         (lambda row: row | {"ranks": [1, 2]}, "2 ranks for 3 answers"),
         (lambda row: row | {"ranks": [1, 3, 3]}, "leave a place out"),
         (lambda row: row | {"ranks": []}, "needs 3 ranks"),
-        (lambda row: row | {"status": "skipped"}, "goes with empty ranks"),
+        (lambda row: row | {"status": "skipped"}, "needs empty ranks"),
         (lambda row: row | {"shown_order": [0, 1, 7]}, "goes beyond the 3 answers"),
         (lambda row: row | {"shown_order": [0, 0, 1]}, "names an answer twice"),
         (lambda row: row | {"answers": [row["answers"][0]] * 2, "ranks": [1, 2]}, "have the same id"),
@@ -146,7 +146,7 @@ def test_a_row_that_is_no_ranking_is_refused(spoil: Callable[[dict[str, Any]], d
         (lambda row: {"answers": [*row.answers[:2], wire.new_answer("other")]}, "row 2: task .* another prompt"),
         (lambda row: {"shown_order": [0, 1]}, "row 2: shown_order .* is no order of the distinct answers"),
         (lambda row: {"id": "other", "shown_order": [2, 1, 0]}, "row 2: 'imported' saw this task in the order"),
-        (lambda row: {"id": "other"}, "row 2: 'imported' has version 1 of this task already"),
+        (lambda row: {"id": "other"}, "row 2: 'imported' already has version 1 of this task"),
         (lambda row: {"round": 7}, "row 2: batch 'b1' has round=0, not 7"),
     ],
 )

@@ -124,7 +124,7 @@ def test_two_edits_of_one_version_are_a_conflict_that_shows_both(desk: Desk) -> 
 
 def test_a_key_that_was_used_for_something_else_is_a_conflict(desk: Desk) -> None:
     desk.say(desk.order(1, 2, 3, 4), key="one")
-    with pytest.raises(ConflictError, match="was used for something else"):
+    with pytest.raises(ConflictError, match="was used for another judgement"):
         desk.say(desk.order(2, 1, 3, 4), key="one")
 
 
@@ -150,11 +150,11 @@ def test_undo_adds_a_version_and_shows_what_was_there(desk: Desk) -> None:
 
 
 def test_there_is_nothing_to_undo_before_anything_was_said_or_twice(desk: Desk) -> None:
-    with pytest.raises(ProblemError, match="nothing to take back"):
+    with pytest.raises(ProblemError, match="nothing to undo"):
         desk.say(Judgement("withdraw"), key="undo")
     desk.say(Judgement("skip"))
     desk.say(Judgement("withdraw"), key="undo")
-    with pytest.raises(ProblemError, match="nothing to take back"):
+    with pytest.raises(ProblemError, match="nothing to undo"):
         desk.say(Judgement("withdraw"), key="again")
 
 

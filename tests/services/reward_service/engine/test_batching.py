@@ -19,6 +19,7 @@ from plaudit.reward_service.engine.batching import (
     Scored,
     TemporaryOutOfMemory,
     Text,
+    parts_of,
 )
 from plaudit.reward_service.problems import ProblemError
 
@@ -382,7 +383,7 @@ def test_a_request_is_tokenised_in_slices(make_engine: Callable[..., Engine]) ->
     encode = scorer.encode
 
     def watched(wanted: Sequence[Text]) -> list[Encoded]:
-        taken.append(sum(len(first) for first, _ in wanted))
+        taken.append(sum(len(part) for text in wanted for part in parts_of(text)))
         return encode(wanted)
 
     scorer.encode = watched  # type: ignore[assignment, method-assign]

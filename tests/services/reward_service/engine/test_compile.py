@@ -49,5 +49,5 @@ def test_scores_are_the_same_and_nothing_is_compiled_once_it_serves(tmp_path: Pa
 def test_what_is_not_compiled_is_refused(classifier_dir: Path) -> None:
     with pytest.raises(ModelError, match="runs without padding on a CPU"):
         load_scorer(Settings(model=str(classifier_dir), compile=True))
-    with pytest.raises(ValidationError, match="--compile goes with floats, and --dtype is int8"):
+    with pytest.raises(ValidationError, match="--compile needs a floating-point --dtype, and it is int8"):
         Settings(model=str(classifier_dir), compile=True, dtype="int8")

@@ -179,7 +179,7 @@ def narrow_head(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (further_layer, "has no place for .distilbert.transformer.layer.2.ffn.lin1.weight., so it was trained as"),
+        (further_layer, "doesn't have .distilbert.transformer.layer.2.ffn.lin1.weight., so it was trained as"),
         (narrow_head, "classifier.weight is 3x32 in the file and 2x32 by the configuration"),
     ],
 )
@@ -357,7 +357,7 @@ def test_a_hub_id_behind_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: py
         raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    assert "nor a model the hub gives (ImportError: Using SOCKS proxy" in refusal("some/judge")
+    assert "nor a model on the hub (ImportError: Using SOCKS proxy" in refusal("some/judge")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "roberta", "llama", "t5", "xlnet", "qwen2", "bloom", "esm", "modernbert"])

@@ -46,7 +46,7 @@ def test_a_directory_that_has_gone_is_never_looked_for_on_the_hub(
     source = ModelOrigins(settings.model)
     first = load_scorer(settings, source)
     mine.rename(tmp_path / "away")
-    with pytest.raises(ModelError, match=r"models/mine has gone; .* Put it back"):
+    with pytest.raises(ModelError, match=r"models/mine no longer exists; .* Restore it"):
         load_scorer(settings, source)
     (tmp_path / "away").rename(mine)
     assert load_scorer(settings, source).revision == first.revision

@@ -222,7 +222,7 @@ def test_beyond_the_bound_on_connections_health_answers_and_everything_else_is_t
         [refused] = answers_to(port, request(b"Host: x", JSON, LENGTH, body=BODY))
         assert refused.startswith(b"503")
         assert b"connection: close" in refused
-        assert b"3 connections are open, and that is the bound" in refused
+        assert b"3 connections are open, the most that the service takes" in refused
 
 
 def test_the_bound_on_connections_leaves_files_for_other_uses() -> None:

@@ -21,6 +21,7 @@ from plaudit.reward_service.settings import Settings
 MOST_S = 0.05
 LARGEST = 16 * 2**20
 INFER = "/v2/models/reward/infer"
+MESSAGE = {"role": "user", "content": "a film that is good"}
 BINARY = json.dumps(
     {"inputs": [{"name": "t", "datatype": "BYTES", "shape": [10**6], "parameters": {"binary_data_size": 4 * 10**6}}]}
 ).encode()
@@ -48,6 +49,48 @@ HOSTILE: dict[str, Callable[[], tuple[str, bytes, dict[str, str]]]] = {
     "one string of escapes": lambda: ("/v1/rewards", b'{"items":["%s"]}' % (rb"\u00e9" * 2_700_000), {}),
     "a string without an end": lambda: ("/pooling", b'{"input":"' + b"\\n" * 8_000_000, {}),
     "spaces": lambda: ("/predict", b"{" + b" " * (LARGEST - 2) + b"}", {}),
+    "as many messages as a body may hold, for a service that takes texts": lambda: (
+        "/v1/rewards",
+        json.dumps({"items": [{"prompt": [MESSAGE] * 3, "response": "b"}] * 900}).encode(),
+        {},
+    ),
+    "messages of megabytes, for a service that takes texts": lambda: (
+        "/v1/rewards",
+        json.dumps({"items": [{"prompt": [{**MESSAGE, "content": "b" * 900}] * 1000, "response": ""}] * 3}).encode(),
+        {},
+    ),
+    "messages that are all wrong": lambda: (
+        "/v1/rewards",
+        json.dumps({"items": [{"prompt": [{"role": 1}] * 1000, "response": "b"}] * 5}).encode(),
+        {},
+    ),
+    "messages that are no objects": lambda: (
+        "/v1/rewards",
+        json.dumps({"items": [{"prompt": [1] * 1000, "response": "b"}] * 17}).encode(),
+        {},
+    ),
+    "as many fields' values as a body may hold, and then a wrong one": lambda: (
+        "/v1/rewards",
+        json.dumps(
+            {"items": [{"prompt": "a", "response": "b", "fields": {"x": [1.5, "a"] * 2000}}] * 4 + [{"prompt": 3}]}
+        ).encode(),
+        {},
+    ),
+    "fields that are too many": lambda: (
+        "/v1/rewards",
+        json.dumps({"items": [{"prompt": "a", "response": "b", "fields": {"x": [[1]] * 8000}}]}).encode(),
+        {},
+    ),
+    "fields in fields": lambda: (
+        "/v1/rewards",
+        b'{"items":[{"prompt":"a","response":"b","fields":%s1%s}]}' % (b'{"a":' * 30, b"}" * 30),
+        {},
+    ),
+    "fields in fields in a large body": lambda: (
+        "/v1/rewards",
+        b'{"items":[{"prompt":"a","response":"%s","fields":%s1%s}]}' % (b"b" * 40_000, b'{"a":' * 500, b"}" * 500),
+        {},
+    ),
     "a label of megabytes": lambda: (
         "/v1/rewards",
         json.dumps({"items": [{"prompt": "a", "response": "b"}], "label": "L" * 15 * 10**6}).encode(),

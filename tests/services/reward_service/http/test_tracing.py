@@ -184,7 +184,7 @@ def test_nobody_is_traced_who_did_not_ask(environment: dict[str, str]) -> None:
     ("environment", "said"),
     [
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, "OTEL_TRACES_EXPORTER is zipkin"),
-        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "by http/protobuf"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "set it to http/protobuf"),
     ],
 )
 def test_what_cannot_be_sent_is_said_at_the_start(environment: dict[str, str], said: str) -> None:
@@ -208,7 +208,7 @@ def test_a_propagator_that_is_not_there_is_said_at_the_start() -> None:
 
 def test_a_missing_sdk_is_said_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(TracingError, match=r"opentelemetry\.sdk\.trace is missing; install plaudit\[otel\]"):
+    with pytest.raises(TracingError, match=r"opentelemetry\.sdk\.trace is not installed; install plaudit\[otel\]"):
         provider_from_environment({"OTEL_TRACES_EXPORTER": "otlp"})
 
 

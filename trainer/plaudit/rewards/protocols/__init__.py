@@ -5,20 +5,22 @@ from typing import Any
 
 from plaudit.rewards.errors import RewardRejected
 from plaudit.rewards.protocols.base import BrokenBody, Dialect, Get, UnusableAnswer, from_json
+from plaudit.rewards.protocols.chat_judge import ChatJudge
 from plaudit.rewards.protocols.hf_inference import HFInference
 from plaudit.rewards.protocols.infinity import Infinity
 from plaudit.rewards.protocols.kserve import KServe
 from plaudit.rewards.protocols.openrlhf import OpenRLHF
 from plaudit.rewards.protocols.plaudit import Plaudit
 from plaudit.rewards.protocols.sglang import SGLang
+from plaudit.rewards.protocols.slime import Slime
 from plaudit.rewards.protocols.tei import TEI
 from plaudit.rewards.protocols.vllm import VLLMClassify, VLLMPooling
 from plaudit.rewards.settings import RewardComponent
 
-DIALECTS: dict[str, type[Dialect]] = {
-    dialect.name: dialect
-    for dialect in (Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe)
-}
+_ALL: tuple[type[Dialect], ...] = (
+    *(Plaudit, TEI, OpenRLHF, VLLMClassify, VLLMPooling, SGLang, Infinity, HFInference, KServe, Slime, ChatJudge),
+)
+DIALECTS: dict[str, type[Dialect]] = {dialect.name: dialect for dialect in _ALL}
 
 _TELLTALES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "/v1/model": ("plaudit", lambda about: "limits" in about),

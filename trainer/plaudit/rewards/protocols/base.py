@@ -22,6 +22,10 @@ class UnusableAnswer(Exception):
     """A whole answer, but not to what was asked."""
 
 
+class NoVerdict(UnusableAnswer):
+    """A judge's answer that names no score. Asked again, the judge may give one."""
+
+
 @dataclass(frozen=True)
 class Call:
     """A POST below the endpoint's URL, with a JSON body."""
@@ -31,9 +35,16 @@ class Call:
 
 
 class Dialect(Protocol):
+    """The translation between one server protocol and `plaudit.wire`. One instance serves one endpoint."""
+
     name: str
     retried_statuses: frozenset[int]
     """Statuses that mean "try again" in this protocol, besides those that mean it everywhere."""
+    adds_first_token: bool
+    """Whether servers put the tokenizer's special tokens around every text, so that a rendered one must not begin with
+    them."""
+    conversations_per_request: int | None
+    """The most conversations that one request holds; None for no such bound."""
 
     def __init__(self, component: RewardComponent) -> None: ...
 
@@ -43,23 +54,59 @@ class Dialect(Protocol):
         Raises what `get` raises while it isn't ready.
         """
 
+    def no_conversations(self, info: ModelInfo) -> str | None:
+        """Why no conversation can be sent, and what to do about it; None where one can."""
+
+    def needs(self, info: ModelInfo) -> Sequence[str]:
+        """Names of the fields that every item must have."""
+
+    def takes(self, info: ModelInfo) -> Sequence[str]:
+        """Names of further fields that are sent where a row has them."""
+
     def encode(self, items: Sequence[RewardItem]) -> Call:
-        """The request for these items."""
+        """The request for these items. They have conversations and fields only as the above says."""
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
         """The rewards in request order. Raises `BrokenBody` or `UnusableAnswer`."""
 
 
+class TextsAlone(Dialect):
+    """Of protocols that have a place for texts and for nothing else: no conversations, no fields."""
+
+    adds_first_token: bool = True
+    conversations_per_request: int | None = None
+
+    def no_conversations(self, info: ModelInfo) -> str | None:
+        """Always a reason: this protocol has no field for messages."""
+        return "its protocol has no place for messages"
+
+    def needs(self, info: ModelInfo) -> Sequence[str]:
+        """No fields."""
+        return ()
+
+    def takes(self, info: ModelInfo) -> Sequence[str]:
+        """No fields."""
+        return ()
+
+
+def prompt_text(item: RewardItem) -> str:
+    """The prompt of an item whose conversation, if it had one, has been rendered."""
+    assert isinstance(item.prompt, str)
+    return item.prompt
+
+
 def joined(items: Sequence[RewardItem]) -> list[str]:
     """Prompt and response as one text each, for protocols that know only texts."""
-    return [item.prompt + item.response for item in items]
+    return [prompt_text(item) + item.response for item in items]
 
 
 def to_json(value: object) -> bytes:
+    """The value as JSON, in UTF-8."""
     return json.dumps(value).encode()
 
 
 def from_json(body: bytes) -> Any:
+    """The parsed JSON document. Raises `BrokenBody` for anything else."""
     try:
         return json.loads(body)
     except ValueError as error:
@@ -135,6 +182,7 @@ class ProbabilityCheck:
         self._look_for_sigmoids = asked
 
     def __call__(self, rows: Sequence[Sequence[object]]) -> None:
+        """Check one answer's rows of scores, one row a text."""
         numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
         if self._accepts or not numbers:
             return

@@ -6,6 +6,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     joined,
@@ -18,7 +19,9 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class Infinity:
+class Infinity(TextsAlone):
+    """infinity's classifiers: every label's score for each text, matched by the label's name."""
+
     name = "infinity"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -28,6 +31,7 @@ class Infinity:
         self._model = component.model
 
     async def describe(self, get: Get) -> ModelInfo:
+        """The configured classifier, or the server's only one. Raises `UnusableAnswer` if the choice is not unique."""
         answer = from_json(await get("/models"))
         try:
             judges = [model["id"] for model in answer["data"] if "classify" in model["capabilities"]]
@@ -42,9 +46,11 @@ class Infinity:
         return model_info(self._model)
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts, with raw scores requested."""
         return Call("/classify", to_json({"model": self._model, "input": joined(items), "raw_scores": True}))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The score of the requested label for each text. Probabilities raise `UnusableAnswer`."""
         answer = from_json(body)
         texts = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(texts, list):

@@ -11,6 +11,7 @@ from plaudit.rewards.protocols.base import (
     Call,
     Get,
     ProbabilityCheck,
+    TextsAlone,
     UnusableAnswer,
     from_json,
     in_index_order,
@@ -24,8 +25,9 @@ from plaudit.rewards.settings import RewardComponent
 from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
-class _VLLM:
+class _VLLM(TextsAlone):
     retried_statuses: frozenset[int] = frozenset()
+    conversations_per_request = 1
 
     def __init__(self, component: RewardComponent) -> None:
         self._component = component
@@ -42,20 +44,39 @@ class _VLLM:
                 raise UnusableAnswer(f"/v1/models lists no model: {models!r:.80}") from error
         return model_info(self._model)
 
+    def no_conversations(self, info: ModelInfo) -> str | None:
+        return None
+
+    def _input(self, items: Sequence[RewardItem]) -> dict[str, Any]:
+        """Texts, or the one conversation that a request may hold, which the server renders."""
+        if all(isinstance(item.prompt, str) for item in items):
+            return {"input": joined(items)}
+        [item] = items
+        messages = [message.model_dump() for message in item.prompt if not isinstance(message, str)]
+        answer = {"role": "assistant", "content": item.response}
+        return {"messages": [*messages, answer], "add_generation_prompt": False}
+
     def _entries(self, body: bytes) -> list[dict[str, Any]]:
         answer = from_json(body)
         return in_index_order(answer.get("data") if isinstance(answer, dict) else answer)
 
 
 class VLLMClassify(_VLLM):
+    """vLLM's `/classify`: one row of logits and the winning label's name for each text."""
+
     name = "vllm-classify"
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """Texts, or one conversation, with the activation function turned off."""
         # `activation` is the older name of `use_activation`; either version ignores the other's.
-        body = {"model": self._model, "input": joined(items), "use_activation": False, "activation": False}
+        body = {"model": self._model, **self._input(items), "use_activation": False, "activation": False}
         return Call("/classify", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each row.
+
+        Raises `UnusableAnswer` if the winning label's name contradicts `label_index`.
+        """
         entries = self._entries(body)
         rows = [entry.get("probs") for entry in entries]
         rewards = [logit_by_index(row, self._component) for row in rows]
@@ -72,12 +93,15 @@ class VLLMClassify(_VLLM):
 
 
 class VLLMPooling(_VLLM):
+    """vLLM's `/pooling` with the task `classify`: one row of logits for each text."""
+
     name = "vllm-pooling"
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """Texts, or one conversation, with the activation function turned off."""
         body = {
             "model": self._model,
-            "input": joined(items),
+            **self._input(items),
             "task": "classify",
             "encoding_format": "float",
             "use_activation": False,
@@ -85,6 +109,7 @@ class VLLMPooling(_VLLM):
         return Call("/pooling", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each row."""
         rows = [entry.get("data") for entry in self._entries(body)]
         rewards = [logit_by_index(row, self._component) for row in rows]
         self._check([row or [] for row in rows])

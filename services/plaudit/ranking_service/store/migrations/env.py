@@ -1,6 +1,6 @@
-"""Alembic's entry: `Database.migrate` hands over the connection, with its transaction begun.
+"""Alembic's entry point. `Database.migrate` passes the connection, whose transaction has begun.
 
-Imported by anybody else than Alembic, it does nothing.
+Outside Alembic, importing it does nothing.
 """
 
 from alembic import context
