@@ -7,7 +7,8 @@
 text's largest logit where that is more than 1. "Short" texts have up to 20 words; "full" ones fill the model's
 positions. In the further columns a number is the largest over short and full texts, alone and in a batch: for a judge
 of one logit; for one whose files are in bf16; and for LoRA adapters with a trained head, in a directory of their own,
-beside peft with their base. "Batches" is the way of batching that the service chose at its start.
+beside peft with their base. "Chat" has conversations (`--join chat`) beside `apply_chat_template` of the same
+tokenizer, token for token. "Batches" is the way of batching that the service chose at its start.
 
 `--table` writes the table into a document in place of the one there, and prints it too.
 """
@@ -24,13 +25,14 @@ from typing import Any
 import peft
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.tables import measured_on, put
 from harness.tiny_judges import FAMILIES, tiny_judge
 from harness.tiny_policies import tiny_policy
 from plaudit.policy.lora_targets import default_targets
+from plaudit.reward_service.engine.batching import Chat
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
@@ -49,7 +51,16 @@ FURTHER = (
     "one logit",
     "bf16 files",
     "LoRA directory",
+    "chat",
 )
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}{{ eos_token }}"
+)
+"""Writes the special tokens itself, as chat templates do."""
+CONVERSATIONS = [
+    (("user", "good film ?"), ("assistant", "a bad one !")),
+    (("system", "be kind"), ("user", "why is it the worst plot ?"), ("assistant", "it is not")),
+]
 NO_JUDGES = ("mamba", "mamba2", "lfm2", "recurrent_gemma", "rwkv", "bamba")
 """Families of language models of which transformers has no classifier."""
 TABLE = "judges"
@@ -70,6 +81,7 @@ def judge_row(family: str, folder: Path) -> str:
     full_alone, full_together = differences(scorer, plain(directory), FULL, [FULL[0], *SHORT, FULL[1]])
     numbers = [f"{number:.0e}" for number in (short_alone, short_together, full_alone, full_together)]
     further = [cell(family, folder, make) for make in (one_logit, half_precision, adapters)]
+    further.append(conversations(family, folder / "chat"))
     return f"| {family} | {scorer.batching} | {' | '.join([*numbers, *further])} |"
 
 
@@ -133,6 +145,29 @@ def adapters(family: str, path: Path) -> tuple[Path, Any]:
                 parameter.normal_(0, 0.1)
     adapted.save_pretrained(path / "adapters")
     return path / "adapters", adapted.eval()
+
+
+def conversations(family: str, path: Path) -> str:
+    """The largest difference for conversations (`--join chat`), whose tokens are those of `apply_chat_template`."""
+    directory = tiny_judge(path, family)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    try:
+        scorer = load_scorer(Settings(model=str(directory), threads=1, join="chat"))
+    except ModelError as error:
+        return f"refused: {said(error, path.parent)}"
+    model, worst = plain(directory), 0.0
+    encodings = scorer.encode([Chat(turns) for turns in CONVERSATIONS])
+    for turns, encoded, got in zip(CONVERSATIONS, encodings, scorer.score(encodings, 0), strict=True):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
+        if list(encoded.ids) != ids:
+            return "OTHER TOKENS"
+        with torch.inference_mode():
+            wanted = model(torch.tensor([ids])).logits[0]
+        worst = max(worst, ((torch.tensor(got) - wanted).abs().max() / max(1.0, wanted.abs().max().item())).item())
+    return f"{worst:.0e}"
 
 
 def differences(
