@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -132,6 +133,10 @@ def rounding(plain: Any) -> float:
     """The largest difference of plain transformers' log-probabilities in fp32 from those in double precision."""
     exact, worst = copy.deepcopy(plain).double(), 0.0
     exact.set_experts_implementation("eager")  # the faster product of several experts knows no double precision
+    try:
+        plain_logprobs(exact, samples_up_to(22), 0)
+    except RuntimeError:  # XGLM fills its mask with a number that overflows
+        return math.nan
     for longest in (22, POSITIONS):
         samples = samples_up_to(longest)
         for index in range(len(samples)):
