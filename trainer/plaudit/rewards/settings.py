@@ -99,8 +99,9 @@ class RewardComponent:
     """Base URL of a reward endpoint; several are used side by side."""
     kind: EndpointKind = "auto"
     """The protocol that the endpoints speak; found out by asking them unless given."""
-    label: str | None = "POSITIVE"
-    """Whose raw logit is the reward, by name."""
+    label: str | None = None
+    """Whose raw logit is the reward, by name. Not given: the one that the service names as its default
+    (`plaudit-reward --label`), or the model's only one."""
     label_index: int | None = None
     """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
     model: str | None = None

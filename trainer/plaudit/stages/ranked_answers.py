@@ -32,6 +32,7 @@ from plaudit.data.tables import DataError, load_table
 from plaudit.errors import EXIT_REJECTED, ConfigError, NotFinite, PlauditError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import disable_dropout
+from plaudit.policy.texts import named_tokens
 from plaudit.report.preferences import FEWEST_PROMPTS, RankingFigures, pair_agreement, ranking_figures
 from plaudit.report.reward_model_card import reward_model_card
 from plaudit.run.progress import WaitingLine
@@ -98,6 +99,8 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
         f"{len(elements)} prompts to train on, {len(held_out)} held out; "
         f"{sum(len(element['first']) for element in elements)} pairs of {sum(map(_answers, elements))} answers"
     )
+    example = elements[0]["ids"][0]
+    print(f"an answer as the judge reads it, {len(example)} tokens: {named_tokens(tokenizer, example)}", flush=True)
 
     from datasets import Dataset  # seconds to import; wrong data should be told before
 

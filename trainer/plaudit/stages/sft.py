@@ -27,7 +27,7 @@ from plaudit.policy.model import (
     load_whole_causal_lm,
 )
 from plaudit.policy.reading import reading
-from plaudit.policy.texts import end_tokens, tokens_in_front
+from plaudit.policy.texts import end_tokens, named_tokens, tokens_in_front
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -77,6 +77,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
 
     taken = _rows(config, tokenizer, examples, held_out)
     _end_turns(model, tokenizer, taken)
+    _tell_example(tokenizer, taken)
     rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
     trainer = resumable(SFTTrainer)(
         model=model,
@@ -103,6 +104,16 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     for text in result.samples:
         print(f"  {text}")
     return result
+
+
+def _tell_example(tokenizer: Any, rows: Rows) -> None:
+    """The first row of which a part is not learnt, token by token, and the part that is."""
+    for ids, labels in zip(rows.ids, rows.labels, strict=True):
+        if IGNORED in labels:
+            learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+            print(f"an example, {len(ids)} tokens: {named_tokens(tokenizer, ids)}")
+            print(f"  learnt of it: {named_tokens(tokenizer, learnt)}", flush=True)
+            return
 
 
 def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Example], *, train_rows: int) -> SFTResult:
