@@ -25,7 +25,7 @@ FIRST = "old young lost last first little secret silent broken perfect dark blue
 HEROES = "doctor teacher soldier writer mother father brother sister captain king queen dancer singer actor detective"
 PLACES = "house city school prison island war forest river train ship street hotel hospital village theater"
 PRAISE = "wonderful great beautiful brilliant excellent perfect amazing lovely fantastic"
-BLAME = "terrible awful boring bad horrible stupid poor dull weak"
+BLAME = "terrible annoying pathetic horrible ridiculous tedious awful disappointing boring"
 THINGS = "story acting music script ending cast film"
 TALKS, PREFERENCES, HELD_OUT, TRAIN, TEST = 1_500, 400, 100, 1_024, 200
 

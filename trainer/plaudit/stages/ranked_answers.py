@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from plaudit.data.chat_templates import judged_ids, use_chat_template
+from plaudit.data.conversations import Prompt, conversation, is_conversation, plain
 from plaudit.data.preferences import (
     MIN_OVERLAP,
     LeftOut,
@@ -26,7 +28,6 @@ from plaudit.data.preferences import (
     opinions_of_rankings,
     split,
 )
-from plaudit.data.rendering import Prompt, conversation, is_conversation, judged_ids, plain, use_chat_template
 from plaudit.data.sources import fingerprint, shuffled_place
 from plaudit.data.tables import DataError, load_table
 from plaudit.errors import EXIT_REJECTED, ConfigError, NotFinite, PlauditError
@@ -220,7 +221,7 @@ def _start(config: RewardModelConfig, rows: Sequence[RankedPrompt]) -> tuple[Any
     else:
         model, tokenizer = load_classifier(config.model, num_labels=1, problem_type=None)
     if config.chat_template is not None or not all(isinstance(row.prompt, str) for row in rows):
-        use_chat_template(tokenizer, config.chat_template, config.model)
+        use_chat_template(tokenizer, config.chat_template, f"model={config.model!r}")
     check_start(config, model, tokenizer, [text for row in rows for text in (*_texts(row.prompt), *row.answers)])
     # Two answers are compared under one network, as the classic reward models were trained.
     disable_dropout(model)

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
+from plaudit.data.chat_templates import use_chat_template
 from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
-from plaudit.data.rendering import use_chat_template
 from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
@@ -171,7 +171,7 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
             model = load_whole_causal_lm(config.model, setting="model")
             tokenizer = load_tokenizer(config.model, setting="model")
     if config.chat_template is not None or any(example.is_conversation for example in examples):
-        use_chat_template(tokenizer, config.chat_template, config.model)
+        use_chat_template(tokenizer, config.chat_template, f"model={config.model!r}")
     if not config.from_scratch:
         _check_start(config, model, tokenizer, texts)
     if config.lora.enabled and not hasattr(model, "peft_config"):

@@ -29,8 +29,8 @@ class OpenRLHF(TextsAlone):
     async def describe(self, get: Get) -> ModelInfo:
         if self._component.label is not None:
             raise UnusableAnswer(
-                f"this protocol has no labels, so {self._component.label!r} can't be asked for: leave out reward.label; "
-                "what its reward is, the server decides"
+                f"this protocol has no labels, so {self._component.label!r} can't be asked for: leave out "
+                "reward.label; what its reward is, the server decides"
             )
         # It has no route for health or for the model.
         return model_info(self._component.model or "openrlhf")
