@@ -212,7 +212,7 @@ class Trial:
 
     def _against(self, urls: Sequence[str], settings: Mapping[str, float]) -> PPOConfig:
         self._runs += 1
-        values = {"patience_s": 300.0, "connect_timeout_s": 1.0} | dict(settings)
+        values: dict[str, Any] = {"label": "POSITIVE", "patience_s": 300.0, "connect_timeout_s": 1.0} | dict(settings)
         reward = RewardSettings.of(url=tuple(urls), chunk_size=4, **values)
         return replace(self._config, output_dir=self._directory / f"run-{self._runs}", reward=reward)
 

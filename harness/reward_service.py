@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from harness.processes import Program
 
@@ -52,6 +53,7 @@ class RewardService(Program):
         self._model = model
         self._flags = flags
         self.port = 0
+        self.announced: dict[str, Any] = {}
         self.begin()
         self.wait_until_ready()
 
@@ -75,4 +77,5 @@ class RewardService(Program):
 
     def wait_until_ready(self) -> None:
         """Returns when it answers."""
-        self.port = int(self.wait_for_event("ready")["url"].rpartition(":")[2])
+        self.announced = self.wait_for_event("ready")
+        self.port = int(self.announced["url"].rpartition(":")[2])

@@ -38,7 +38,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(service: RewardService, **changes: Any) -> RewardSettings:
-    return RewardSettings.of(url=(service.url,), patience_s=60.0, **changes)
+    return RewardSettings.of(url=(service.url,), patience_s=60.0, **{"label": "POSITIVE"} | changes)
 
 
 def test_the_client_gets_the_logits_that_transformers_computes(service: RewardService, model_dir: Path) -> None:
@@ -59,14 +59,14 @@ def test_the_client_gets_the_logits_that_transformers_computes(service: RewardSe
 @pytest.mark.parametrize(
     ("kind", "path", "changes"),
     [
-        ("tei", "", {}),
-        ("openrlhf", "", {"label": None}),
+        ("tei", "", {"label": "POSITIVE"}),
+        ("openrlhf", "", {}),
         ("vllm-classify", "", {"label_index": 1}),
         ("vllm-pooling", "", {"label_index": 1}),
         ("sglang", "", {"label_index": 1}),
-        ("infinity", "", {}),
-        ("infinity", "/infinity", {}),
-        ("hf-inference", "", {}),
+        ("infinity", "", {"label": "POSITIVE"}),
+        ("infinity", "/infinity", {"label": "POSITIVE"}),
+        ("hf-inference", "", {"label": "POSITIVE"}),
         ("kserve", "", {"model": "reward", "label_index": 1}),
     ],
 )

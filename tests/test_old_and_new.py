@@ -24,7 +24,8 @@ CLIENT = """
 import json, sys
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings
-with RewardClient(RewardSettings.of(url=tuple(sys.argv[1:]), patience_s=120.0, chunk_size=2)) as client:
+settings = RewardSettings.of(url=tuple(sys.argv[1:]), patience_s=120.0, label="POSITIVE", chunk_size=2)
+with RewardClient(settings) as client:
     client.connect()
     print(json.dumps("connected"), flush=True)
     for line in sys.stdin:

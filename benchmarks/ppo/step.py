@@ -189,7 +189,7 @@ def judged(models: Models) -> Iterator[RewardClient]:
     with (
         tempfile.TemporaryDirectory() as directory,
         reward_service(str(models.judge), Path(directory), ready_timeout_s=300.0) as url,
-        RewardClient(RewardSettings.of(url=(url,))) as client,
+        RewardClient(RewardSettings.of(url=(url,), label="POSITIVE")) as client,
     ):
         client.connect()
         yield client

@@ -185,13 +185,13 @@ def kserve(method: str, path: str, body: Any) -> tuple[int, Any]:
 
 
 SPOKEN: dict[str, tuple[Server, dict[str, Any]]] = {
-    "tei": (tei, {}),
-    "openrlhf": (openrlhf, {"label": None}),
+    "tei": (tei, {"label": "POSITIVE"}),
+    "openrlhf": (openrlhf, {}),
     "vllm-classify": (vllm, {"label_index": 1}),
     "vllm-pooling": (vllm, {"label_index": 1}),
-    "sglang": (sglang, {"label": None}),
-    "infinity": (infinity, {}),
-    "hf-inference": (hf_inference, {}),
+    "sglang": (sglang, {}),
+    "infinity": (infinity, {"label": "POSITIVE"}),
+    "hf-inference": (hf_inference, {"label": "POSITIVE"}),
     "kserve": (kserve, {"label_index": 1, "model": "judge"}),
 }
 """Each kind of endpoint, a stand-in that speaks it, and the settings it needs."""

@@ -117,7 +117,9 @@ def test_the_real_service_killed_under_load_and_restarted_gives_the_same_rewards
     responses = [" was wonderful" if i % 3 else " was terrible and boring" for i in range(256)]
     service = RewardService(tiny_classifier_dir(tmp_path / "model"))
     try:
-        with RewardClient(RewardSettings.of(url=(service.url,), patience_s=600.0, chunk_size=4)) as client:
+        with RewardClient(
+            RewardSettings.of(url=(service.url,), label="POSITIVE", patience_s=600.0, chunk_size=4)
+        ) as client:
             client.connect()
             undisturbed = client.score(prompts, responses)
             waiting = client.submit(prompts, responses)

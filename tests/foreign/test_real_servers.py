@@ -125,10 +125,10 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
     flags += ["--no-bettertransformer", "--no-model-warmup", "--host", "127.0.0.1", "--port", "PORT"]
     start = "from infinity_emb.cli import cli; cli()"
     with running("PLAUDIT_INFINITY_PYTHON", "-c", start, "v2", *flags, log=tmp_path / "log") as url:
-        settings = RewardSettings.of(url=(url,), patience_s=90.0)
+        settings = RewardSettings.of(url=(url,), label="POSITIVE", patience_s=90.0)
         with RewardClient(settings) as client, pytest.raises(RewardRejected, match="probabilities came back"):
             client.connect()
-        meant = RewardSettings.of(url=(url,), patience_s=90.0, accept_probabilities=True)
+        meant = RewardSettings.of(url=(url,), label="POSITIVE", patience_s=90.0, accept_probabilities=True)
         with RewardClient(meant) as client:
             assert client.connect().id == "judge"
             expected = logits_of(classifier, TEXTS).softmax(-1)[:, 1].tolist()
@@ -140,7 +140,7 @@ def test_infinity_is_recognised_and_its_probabilities_are_refused_unless_they_ar
 def test_kserves_model_server_gives_every_text_its_logit(tmp_path: Path, train: Any) -> None:
     script = str(ROOT / "harness" / "foreign" / "kserve_judge.py")
     with running("PLAUDIT_KSERVE_PYTHON", script, "--port", "PORT", log=tmp_path / "log") as url:
-        settings = RewardSettings.of(url=(url,), patience_s=90.0, model="judge", label_index=1)
+        settings = RewardSettings.of(url=(url,), label="POSITIVE", patience_s=90.0, model="judge", label_index=1)
         with RewardClient(settings) as client:
             assert client.connect().id == "judge"
             assert client.score(PROMPTS, RESPONSES) == pytest.approx([foreign.logits(text)[1] for text in TEXTS])
@@ -157,7 +157,7 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
     script = str(ROOT / "harness" / "foreign" / "openrlhf_on_cpu.py")
     address = ["--host", "127.0.0.1", "--port", "PORT"]
     with running("PLAUDIT_OPENRLHF_PYTHON", script, *flags, *address, log=tmp_path / "log") as url:
-        settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf", label=None)
+        settings = RewardSettings.of(url=(url,), patience_s=90.0, kind="openrlhf")
         with RewardClient(settings) as client:
             client.connect()
             rewards = client.score(PROMPTS, RESPONSES)

@@ -3,7 +3,7 @@
     PlauditError            1
     ├── ConfigError         2    an invalid setting, file or model: change the command
     │   ├── ModelNotFound        (policy.model)
-    │   ├── ChatTemplateError    (policy.chat)
+    │   ├── ChatTemplateError    (data.chat_templates)
     │   └── DataError            (data.tables)
     ├── NotFinite           1    a NaN or infinite number; nothing with one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update

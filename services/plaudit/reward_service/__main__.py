@@ -130,7 +130,9 @@ def serve(settings: Settings, keys: Keys, listener: socket.socket) -> NoReturn:
                 )
                 os._exit(EXIT_USAGE)
         assert isinstance(engine.scorer, TransformersScorer)
-        log_event("ready", url=url, pid=os.getpid(), revision=engine.scorer.revision, checked=engine.scorer.checked)
+        scorer = engine.scorer
+        conversation = {} if (tokens := scorer.example()) is None else {"conversation": tokens}
+        log_event("ready", url=url, pid=os.getpid(), revision=scorer.revision, checked=scorer.checked, **conversation)
 
     async def reload() -> None:
         keys.refresh()

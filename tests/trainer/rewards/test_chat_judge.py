@@ -19,7 +19,7 @@ from plaudit.settings.ppo import PPOConfig
 
 
 def settings(url: str, *, judge: dict[str, Any] | None = None, **changes: Any) -> RewardSettings:
-    values: dict[str, Any] = {"label": None, "patience_s": 30.0} | changes
+    values: dict[str, Any] = {"patience_s": 30.0} | changes
     return RewardSettings.of(url=(url,), kind="chat-judge", judge=JudgeSettings(**judge or {}), **values)
 
 
@@ -189,7 +189,7 @@ def test_a_server_that_gives_no_score_is_refused_at_the_start_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label": "POSITIVE"}, "no labels.*--reward.label None"),
+        ({"label": "POSITIVE"}, "no labels.*leave out reward.label"),
         ({"model": "judge-9"}, "model does not exist"),
     ],
 )
@@ -277,7 +277,7 @@ def test_slime_gets_prompt_response_and_label_and_its_number_is_the_reward() -> 
 
     chat = [{"role": "user", "content": "Hi"}]
     with serving(server) as url:
-        asked = RewardSettings.of(url=(f"{url}/rm/score",), kind="slime", label=None, patience_s=30.0)
+        asked = RewardSettings.of(url=(f"{url}/rm/score",), kind="slime", patience_s=30.0)
         with RewardClient(asked) as client:
             client.connect()
             assert client.score(["a", chat], ["bb", "ccc"], {"label": ["odd", 3]}) == [math.pi, 3.0]

@@ -43,7 +43,13 @@ def problem(name: str) -> str:
 
 
 def settings(*servers: StubRewardServer, **changes: object) -> RewardSettings:
-    values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 8, "check_order": False} | changes
+    values = {
+        "label": "POSITIVE",
+        "patience_s": 30.0,
+        "request_timeout_s": 20.0,
+        "chunk_size": 8,
+        "check_order": False,
+    } | changes
     return RewardSettings.of(url=tuple(server.url for server in servers), **values)
 
 
@@ -56,6 +62,31 @@ def test_rewards_come_back_in_the_order_of_the_texts(stub_reward_server: StubRew
     assert state["largest_request"] == 8
     assert state["requests"] == 7
     assert set(state["scored"].values()) == {1}
+
+
+def test_without_a_label_the_service_chooses_and_its_choice_belongs_to_the_revision(
+    stub_reward_server: StubRewardServer,
+) -> None:
+    with RewardClient(settings(stub_reward_server, label=None)) as client:
+        client.connect()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+        assert client.revision == f"{REVISION} (label POSITIVE)"
+        assert "label" not in stub_reward_server.state["last_request"]
+        stub_reward_server.script([{"do": "label", "label": "NEGATIVE"}])
+        with pytest.raises(RewardRejected, match=r"\(label NEGATIVE\), and so far it was .*\(label POSITIVE\)"):
+            client.score(PROMPTS, RESPONSES)
+
+
+def test_without_a_label_the_only_one_is_taken_and_several_are_refused(stub_reward_server: StubRewardServer) -> None:
+    stub_reward_server.set(info={"labels": ["POSITIVE"]})
+    with RewardClient(settings(stub_reward_server, label=None)) as client:
+        client.connect()
+        assert client.score(PROMPTS, RESPONSES) == EXPECTED
+        assert client.revision == REVISION
+    stub_reward_server.set(info={"default_label": None})
+    refused = pytest.raises(RewardRejected, match=r"several labels: .*--reward\.label: NEGATIVE, POSITIVE")
+    with RewardClient(settings(stub_reward_server, label=None)) as client, refused:
+        client.connect()
 
 
 def test_nothing_to_score_asks_nobody(stub_reward_server: StubRewardServer) -> None:

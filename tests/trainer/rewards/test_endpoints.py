@@ -333,7 +333,7 @@ def test_several_rewards_are_weighted_and_each_is_told_by_name(start_stub: Start
     first, second = start_stub(), start_stub()
     mixed = RewardSettings(
         (
-            RewardComponent(name="sentiment", url=(first.url,), weight=2.0),
+            RewardComponent(name="sentiment", url=(first.url,), label="POSITIVE", weight=2.0),
             RewardComponent(name="length", function="my_rewards:length", weight=-0.5),
             RewardComponent(name="negative", url=(second.url,), label="NEGATIVE", weight=3.0),
         ),

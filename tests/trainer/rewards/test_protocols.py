@@ -15,7 +15,7 @@ POSITIVE = [foreign.logits(p + r)[1] for p, r in zip(PROMPTS, RESPONSES, strict=
 
 
 def settings(url: str, **changes: Any) -> RewardSettings:
-    return RewardSettings.of(url=(url,), patience_s=30.0, **changes)
+    return RewardSettings.of(url=(url,), patience_s=30.0, **{"label": "POSITIVE"} | changes)
 
 
 def connect_and_score(client: RewardClient) -> list[float]:
@@ -27,7 +27,7 @@ def connect_and_score(client: RewardClient) -> list[float]:
 @pytest.mark.parametrize("kind", foreign.SPOKEN)
 def test_the_raw_logit_of_the_label_comes_back_in_order(kind: str) -> None:
     server, changes = foreign.SPOKEN[kind]
-    with foreign.serving(server) as url, RewardClient(settings(url, kind=kind, **changes)) as client:
+    with foreign.serving(server) as url, RewardClient(settings(url, kind=kind, **{"label": None} | changes)) as client:
         client.connect()
         assert client.score(PROMPTS, RESPONSES) == POSITIVE
 
@@ -106,7 +106,9 @@ def test_tei_keeps_to_the_servers_batch_limit_and_has_its_revision() -> None:
     [
         ("tei", foreign.tei, {"label": "GOOD"}, "no label 'GOOD'.*NEGATIVE, POSITIVE"),
         ("tei", foreign.tei, {"label": None}, "several labels"),
-        ("openrlhf", foreign.openrlhf, {}, r"no labels.*--reward\.label None"),
+        ("openrlhf", foreign.openrlhf, {}, r"no labels.*leave out reward\.label"),
+        ("infinity", foreign.infinity, {"label": None}, "several labels: choose one with --reward.label: .*POSITIVE"),
+        ("hf-inference", foreign.hf_inference, {"label": None}, "several labels"),
         ("vllm-classify", foreign.vllm, {}, r"--reward\.label-index"),
         ("vllm-classify", foreign.vllm, {"label_index": 2}, "label_index=2, but 2 logits"),
         ("vllm-classify", foreign.vllm, {"label_index": 0}, "reward.label_index=0 is 'NEGATIVE'"),

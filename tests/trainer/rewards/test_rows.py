@@ -39,7 +39,13 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(*servers: StubRewardServer, **changes: Any) -> RewardSettings:
-    values = {"patience_s": 30.0, "request_timeout_s": 20.0, "chunk_size": 4, "check_order": False} | changes
+    values = {
+        "label": "POSITIVE",
+        "patience_s": 30.0,
+        "request_timeout_s": 20.0,
+        "chunk_size": 4,
+        "check_order": False,
+    } | changes
     return RewardSettings.of(url=tuple(server.url for server in servers), **values)
 
 
@@ -227,7 +233,7 @@ def test_openrlhf_gets_the_label_of_each_row_from_the_column_that_is_named() -> 
         return foreign.openrlhf(method, path, body)
 
     with foreign.serving(server) as url:
-        asked = RewardSettings.of(url=(url,), kind="openrlhf", label=None, label_field="answer", check_order=False)
+        asked = RewardSettings.of(url=(url,), kind="openrlhf", label_field="answer", check_order=False)
         with RewardClient(asked) as client:
             client.connect()
             client.score(["a", "b"], ["c", "d"], {"answer": ["x", {"y": 1}], "label": [1, 2]})
@@ -256,11 +262,8 @@ def test_vllm_gets_messages_one_conversation_a_request(kind: str) -> None:
     assert got == [foreign.logits(repr(messages))[1] for messages in sent]
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("tei", {}), ("infinity", {}), ("sglang", {"label": None}), ("openrlhf", {"label": None})],
-)
-def test_protocols_of_texts_alone_get_what_the_template_writes(tmp_path: Path, kind: str, changes: Any) -> None:
+@pytest.mark.parametrize("kind", ["tei", "infinity", "sglang", "openrlhf"])
+def test_protocols_of_texts_alone_get_what_the_template_writes(tmp_path: Path, kind: str) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
@@ -268,11 +271,11 @@ def test_protocols_of_texts_alone_get_what_the_template_writes(tmp_path: Path, k
     )
     server, needed = foreign.SPOKEN[kind]
     with foreign.serving(server) as url:
-        with RewardClient(RewardSettings.of(url=(url,), kind=kind, **needed | changes)) as client:
+        with RewardClient(RewardSettings.of(url=(url,), kind=kind, **needed)) as client:
             client.connect()
             with pytest.raises(RewardRejected, match="no place for messages"):
                 client.score(CHATS[:1], RESPONSES[:1])
-        asked = RewardSettings.of(url=(url,), kind=kind, render=str(template), **needed | changes)
+        asked = RewardSettings.of(url=(url,), kind=kind, render=str(template), **needed)
         with RewardClient(asked) as client:
             client.connect()
             got = client.score(CHATS[:3], RESPONSES[:3])

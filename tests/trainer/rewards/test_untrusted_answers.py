@@ -125,7 +125,7 @@ def test_neither_is_it_in_a_foreign_protocol() -> None:
         return packet(json.dumps({"rewards": values}).encode()) + stale
 
     with server(answer) as (url, _):
-        assert scores_of(url, kind="openrlhf", label=None) == [2.0, 8.0, 3.0]
+        assert scores_of(url, kind="openrlhf") == [2.0, 8.0, 3.0]
 
 
 def test_an_answer_to_another_request_is_asked_for_again() -> None:

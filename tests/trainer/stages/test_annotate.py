@@ -32,7 +32,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranking
 
 @pytest.fixture
 def config(service: RankingService) -> AnnotateConfig:
-    reward = RewardSettings.of(function="harness.judges:named_value", label=None)
+    reward = RewardSettings.of(function="harness.judges:named_value")
     return AnnotateConfig(url=service.url, reward=reward, annotators=4, temperature=(0.5,), patience_s=20, seed=3)
 
 

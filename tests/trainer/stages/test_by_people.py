@@ -56,7 +56,7 @@ def config(policy_dir: Path, reviews: Path, service: RankingService, tmp_path: P
 
 def ten_annotators(config: EvaluateConfig, **settings: Any) -> annotate.AnnotateResult:
     assert config.by_people is not None
-    reward = RewardSettings.of(function="harness.judges:vowels", label=None)
+    reward = RewardSettings.of(function="harness.judges:vowels")
     values: dict[str, Any] = {"temperature": (0.0,), "annotators": 10, "patience_s": 20.0} | settings
     return annotate.run(AnnotateConfig(url=config.by_people, reward=reward, **values))
 

@@ -25,6 +25,8 @@ from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
 from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.rewards.settings import RewardSettings
+from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
@@ -87,6 +89,50 @@ def test_two_processes_train_as_one_does(
     print(f"largest difference between 1 and 2 processes: metrics {of_metrics:.1e}, weights {of_weights:.1e}")
     assert of_metrics < 1e-5
     assert of_weights < 1e-5
+
+
+REWARD_OF_FIELD = """
+import json, os
+
+def of_row(prompts, responses, row):
+    with open("seen-" + os.environ.get("RANK", "0") + ".jsonl", "a") as file:
+        for seen in zip(prompts, responses, row):
+            file.write(json.dumps(seen) + "\\n")
+    return [float(number) for number in row]
+"""
+
+
+def test_each_reward_belongs_to_its_prompt_and_field_in_both_processes(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reward_of_field.py").write_text(REWARD_OF_FIELD)
+    rows = [{"question": f"Question number {i}", "row": i} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dataclasses.replace(
+        config,
+        dataset=DataSettings("rows.jsonl"),
+        prompts=PromptSettings(column="question", fields=("row",)),
+        generation=GenerationSettings(max_new_tokens=4),
+        reward=RewardSettings.of(function="reward_of_field:of_row"),
+        ppo=dataclasses.replace(config.ppo, batch_size=7, mini_batch_size=7, ppo_epochs=1),
+        steps=2,
+    )
+    train_with_ranks(config)
+    seen = [
+        [json.loads(line) for line in (tmp_path / f"seen-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)
+    ]
+    assert all(prompt == f"Question number {row}" for of_rank in seen for prompt, _, row in of_rank)
+    prompts = load_prompts(config.dataset, config.prompts, load_tokenizer(config.policy), "train", seed=config.seed)
+    schedule = PromptSchedule(prompts, 7, seed=config.seed)
+    batches = [schedule.batch(step) for step in range(2)]
+    # Shares of four and three, in the batch's order.
+    assert [row for _, _, row in seen[0]] == [row for batch in batches for row in batch.fields["row"][:4]]
+    assert [row for _, _, row in seen[1]] == [row for batch in batches for row in batch.fields["row"][4:]]
+    for line, batch in zip(numbers(config.output_dir), batches, strict=True):
+        assert line["env/reward_mean"] == pytest.approx(sum(batch.fields["row"]) / 7)
 
 
 def test_a_process_without_rewards_ends_all_with_its_message_and_exit_code(

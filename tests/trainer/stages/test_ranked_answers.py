@@ -83,7 +83,7 @@ def test_scores_have_standard_deviation_1_and_the_service_gives_them(config: Rew
     assert f"a factor of {factor:.6g}" in (config.output_dir / "README.md").read_text()
     service = RewardService(config.output_dir)
     try:
-        settings = RewardSettings.of(url=(service.url,), label="LABEL_0")
+        settings = RewardSettings.of(url=(service.url,))
         with RewardClient(settings) as client:
             client.connect()
             served = client.score([f"Film number {i}" for i in range(80) for _ in ANSWERS], ANSWERS * 80)

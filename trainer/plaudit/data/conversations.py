@@ -4,9 +4,10 @@ What would be wrong here: a message that reaches the policy in another form than
 a role and a text, and nothing else that a template might show to the one and the wire would not carry to the other.
 """
 
+import contextlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
@@ -14,6 +15,11 @@ from plaudit.data.tables import DataError, require_characters
 from plaudit.wire import ChatMessage
 from plaudit.wire.rewards import MAX_MESSAGES
 
+Conversation: TypeAlias = list[dict[str, str]]
+"""Turns with `role` and `content`, as chat templates take them."""
+Prompt: TypeAlias = str | Conversation
+"""A text, or the turns that the answer continues."""
+ASSISTANT = "assistant"
 EXAMPLE = '[{"role": "user", "content": "..."}]'
 
 
@@ -81,3 +87,43 @@ def as_text(messages: Sequence[ChatMessage]) -> str:
     if len(messages) == 1 and messages[0].role == "user":
         return messages[0].content
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+
+
+def conversation(value: Any, where: str) -> Conversation:
+    """As `messages_of`, for stages 1 and 2: roles are the template's affair, and other keys of a turn are not read.
+
+    Raises:
+        DataError: it is no list of objects with a `role` and a `content` that are texts.
+    """
+    turns = plain(value)
+    if isinstance(turns, str):
+        with contextlib.suppress(ValueError):
+            turns = json.loads(turns)
+    if not isinstance(turns, list) or not turns:
+        raise DataError(
+            f'{where}: {turns!r:.60} is no conversation; write it as [{{"role": "user", "content": "…"}}, …]'
+        )
+    found = []
+    for number, turn in enumerate(turns, start=1):
+        role, content = (turn.get(key) if isinstance(turn, Mapping) else None for key in ("role", "content"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(
+                f"{where}: turn {number} is {turn!r:.80}; each turn needs a role and a content that are texts"
+            )
+        found.append({"role": role, "content": content})
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Lists and dicts where Parquet gives arrays."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a cell holds turns and no text."""
+    value = plain(value)
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)

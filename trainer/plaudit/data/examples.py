@@ -9,16 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from plaudit.data.rendering import (
-    ASSISTANT,
-    Conversation,
-    assistant_spans,
-    conversation,
-    is_conversation,
-    marked_by_template,
-    render,
-    tokens_within,
-)
+from plaudit.data.chat_templates import assistant_spans, marked_by_template, rendered, tokens_within
+from plaudit.data.conversations import ASSISTANT, Conversation, conversation, is_conversation
 from plaudit.data.sources import Split, is_held_out, load_texts, shuffled_place
 from plaudit.data.tables import DataError, Table, load_table
 from plaudit.errors import ConfigError
@@ -75,7 +67,7 @@ class Example:
         """The tokens before the first one in the loss; None for a plain text."""
         if self.turns:
             answered = self._answered()
-            text = render(tokenizer, self.conversation[:answered], prompt=True) if answered else ""
+            text = rendered(tokenizer, self.conversation[:answered], prompt=True) if answered else ""
             ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
         if self.prompt is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from plaudit.data.rendering import ASSISTANT, Conversation, Prompt, conversation, is_conversation, plain
+from plaudit.data.conversations import ASSISTANT, Conversation, Prompt, conversation, is_conversation, plain
 from plaudit.data.tables import DataError, Table, load_table
 from plaudit.wire import rankings as wire
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from plaudit.data.chat_templates import render, use_chat_template
 from plaudit.data.conversations import as_text, key_of, messages_of, with_system
 from plaudit.data.sources import (
     Rows,
@@ -26,7 +27,6 @@ from plaudit.data.sources import (
 )
 from plaudit.data.tables import DataError, Table, kind_of, require_characters
 from plaudit.errors import ConfigError
-from plaudit.policy.chat import render, use_chat_template
 from plaudit.policy.texts import cut_between_characters, prompt_texts, tokens_in_front
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.data import DataSettings, PromptSettings
@@ -147,7 +147,8 @@ def load_sourced_prompts(
         assert prompts.column is not None
         keys_of = functools.partial(text_rows, settings=settings, name=prompts.column, flag="--prompts.column")
     else:
-        use_chat_template(tokenizer, prompts.chat_template, tokenizer.name_or_path)
+        policy = f"policy={tokenizer.name_or_path!r}"
+        use_chat_template(tokenizer, prompts.chat_template, policy, "prompts.chat_template")
         keys_of = functools.partial(_conversation_rows, settings=settings, prompts=prompts)
     rows = rows_of_split(settings, split, keys_of)
     bound = min((most for most in (prompts.max_tokens, room) if most is not None), default=math.inf)

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from plaudit.policy.samples import Samples
 from plaudit.policy.tokenizer import Tokenizer
 
+SHOWN_TOKENS = 64
+"""As many tokens people are shown of a row."""
 BROKEN = "\ufffd"
 """The replacement character, which decoders write for incomplete characters."""
 
@@ -96,6 +98,13 @@ def behind(prompt: str, whole: str) -> str:
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     return whole[next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole)) :]
+
+
+def named_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The tokens for people: each id with its token, at most `SHOWN_TOKENS` of them."""
+    tokens = [f"{index}:{token!r}" for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)]
+    more = f" ... {len(ids) - SHOWN_TOKENS} more" if len(ids) > SHOWN_TOKENS else ""
+    return " ".join(tokens[:SHOWN_TOKENS]) + more
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[int]:

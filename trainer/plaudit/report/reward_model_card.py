@@ -32,7 +32,7 @@ difference of two as log-odds.
 
 ```bash
 plaudit-reward --model {config.output_dir}
-plaudit ppo --reward.url http://127.0.0.1:8000 --reward.label LABEL_0
+plaudit ppo --reward.url http://127.0.0.1:8000
 ```
 
 ```yaml

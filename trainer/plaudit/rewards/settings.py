@@ -99,8 +99,9 @@ class RewardComponent:
     """Base URL of a reward endpoint. Several endpoints share the load."""
     kind: EndpointKind = "auto"
     """Protocol of the endpoints. `auto` detects it by asking them."""
-    label: str | None = "POSITIVE"
-    """Name of the label whose raw logit is the reward."""
+    label: str | None = None
+    """Name of the label whose raw logit is the reward. Default: the service's default label (`plaudit-reward --label`),
+    or the model's only one."""
     label_index: int | None = None
     """Index of the label's logit, for protocols that don't name the labels (vllm, sglang, kserve)."""
     model: str | None = None

@@ -115,7 +115,7 @@ class Source:
             info = await endpoint.describe()
             try:
                 self._check_label(endpoint.url, info)
-                self._check_revision(endpoint.url, info.revision)
+                self._check_revision(endpoint.url, self._revision(info, info.revision, info.default_label))
                 check_names(endpoint.needs, self._fields, endpoint.url)
                 # Probes have no fields, and an endpoint that takes one text per request can't mix up the order.
                 if self._settings.check_order and not endpoint.needs and info.limits.max_items > 1:
@@ -166,12 +166,12 @@ class Source:
                 task.cancel()
 
     async def _ask(self, endpoint: Endpoint, rows: Sequence[Row]) -> RewardResponse:
-        if endpoint.info is None:
-            await self._describe(endpoint)
+        info = endpoint.info or await self._describe(endpoint)
         with self._watching(endpoint):
             async with endpoint.places:
                 answer, exchange = await endpoint.score(rows)
-        self._check_revision(endpoint.url, answer.revision, exchange)
+        revision = self._revision(info, answer.revision, answer.label)
+        self._check_revision(endpoint.url, revision, exchange)
         self._answered_at = asyncio.get_running_loop().time()
         return answer
 
@@ -288,6 +288,11 @@ class Source:
             raise RewardRejected(
                 f"{url} serves {info.id}, which has no label {label!r}: choose one with --reward.label: {there_are}"
             )
+
+    def _revision(self, info: ModelInfo, revision: str, label: str | None) -> str:
+        """The revision; with its label, where the service chooses one of several: another default is another reward."""
+        chosen_there = self._component.label is None and len(info.labels) > 1 and label is not None
+        return f"{revision} (label {label})" if chosen_there else revision
 
     def _check_revision(self, url: str, revision: str, exchange: Exchange | None = None) -> None:
         if self.revision is not None and revision != self.revision:

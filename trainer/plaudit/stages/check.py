@@ -18,7 +18,7 @@ import torch
 from plaudit.errors import ConfigError
 from plaudit.learner.rollout import CollectedRollout
 from plaudit.parallel.launch import world_size
-from plaudit.policy.texts import decode
+from plaudit.policy.texts import decode, named_tokens
 from plaudit.rewards import RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.storage import NotWritten, writing
@@ -26,7 +26,6 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.stages.ppo_setup import Training, hold_directory, set_up
 
 MIB = 2**20
-SHOWN_TOKENS = 64
 
 
 @contextmanager
@@ -71,9 +70,7 @@ def tell_prompt(training: Training) -> None:
     prompts = training.rollouts.schedule.batch(training.stepper.steps_done).rows(0, 1)
     tokenizer, ids = training.rollouts.tokenizer, prompts.token_ids[0]
     print(f"a prompt, {len(ids)} tokens: {decode(tokenizer, [ids])[0]!r}")
-    tokens = [f"{index}:{token!r}" for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)]
-    more = f" ... {len(ids) - SHOWN_TOKENS} more" if len(ids) > SHOWN_TOKENS else ""
-    print(f"  its tokens: {' '.join(tokens[:SHOWN_TOKENS])}{more}")
+    print(f"  its tokens: {named_tokens(tokenizer, ids)}")
     for name, values in prompts.fields.items():
         print(f"  its field {name}: {values[0]!r}")
 

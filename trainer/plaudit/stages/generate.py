@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from plaudit.data.chat_templates import render, use_chat_template
 from plaudit.data.conversations import as_text, messages_of, with_system
 from plaudit.data.tables import DataError, Table, kind_of, read_file
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
-from plaudit.policy.chat import render, use_chat_template
 from plaudit.policy.checks import check_policy, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
@@ -173,7 +173,7 @@ def _tokens(
         in_front = tokens_in_front(tokenizer)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         return [[*in_front, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    use_chat_template(tokenizer, template, config.run)
+    use_chat_template(tokenizer, template, f"run={config.run!r}")
     conversations = [
         with_system([ChatMessage(role="user", content=prompt)] if isinstance(prompt, str) else prompt, system)
         for prompt in prompts

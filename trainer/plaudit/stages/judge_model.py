@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from plaudit import demo_models
-from plaudit.data.rendering import Prompt, judged_ids
+from plaudit.data.chat_templates import judged_ids
+from plaudit.data.conversations import Prompt
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
 from plaudit.policy.model import (

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from plaudit.data.chat_templates import judged_ids, use_chat_template
+from plaudit.data.conversations import Prompt, conversation, is_conversation, plain
 from plaudit.data.preferences import (
     MIN_OVERLAP,
     LeftOut,
@@ -25,12 +27,12 @@ from plaudit.data.preferences import (
     opinions_of_rankings,
     split,
 )
-from plaudit.data.rendering import Prompt, conversation, is_conversation, judged_ids, plain, use_chat_template
 from plaudit.data.sources import fingerprint, shuffled_place
 from plaudit.data.tables import DataError, load_table
 from plaudit.errors import EXIT_REJECTED, ConfigError, NotFinite, PlauditError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.policy.model import disable_dropout
+from plaudit.policy.texts import named_tokens
 from plaudit.report.preferences import FEWEST_PROMPTS, RankingFigures, pair_agreement, ranking_figures
 from plaudit.report.reward_model_card import reward_model_card
 from plaudit.run.progress import WaitingLine
@@ -97,6 +99,8 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
         f"{len(elements)} prompts to train on, {len(held_out)} held out; "
         f"{sum(len(element['first']) for element in elements)} pairs of {sum(map(_answers, elements))} answers"
     )
+    example = elements[0]["ids"][0]
+    print(f"an answer as the judge reads it, {len(example)} tokens: {named_tokens(tokenizer, example)}", flush=True)
 
     from datasets import Dataset  # takes seconds to import; data errors should come first
 
@@ -216,7 +220,7 @@ def _start(config: RewardModelConfig, rows: Sequence[RankedPrompt]) -> tuple[Any
     else:
         model, tokenizer = load_classifier(config.model, num_labels=1, problem_type=None)
     if config.chat_template is not None or not all(isinstance(row.prompt, str) for row in rows):
-        use_chat_template(tokenizer, config.chat_template, config.model)
+        use_chat_template(tokenizer, config.chat_template, f"model={config.model!r}")
     check_start(config, model, tokenizer, [text for row in rows for text in (*_texts(row.prompt), *row.answers)])
     # No dropout: two answers must be compared under the same network.
     disable_dropout(model)

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
+from plaudit.data.chat_templates import use_chat_template
 from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
-from plaudit.data.rendering import use_chat_template
 from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
@@ -27,7 +27,7 @@ from plaudit.policy.model import (
     load_whole_causal_lm,
 )
 from plaudit.policy.reading import reading
-from plaudit.policy.texts import end_tokens, tokens_in_front
+from plaudit.policy.texts import end_tokens, named_tokens, tokens_in_front
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -77,6 +77,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
 
     taken = _rows(config, tokenizer, examples, held_out)
     _end_turns(model, tokenizer, taken)
+    _tell_example(tokenizer, taken)
     rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
     trainer = resumable(SFTTrainer)(
         model=model,
@@ -103,6 +104,16 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     for text in result.samples:
         print(f"  {text}")
     return result
+
+
+def _tell_example(tokenizer: Any, rows: Rows) -> None:
+    """The first row of which a part is not learnt, token by token, and the part that is."""
+    for ids, labels in zip(rows.ids, rows.labels, strict=True):
+        if IGNORED in labels:
+            learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+            print(f"an example, {len(ids)} tokens: {named_tokens(tokenizer, ids)}")
+            print(f"  learnt of it: {named_tokens(tokenizer, learnt)}", flush=True)
+            return
 
 
 def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Example], *, train_rows: int) -> SFTResult:
@@ -160,7 +171,7 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
             model = load_whole_causal_lm(config.model, setting="model")
             tokenizer = load_tokenizer(config.model, setting="model")
     if config.chat_template is not None or any(example.is_conversation for example in examples):
-        use_chat_template(tokenizer, config.chat_template, config.model)
+        use_chat_template(tokenizer, config.chat_template, f"model={config.model!r}")
     if not config.from_scratch:
         _check_start(config, model, tokenizer, texts)
     if config.lora.enabled and not hasattr(model, "peft_config"):

@@ -162,6 +162,13 @@ class TransformersScorer:
             return self._template.encode(texts, self._tokenized)
         return self._tokenized([text for text in texts if not isinstance(text, Chat)])
 
+    def example(self) -> list[str] | None:
+        """The tokens of a short conversation as the chat template writes it; None without one. For the log."""
+        if self._template is None:
+            return None
+        [encoded] = self.encode([Chat((("user", "good"), ("assistant", "story")))])
+        return [str(token) for token in self.tokenizer.convert_ids_to_tokens(encoded.ids)]
+
     def _tokenized(self, texts: Sequence[Plain]) -> list[Encoded]:
         limit = self.max_tokens * CHARS_PER_TOKEN_LIMIT
         cut = [_cut(text, limit, self.truncation_side) for text in texts]

@@ -147,6 +147,9 @@ def logit_by_name(scores: Any, label: str | None) -> object:
         raise UnusableAnswer(f"labels with scores were expected, not {scores!r:.80}")
     if label is None and len(scores) == 1:
         return scores[0]["score"]
+    if label is None:
+        there_are = ", ".join(str(entry["label"]) for entry in scores)
+        raise UnusableAnswer(f"the model has several labels: choose one with --reward.label: {there_are}")
     found = [entry["score"] for entry in scores if entry["label"] == label]
     if len(found) != 1:
         raise UnusableAnswer(f"label {label!r} is not among {', '.join(str(entry['label']) for entry in scores)}")

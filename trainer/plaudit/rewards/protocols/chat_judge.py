@@ -90,8 +90,8 @@ class ChatJudge(TextsAlone):
         """
         if self._component.label is not None:
             raise UnusableAnswer(
-                f"a generative judge has no labels, so {self._component.label!r} can't be asked for: take its score "
-                "with --reward.label None"
+                f"a generative judge has no labels, so {self._component.label!r} can't be asked for: leave out "
+                "reward.label"
             )
         if self._component.model is None:
             self._model = self._only_one(from_json(await get("/v1/models")))

@@ -32,8 +32,8 @@ class OpenRLHF(TextsAlone):
         """Only the configured model name: the server doesn't describe itself. Raises `UnusableAnswer` for a label."""
         if self._component.label is not None:
             raise UnusableAnswer(
-                f"this protocol has no labels, so {self._component.label!r} can't be asked for: take what the server's "
-                "reward is with --reward.label None"
+                f"this protocol has no labels, so {self._component.label!r} can't be asked for: leave out "
+                "reward.label; what its reward is, the server decides"
             )
         # The server has no route for its health or model.
         return model_info(self._component.model or "openrlhf")

@@ -29,8 +29,8 @@ class Slime(TextsAlone):
         """Only the configured model name: the server has no other route. Raises `UnusableAnswer` for a label."""
         if self._component.label is not None:
             raise UnusableAnswer(
-                f"this protocol has no labels to choose from, so {self._component.label!r} can't be asked for: take "
-                "what the server's reward is with --reward.label None"
+                f"this protocol has no labels to choose from, so {self._component.label!r} can't be asked for: leave "
+                "out reward.label; what its reward is, the server decides"
             )
         # The server has only the scoring route.
         return model_info(self._component.model or "slime", max_items=1)

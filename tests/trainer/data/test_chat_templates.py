@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from harness.tiny_models import CHAT_TEMPLATES, tiny_chat_tokenizer, tiny_tokenizer
-from plaudit.policy.chat import ChatTemplateError, render, use_chat_template
+from plaudit.data.chat_templates import ChatTemplateError, render, use_chat_template
 from plaudit.wire import ChatMessage
 
 USER = {"role": "user", "content": " How was the film? "}
@@ -66,11 +66,11 @@ def test_a_template_comes_from_a_file_and_is_saved_with_the_tokenizer(tmp_path: 
     file = tmp_path / "template.jinja"
     file.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     tokenizer: Any = tiny_tokenizer()
-    with pytest.raises(ChatTemplateError, match=r"policy='p' has no chat template .* --prompts\.chat-template FILE"):
-        use_chat_template(tokenizer, None, "p")
-    use_chat_template(tokenizer, file, "p")
+    with pytest.raises(ChatTemplateError, match=r"policy='p' has no chat template.* --prompts\.chat-template, "):
+        use_chat_template(tokenizer, None, "policy='p'", "prompts.chat_template")
+    use_chat_template(tokenizer, file, "policy='p'")
     assert tokenizer.decode(render(tokenizer, [messages(USER)], where)[0]) == "[ How was the film? ]"
     tokenizer.save_pretrained(tmp_path / "saved")
     assert type(tokenizer).from_pretrained(tmp_path / "saved").chat_template == file.read_text()
     with pytest.raises(ChatTemplateError, match=r"missing\.jinja"):
-        use_chat_template(tokenizer, tmp_path / "missing.jinja", "p")
+        use_chat_template(tokenizer, tmp_path / "missing.jinja", "policy='p'")

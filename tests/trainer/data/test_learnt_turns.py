@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from harness.tiny_models import CHATML, chat_tokenizer, tiny_llama2_tokenizer
+from plaudit.data.chat_templates import ChatTemplateError, assistant_spans, judged_ids, judged_text
+from plaudit.data.conversations import conversation, is_conversation
 from plaudit.data.examples import IGNORED, Example, rows_of
-from plaudit.data.rendering import assistant_spans, conversation, is_conversation, judged_ids, judged_text
 from plaudit.data.tables import DataError
 
 TURNS = [
@@ -80,7 +81,9 @@ def test_where_no_token_ends_a_turn_the_end_of_text_token_does() -> None:
 
 def test_an_answer_that_the_template_does_not_show_is_named() -> None:
     tokenizer = chat_tokenizer("{% for m in messages %}{{ m.role + m.content[:3] + '<|im_end|>' }}{% endfor %}")
-    with pytest.raises(DataError, match=r"does not show turn 3 of a conversation as it was written \('Good\.'\)"):
+    with pytest.raises(
+        ChatTemplateError, match=r"does not show turn 3 of a conversation as it was written \('Good\.'\)"
+    ):
         assistant_spans(tokenizer, TURNS)
 
 
