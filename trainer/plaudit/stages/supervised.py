@@ -35,7 +35,10 @@ from plaudit.settings.supervised import OptimizerSettings
 CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """In a checkpoint: from where the epoch's order was drawn, and the state of a collator that draws."""
-FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every", "allow_chance")
+FREE_TO_CHANGE = (
+    *("output_dir", "resume", "checkpoint_every", "allow_chance"),
+    *("ranked", "api_key_file", "patience_s"),  # what a run learns from is compared itself
+)
 RandomState: TypeAlias = tuple[Any, ...]
 """Of Python's generator: version, numbers, and a number left over from `gauss`."""
 
