@@ -13,15 +13,16 @@ from pathlib import Path
 import httpx
 from pydantic import ValidationError
 
+from plaudit import atomic
 from plaudit.errors import ConfigError
 from plaudit.policy import reading
 from plaudit.rewards.errors import RewardRejected, RewardUnavailable
 from plaudit.rewards.proxies import proxy_for
 from plaudit.rewards.settings import without_credentials
 from plaudit.run.runtime import exclusive
-from plaudit.run.storage import replaced_model, writing
+from plaudit.run.storage import MODEL_ENTRIES, writing
 from plaudit.wire import ModelInfo, Problem
-from plaudit.wire.revisions import content_revision, model_files
+from plaudit.wire.revisions import LEGACY_WEIGHTS, MODEL_FILES, content_revision, model_files
 
 ADMIN_KEY_VARIABLE = "REWARD_ADMIN_KEY"
 REQUEST_TIMEOUT_S = 120.0
@@ -43,10 +44,15 @@ def publish(model: Path, directory: Path) -> None:
     """Replaces the model in `directory`, which services read, by that in `model`. Raises `NotWritten`."""
     if directory.is_dir() and revision_of(directory) == revision_of(model):
         return
-    with reading.reading(model), exclusive(directory), replaced_model(directory) as beside:
+    obsolete = (*MODEL_FILES, *LEGACY_WEIGHTS)  # the revision covers whatever matches, so nothing else may stay
+    with (
+        reading.reading(model),
+        exclusive(directory),
+        writing(directory),
+        atomic.replacing(directory, reading.MODEL, entries=MODEL_ENTRIES, obsolete=obsolete) as beside,
+    ):
         for path in model_files(model):
-            with writing(beside / path.name):
-                shutil.copyfile(path, beside / path.name)
+            shutil.copyfile(path, beside / path.name)
 
 
 def admin_key(file: Path | None) -> str | None:

@@ -150,6 +150,11 @@ class LoopConfig:
             "reward endpoint with --judge",
         )
         require(
+            not 0 < self.simulated.annotators < self.people.overlap or self.people.overlap_share == 0,
+            f"simulated.annotators={self.simulated.annotators} can't give the {self.people.overlap} rankings that "
+            "people.overlap asks of a task: simulate more, or lower --people.overlap",
+        )
+        require(
             len(self.reward.components) <= 1 and not any(component.function for component in self.reward.components),
             "reward has several parts or a function, and the loop's only reward is the model that it trains: name "
             "nothing but its services' addresses, --reward.url",

@@ -86,6 +86,7 @@ def _take_round(this: Round, ranking: Ranking, state: LoopState) -> None:
         if key in state.finished:
             return
         state.begin(key)
+        print(f"{key}: begun", flush=True)
         began = time.monotonic()
         figures = work()
         seconds = round_to_hundredths(time.monotonic() - began)
