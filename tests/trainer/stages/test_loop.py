@@ -203,13 +203,14 @@ def test_other_settings_than_those_of_then_are_refused_and_more_rounds_are_not(c
         loop.run(dataclasses.replace(config, resume="auto", rounds=3))
 
 
-def test_a_batch_with_other_tasks_is_another_loops(config: LoopConfig, tmp_path: Path) -> None:
+def test_a_batch_of_another_loop_is_left_alone(config: LoopConfig, service: RankingService, tmp_path: Path) -> None:
     config = dataclasses.replace(config, people=PeopleSettings(batch="shared", patience_s=20), people_patience_s=0)
     with pytest.raises(RankingsUnavailable):
         loop.run(config)
     other = dataclasses.replace(config, output_dir=tmp_path / "other", seed=1)
-    with pytest.raises(ConfigError, match=r"batch 'shared-round-1' .* has 1. tasks, and this round asked 10"):
+    with pytest.raises(ConfigError, match=r"has a batch 'shared-round-1', and it isn't this loop's"):
         loop.run(other)
+    assert service.progress("shared-round-1")["tasks"] == 10
 
 
 def test_nobody_who_ranks_is_told_at_once(config: LoopConfig) -> None:

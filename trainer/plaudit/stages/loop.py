@@ -117,32 +117,35 @@ def round_to_hundredths(seconds: float) -> float:
 
 
 def _sample(this: Round, ranking: Ranking) -> dict[str, Any]:
-    result = sample.run(this.sample(ranking))
+    config = this.sample(ranking)
+    if not config.file.is_file():
+        with _admin(this, ranking) as admin:
+            if any(batch.id == this.batch and batch.tasks for batch in admin.batches()):
+                raise ConfigError(
+                    f"{admin.url} has a batch {this.batch!r}, and it isn't this loop's; give this one a name of its "
+                    "own, --people.batch"
+                )
+    result = sample.run(config)
     return {"prompts": result.prompts, "same_answers": result.same_answers}
+
+
+def _admin(this: Round, ranking: Ranking, on_wait: Callable[[str], None] | None = None) -> RankingAdmin:
+    patience_s = this.config.people.patience_s
+    return RankingAdmin(ranking.url, api_key_file=ranking.api_key_file, patience_s=patience_s, on_wait=on_wait)
 
 
 def _people(this: Round, ranking: Ranking) -> dict[str, Any]:
     """Simulated people rank, or people are waited for."""
     config = this.config
-    if config.simulated.annotators:
-        annotate.run(this.annotate(ranking))
     with (
         Counting("rankings") as counting,
-        RankingAdmin(
-            ranking.url,
-            api_key_file=ranking.api_key_file,
-            patience_s=config.people.patience_s,
-            on_wait=counting.waiting,
-        ) as admin,
+        _admin(this, ranking, counting.waiting) as admin,
     ):
+        if config.simulated.annotators:
+            annotate.run(this.annotate(ranking))
         progress = wait_for_people(
             admin, this.batch, counting, patience_s=config.people_patience_s, poll_s=config.people_poll_s
         )
-        if progress.tasks != config.sample.n:
-            raise ConfigError(
-                f"batch {this.batch!r} of {admin.url} has {progress.tasks} tasks, and this round asked "
-                f"{config.sample.n}: another loop uses the name; give each its own --people.batch"
-            )
         agreement = admin.agreement(this.batch)
     return {
         "rankings": progress.counted + progress.surplus,
