@@ -21,7 +21,7 @@ FREE_TO_CHANGE = (
     *("output_dir", "resume", "rounds", "rank_url", "people_patience_s", "people_poll_s", "reload_patience_s"),
     *("people.batch", "people.api_key_file", "people.patience_s", "people.instructions"),
     *("reward.", "admin_key_file", "ready_timeout_s"),
-    *("reward_model.allow_chance", "reward_model.checkpoint_every", "checkpoint_every", "device"),
+    *("reward_model.allow_chance", "reward_model.checkpoint_every", "checkpoint_every", "keep_checkpoints", "device"),
 )
 """Settings, or prefixes of their names, that may change when a loop goes on. `people.batch` is kept as it was."""
 

@@ -127,6 +127,8 @@ class LoopConfig:
     """PPO steps in each round; not given means one pass over the prompts."""
     checkpoint_every: int = 50
     """PPO steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of each round's newest PPO checkpoints stay."""
     n_prompts: int = 256
     """Held-out prompts to compare policies on."""
     device: str | None = None
@@ -135,6 +137,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         positive(self, "rounds", "people_poll_s", "reload_patience_s", "ready_timeout_s", "steps", "checkpoint_every")
+        positive(self, "keep_checkpoints")
         require(self.people_patience_s >= 0, f"people_patience_s={self.people_patience_s} must be 0 or more")
         require(self.n_prompts >= 2, f"n_prompts={self.n_prompts} must be 2 or more: an interval needs two samples")
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")

@@ -145,6 +145,7 @@ class Round:
             ppo=config.ppo,
             steps=config.steps,
             checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
             resume="auto",
             device=config.device,
             seed=config.seed + self.number - 1,
