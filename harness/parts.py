@@ -11,7 +11,7 @@ from pathlib import Path
 import plaudit
 
 PARTS = {
-    "client": ("plaudit.atomic", "plaudit.wire", "plaudit.errors", "plaudit.rewards"),
+    "client": ("plaudit.atomic", "plaudit.checks", "plaudit.wire", "plaudit.errors", "plaudit.rewards"),
     "rank": ("plaudit.atomic", "plaudit.console", "plaudit.serving", "plaudit.ranking_service", "plaudit.wire"),
     "reward": (
         "plaudit.atomic",
@@ -23,6 +23,7 @@ PARTS = {
     ),
     "trainer": (
         "plaudit.atomic",
+        "plaudit.checks",
         "plaudit.cli",
         "plaudit.console",
         "plaudit.data",

@@ -76,7 +76,7 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 
 ORDER = (
     *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("data",), ("policy",), ("settings",)),
-    *(("rewards",), ("ppo", "presets", "demo_models", "wire", "errors", "console", "atomic")),
+    *(("rewards",), ("checks",), ("ppo", "presets", "demo_models", "wire", "errors", "console"), ("atomic",)),
 )
 """The trainer's packages, from the outside in. Each imports only those after its own line."""
 
@@ -86,14 +86,7 @@ def test_imports_go_one_way() -> None:
     for name, path in modules_of("trainer").items():
         package = name.split(".")[1]
         imported = {target.split(".")[1] for target in plaudit_modules_imported(path) if target.count(".")} - {package}
-        if package == "rewards":
-            # One module, without anything behind it.
-            assert {t for t in plaudit_modules_imported(path) if t.startswith("plaudit.settings")} <= CHECKS
-            imported -= {"settings"}
         assert {other for other in imported if rank[other] <= rank[package]} == set(), name
-
-
-CHECKS = {"plaudit.settings.checks"}
 
 
 def test_every_module_belongs_to_a_part() -> None:

@@ -138,8 +138,8 @@ def test_the_gpu_file_is_the_published_recipe_unless_the_env_file_says_otherwise
 
 
 def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:
-    ours = ("reward", "balancer", "trainer", "tensorboard", "exporter", "rank", "rank-postgres")
-    ours += ("loop", "loop-rank", "loop-reward")
+    ours = {"reward", "balancer", "trainer", "tensorboard", "exporter", "rank", "rank-postgres"}
+    ours |= {"loop", "loop-rank", "loop-reward"}
     for name, service in load(COMPOSE_FILES[0])["services"].items():
         if name in ours:
             assert service["read_only"], name

@@ -33,10 +33,12 @@ class Tokenizer(Protocol):
         """None for a tokenizer without an end-of-text token."""
 
     @property
-    def all_special_ids(self) -> list[int]: ...
+    def all_special_ids(self) -> list[int]:
+        """The numbers of the special tokens."""
 
     @property
-    def all_special_tokens(self) -> list[str]: ...
+    def all_special_tokens(self) -> list[str]:
+        """The texts of the special tokens."""
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, AddedToken]:

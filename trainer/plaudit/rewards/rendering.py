@@ -35,6 +35,7 @@ class ByTemplate:
         self._apply = self._by_file(Path(named)) if Path(named).is_file() else self._by_tokenizer(named)
 
     def __call__(self, item: RewardItem, *, first_token: bool) -> RewardItem:
+        """The item with prompt and response as texts. Raises `RewardRejected` if the template fails on it."""
         assert not isinstance(item.prompt, str)
         prompt = as_dicts(item.prompt)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 
 EndpointKind = Literal[
     "auto",

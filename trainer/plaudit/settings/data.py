@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 
 PromptKind = Literal["openings", "text", "messages"]
 OPENING_TOKENS = 8

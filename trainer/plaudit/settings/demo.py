@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 
 
 @dataclass(frozen=True)

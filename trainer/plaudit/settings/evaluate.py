@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from plaudit.checks import positive, require
 from plaudit.rewards.settings import RewardSettings
-from plaudit.settings.checks import positive, require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.people import PeopleSettings, check_url
 from plaudit.settings.policy import GenerationSettings

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from plaudit.checks import positive, require
 from plaudit.rewards.settings import RewardSettings
-from plaudit.settings.checks import positive, require
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings.annotate import AnnotateConfig
-from plaudit.settings.checks import fraction, positive, require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.people import PeopleSettings, check_url
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings

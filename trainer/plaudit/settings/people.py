@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from plaudit.settings.checks import fraction, positive, require
+from plaudit.checks import fraction, positive, require
 from plaudit.wire.rankings import MAX_INSTRUCTIONS_CHARS
 
 

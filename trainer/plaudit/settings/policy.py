@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 from plaudit.settings.data import PromptKind
 
 Quantization = Literal["8bit", "4bit"]

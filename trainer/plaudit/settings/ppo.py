@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
-from plaudit.settings.checks import fraction, positive, require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plaudit.settings.checks import fraction, positive, require
+from plaudit.checks import fraction, positive, require
 from plaudit.settings.data import Data, DataSettings
 from plaudit.settings.people import check_batch
 from plaudit.settings.policy import LoraSettings

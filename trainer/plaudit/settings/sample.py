@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from plaudit.settings.checks import require
+from plaudit.checks import require
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.people import PeopleSettings, check_url
 from plaudit.settings.policy import GenerationSettings

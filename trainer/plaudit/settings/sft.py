@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plaudit.settings.checks import positive, require
+from plaudit.checks import positive, require
 from plaudit.settings.data import Data, DataSettings
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from plaudit.settings.checks import fraction, positive, require
+from plaudit.checks import fraction, positive, require
 
 
 @dataclass(frozen=True)

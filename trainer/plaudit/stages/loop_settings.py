@@ -42,10 +42,12 @@ class Round:
 
     @property
     def batch(self) -> str:
+        """The round's batch in the ranking service."""
         return f"{self.batch_prefix}-{self.name}"
 
     @property
     def directory(self) -> Path:
+        """Where the round's stages write."""
         return self.config.output_dir / self.name
 
     @property
@@ -60,6 +62,7 @@ class Round:
 
     @property
     def reward_model_dir(self) -> Path:
+        """Where this round's reward model is."""
         return self.directory / "reward-model"
 
     def policies_before(self) -> dict[str, str]:

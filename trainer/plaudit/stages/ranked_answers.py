@@ -267,6 +267,7 @@ class Collator:
         self._tokenizer = tokenizer
 
     def __call__(self, elements: Sequence[Mapping[str, list[Any]]]) -> dict[str, Tensor]:
+        """The batch: `input_ids` [N, T], `answers` and `pairs` [prompts], `first`, `second`, `target`, `margin` [P]."""
         counts = [_answers(element) for element in elements]
         starts = [sum(counts[:i]) for i in range(len(counts))]
         pairs = [len(element["first"]) for element in elements]
@@ -309,6 +310,7 @@ class RankingTrainer(Trainer):  # type: ignore[misc]
         self._centring = centring
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The mean ranking loss over the batch's prompts; called by transformers' Trainer."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         pairs = inputs["pairs"]
         loss = ranking_loss(

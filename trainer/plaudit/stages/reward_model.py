@@ -137,6 +137,7 @@ class CroppingCollator(Drawing):
         self.config = config
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch of `input_ids` and `attention_mask` [B, T], and `labels` [B]."""
         self.next_batch()
         length, texts = self.config.max_length, [row["text"] for row in rows]
         if self.random.random() < self.config.crop_fraction:

@@ -53,6 +53,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
+        """The directory of the run's checkpoints."""
         return self.config.output_dir / CHECKPOINTS
 
 
@@ -190,6 +191,7 @@ class Drawing:
         return self._states.get(batches, self.random.getstate())
 
     def restore(self, batches: int, state: RandomState) -> None:
+        """Continue from batch number `batches`, counted from 0, with the generator state that `state_after` gave."""
         self._batches = batches
         version, numbers, gauss = state
         self.random.setstate((version, tuple(numbers), gauss))

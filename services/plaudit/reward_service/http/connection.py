@@ -200,6 +200,7 @@ class Connection(HttpToolsProtocol):
         return None
 
     def on_response_complete(self) -> None:
+        """Send a pending refusal once the answers to all earlier requests are out."""
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and self._due is not None and not self.transport.is_closing():

@@ -35,6 +35,8 @@ class Call:
 
 
 class Dialect(Protocol):
+    """The translation between one server protocol and `plaudit.wire`. One instance serves one endpoint."""
+
     name: str
     retried_statuses: frozenset[int]
     """Statuses that mean "try again" in this protocol, besides those that mean it everywhere."""
@@ -75,12 +77,15 @@ class TextsAlone(Dialect):
     conversations_per_request: int | None = None
 
     def no_conversations(self, info: ModelInfo) -> str | None:
+        """Always a reason: this protocol has no field for messages."""
         return "its protocol has no place for messages"
 
     def needs(self, info: ModelInfo) -> Sequence[str]:
+        """No fields."""
         return ()
 
     def takes(self, info: ModelInfo) -> Sequence[str]:
+        """No fields."""
         return ()
 
 
@@ -96,10 +101,12 @@ def joined(items: Sequence[RewardItem]) -> list[str]:
 
 
 def to_json(value: object) -> bytes:
+    """The value as JSON, in UTF-8."""
     return json.dumps(value).encode()
 
 
 def from_json(body: bytes) -> Any:
+    """The parsed JSON document. Raises `BrokenBody` for anything else."""
     try:
         return json.loads(body)
     except ValueError as error:
@@ -175,6 +182,7 @@ class ProbabilityCheck:
         self._look_for_sigmoids = asked
 
     def __call__(self, rows: Sequence[Sequence[object]]) -> None:
+        """Check one answer's rows of scores, one row a text."""
         numbers = [[n for n in row if isinstance(n, int | float)] for row in rows]
         if self._accepts or not numbers:
             return

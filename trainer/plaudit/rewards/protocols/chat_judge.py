@@ -60,6 +60,11 @@ QUOTED_CHARS = 200
 
 
 class ChatJudge(TextsAlone):
+    """Asks a chat model for a score, one answer a request, and reads a number from its reply.
+
+    Raises `ConfigError` if the question or the schema can't be read, or the question has no `{response}`.
+    """
+
     name = "chat-judge"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -79,6 +84,10 @@ class ChatJudge(TextsAlone):
         self._model = component.model or ""
 
     async def describe(self, get: Get) -> ModelInfo:
+        """The model's name; the revision also covers the question and how it is asked.
+
+        Raises `UnusableAnswer` if a label is set, or if the server lists several models and none is chosen.
+        """
         if self._component.label is not None:
             raise UnusableAnswer(
                 f"a generative judge has no labels, so {self._component.label!r} can't be asked for: take its score "
@@ -102,12 +111,15 @@ class ChatJudge(TextsAlone):
         return served[0]
 
     def no_conversations(self, info: ModelInfo) -> str | None:
+        """None: the question takes conversations through `{conversation}`."""
         return None
 
     def needs(self, info: ModelInfo) -> Sequence[str]:
+        """The fields that the question mentions."""
         return self._fields
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """A chat completion request for exactly one item."""
         [item] = items
         body: dict[str, Any] = {
             "model": self._model,
@@ -123,6 +135,7 @@ class ChatJudge(TextsAlone):
         return Call("/v1/chat/completions", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The score in the judge's reply. Raises `NoVerdict` if it names no score in the allowed range."""
         answer = from_json(body)
         try:
             choice = answer["choices"][0]

@@ -22,6 +22,8 @@ ALL_LABELS = 1000
 
 
 class HFInference(TextsAlone):
+    """Inference Endpoints: every label's raw score for each text, matched by the label's name."""
+
     name = "hf-inference"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -30,14 +32,17 @@ class HFInference(TextsAlone):
         self._check = ProbabilityCheck(component)
 
     async def describe(self, get: Get) -> ModelInfo:
+        """Only the configured model name: an endpoint does not describe its model."""
         # An endpoint tells nothing about its model; one that starts from zero answers 503 until it is up.
         return model_info(self._component.model or "hf-inference")
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts, with the activation function turned off."""
         parameters = {"function_to_apply": "none", "top_k": ALL_LABELS, "truncation": True}
         return Call("", to_json({"inputs": joined(items), "parameters": parameters}))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The score of the requested label for each text. Probabilities raise `UnusableAnswer`."""
         answers = from_json(body)
         if not isinstance(answers, list) or not all(isinstance(scores, list) for scores in answers):
             raise UnusableAnswer(

@@ -20,6 +20,8 @@ from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
 class Infinity(TextsAlone):
+    """infinity's classifiers: every label's score for each text, matched by the label's name."""
+
     name = "infinity"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -29,6 +31,7 @@ class Infinity(TextsAlone):
         self._model = component.model
 
     async def describe(self, get: Get) -> ModelInfo:
+        """The configured classifier, or the server's only one. Raises `UnusableAnswer` if the choice is not unique."""
         answer = from_json(await get("/models"))
         try:
             judges = [model["id"] for model in answer["data"] if "classify" in model["capabilities"]]
@@ -43,9 +46,11 @@ class Infinity(TextsAlone):
         return model_info(self._model)
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts, with raw scores requested."""
         return Call("/classify", to_json({"model": self._model, "input": joined(items), "raw_scores": True}))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The score of the requested label for each text. Probabilities raise `UnusableAnswer`."""
         answer = from_json(body)
         texts = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(texts, list):

@@ -24,6 +24,8 @@ from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
 class KServe(TextsAlone):
+    """A model that takes one BYTES tensor of texts and returns floating-point logits."""
+
     name = "kserve"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -34,6 +36,7 @@ class KServe(TextsAlone):
         self._output = ""
 
     async def describe(self, get: Get) -> ModelInfo:
+        """Reads the names of the input and output tensors. Raises `UnusableAnswer` for a model without them."""
         model = self._component.model
         if model is None:
             raise UnusableAnswer("a KServe server may have several models: say which one with --reward.model")
@@ -49,6 +52,7 @@ class KServe(TextsAlone):
         return model_info(model, revision=f"{model}@{versions[-1]}" if versions[-1] else None)
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts as one tensor [B], or [B, 1, …] if the model's input has more dimensions."""
         texts = joined(items)
         shape = [len(texts), *([1] * (len(self._input["shape"]) - 1))]
         tensor = {"name": self._input["name"], "shape": shape, "datatype": "BYTES", "data": texts}
@@ -56,6 +60,7 @@ class KServe(TextsAlone):
         return Call(f"/v2/models/{self._component.model}/infer", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each row of the output tensor [B, labels]."""
         answer = from_json(body)
         try:
             tensor = next(tensor for tensor in answer["outputs"] if tensor["name"] == self._output)

@@ -13,6 +13,8 @@ Message = TypeVar("Message", bound=BaseModel)
 
 
 class Plaudit(TextsAlone):
+    """Plaudit's reward service. It takes conversations and fields if its description says so."""
+
     name = "plaudit"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -20,23 +22,28 @@ class Plaudit(TextsAlone):
         self._component = component
 
     async def describe(self, get: Get) -> ModelInfo:
+        """The service's own description, once `/readyz` reports that it is ready."""
         await get(READYZ_PATH)
         return _parse(ModelInfo, await get(MODEL_PATH))
 
     def no_conversations(self, info: ModelInfo) -> str | None:
+        """Why this service takes only texts, or None: it needs wire version 2 and `--join chat`."""
         if info.wire < 2:
             return "it is a reward service from before conversations; update it"
         return None if info.join == "chat" else f"it was started with --join {info.join}; start it with --join chat"
 
     def needs(self, info: ModelInfo) -> Sequence[str]:
+        """The fields in the service's description."""
         return info.fields
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The items and the label; fields at their default are left out."""
         request = RewardRequest(items=list(items), label=self._component.label)
         # Older services refuse `fields`, which the items have only where the service asks for some.
         return Call(REWARDS_PATH, request.model_dump_json(exclude_defaults=True).encode())
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The answer, validated against the wire's model."""
         return _parse(RewardResponse, body)
 
 

@@ -20,6 +20,8 @@ from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
 class SGLang(TextsAlone):
+    """SGLang's classification models: one row of scores for each text, without label names."""
+
     name = "sglang"
     retried_statuses: frozenset[int] = frozenset()
 
@@ -28,6 +30,7 @@ class SGLang(TextsAlone):
         self._check = ProbabilityCheck(component, asked=False)
 
     async def describe(self, get: Get) -> ModelInfo:
+        """The model's path and its weight version, once the server is healthy."""
         await get("/health")
         info = from_json(await get("/get_model_info"))
         if not isinstance(info, dict) or not isinstance(info.get("model_path"), str):
@@ -37,9 +40,11 @@ class SGLang(TextsAlone):
         return model_info(info["model_path"], revision=f"{info['model_path']}@{version}" if version else None)
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts."""
         return Call("/classify", to_json({"text": joined(items)}))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each text's row."""
         answers = from_json(body)
         if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
             raise UnusableAnswer(f"a list of objects was expected, not {answers!r:.80}")

@@ -20,6 +20,8 @@ from plaudit.wire import ModelInfo, RewardItem, RewardResponse
 
 
 class TEI(TextsAlone):
+    """text-embeddings-inference's classifiers: every label's score for each text, matched by the label's name."""
+
     name = "tei"
     retried_statuses = frozenset({424})
     """`Backend`: the forward pass failed."""
@@ -29,6 +31,7 @@ class TEI(TextsAlone):
         self._check = ProbabilityCheck(component)
 
     async def describe(self, get: Get) -> ModelInfo:
+        """Model, revision, labels and batch limit from `/info`. Raises `UnusableAnswer` if it serves no classifier."""
         await get("/health")
         info = from_json(await get("/info"))
         try:
@@ -42,11 +45,13 @@ class TEI(TextsAlone):
             raise UnusableAnswer(f"/info tells of no classifier: {info!r:.200}") from error
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """The joined texts, with raw scores requested and truncation on."""
         # A flat list of two texts would be one pair, so each text is a list of its own.
         inputs = [[text] for text in joined(items)]
         return Call("/predict", to_json({"inputs": inputs, "raw_scores": True, "truncate": True}))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """The score of the requested label for each text. Probabilities raise `UnusableAnswer`."""
         answers = from_json(body)
         if not isinstance(answers, list):
             raise UnusableAnswer(f"a list was expected, not {answers!r:.80}")

@@ -62,14 +62,21 @@ class _VLLM(TextsAlone):
 
 
 class VLLMClassify(_VLLM):
+    """vLLM's `/classify`: one row of logits and the winning label's name for each text."""
+
     name = "vllm-classify"
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """Texts, or one conversation, with the activation function turned off."""
         # `activation` is the older name of `use_activation`; either version ignores the other's.
         body = {"model": self._model, **self._input(items), "use_activation": False, "activation": False}
         return Call("/classify", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each row.
+
+        Raises `UnusableAnswer` if the winning label's name contradicts `label_index`.
+        """
         entries = self._entries(body)
         rows = [entry.get("probs") for entry in entries]
         rewards = [logit_by_index(row, self._component) for row in rows]
@@ -86,9 +93,12 @@ class VLLMClassify(_VLLM):
 
 
 class VLLMPooling(_VLLM):
+    """vLLM's `/pooling` with the task `classify`: one row of logits for each text."""
+
     name = "vllm-pooling"
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
+        """Texts, or one conversation, with the activation function turned off."""
         body = {
             "model": self._model,
             **self._input(items),
@@ -99,6 +109,7 @@ class VLLMPooling(_VLLM):
         return Call("/pooling", to_json(body))
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
+        """One logit from each row."""
         rows = [entry.get("data") for entry in self._entries(body)]
         rewards = [logit_by_index(row, self._component) for row in rows]
         self._check([row or [] for row in rows])

@@ -4,11 +4,13 @@ from plaudit.errors import ConfigError
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
 
 def positive(config: object, *names: str) -> None:
+    """Raises `ConfigError` unless each named field is None or greater than 0."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
@@ -16,6 +18,7 @@ def positive(config: object, *names: str) -> None:
 
 
 def fraction(config: object, *names: str) -> None:
+    """Raises `ConfigError` unless each named field lies between 0 and 1, both included."""
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
