@@ -13,6 +13,7 @@ CODES = {
     "ConfigError": 2,
     "ModelNotFound": 2,
     "DataError": 2,
+    "ChatTemplateError": 2,
     "NotFinite": 1,
     "NonFiniteUpdate": 1,
     "NotAsSaved": 1,
@@ -24,6 +25,7 @@ CODES = {
     "RankingsUnavailable": 75,
     "RewardError": 1,
     "RewardRejected": 65,
+    "NoScore": 65,
     "RewardUnavailable": 75,
 }
 

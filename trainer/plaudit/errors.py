@@ -3,7 +3,8 @@
     PlauditError            1
     ├── ConfigError         2    a setting, a file or a model that cannot work: mend the command
     │   ├── ModelNotFound        (policy.model)
-    │   └── DataError            (data.tables)
+    │   ├── DataError            (data.tables)
+    │   └── ChatTemplateError    (policy.chat) a chat template that is missing, or refuses a conversation
     ├── NotFinite           1    NaN or an infinity; nothing that holds one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update
     ├── NotAsSaved          1    what was written reads back as something else
@@ -15,6 +16,7 @@
     ├── RankingsUnavailable 75   (run.rankings) it can't be reached, or people have not finished: go on later
     └── RewardError              (rewards.errors)
         ├── RewardRejected 65    the reward service refuses what it is sent: trying again won't help
+        │   └── NoScore          a judge answered and named no score
         └── RewardUnavailable 75 the reward service can't be reached: start it, then resume
 
 How to add one: derive it from `PlauditError` in the package that raises it, set `exit_code` if a supervisor should do
