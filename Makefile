@@ -8,39 +8,39 @@ BIN := $(VENV)/bin
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(BIN)/.installed  ## Make .venv with both halves and the development tools.
+install: $(BIN)/.installed  ## Create .venv with the trainer, the reward service and the development tools.
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[reward,trainer,dev]'
 	touch $@
 
-demo: install  ## Train a small language model to write positive reviews, and open runs/demo/report.html after it.
+demo: install  ## Train a small language model to write positive reviews; the result is runs/demo/report.html.
 	$(BIN)/plaudit demo --output-dir runs/demo
 
 test: install  ## Run the whole test suite, one worker for each core.
 	$(BIN)/pytest -q -n auto --dist worksteal
 
-coverage: install  ## Run the test suite and report which code ran, in the processes that it starts as well.
+coverage: install  ## Run the test suite and report its code coverage, child processes included.
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -n auto --dist worksteal
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
-parts-test: install  ## Install each part of the wheel alone in a fresh environment and import every module of it.
+parts-test: install  ## Install each extra alone in a fresh environment and import all of its modules.
 	PYTHON=$(PYTHON) .ci/install-parts
 
-compose-test: install  ## Bring the Compose stack up on a Docker engine, kill a replica, stop and resume the trainer.
+compose-test: install  ## Run the Compose stack on a Docker engine, kill a replica, stop and resume the trainer.
 	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s
 
-ray-test: install  ## Run the reward service over a Ray cluster of two nodes on this machine. Installs Ray into .venv.
+ray-test: install  ## Run the reward service on a Ray cluster of two local nodes. Installs Ray into .venv.
 	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
 	$(BIN)/pytest tests/deploy/test_ray.py -s
 
 gpu-bundle: install  ## Collect what benchmarks/gpu needs on a machine without a network, in .gpu-bundle/.
 	PYTHONPATH=services:trainer $(BIN)/python -m benchmarks.gpu.bundle
 
-check: install format-check lint types test  ## Everything that must be green before a commit.
+check: install format-check lint types test  ## Run formatting, lint, type checks and tests: all must pass before a commit.
 
 format-check:
 	$(BIN)/ruff format --check .
@@ -55,5 +55,5 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-clean:  ## Remove the environment and caches; runs/ stays.
+clean:  ## Remove the environment and caches, but keep runs/.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

@@ -1,4 +1,4 @@
-"""Print what one half of the project needs, for `pip install -r`, without the project itself: the image's first layers.
+"""Print the requirements of some extras, without the project itself, for `pip install -r` in the images' first layers.
 
 python requirements.py reward otel > requirements.txt
 """

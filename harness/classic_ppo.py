@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from harness.tiny_models import tiny_tokenizer
+from plaudit.classic import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 from plaudit.learner.stepper import PPOStepper, StepResult
 from plaudit.policy.model import Policy
 from plaudit.settings.ppo import PPOHyperparameters
@@ -66,24 +68,49 @@ class Recording:
         model.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
         return model
 
-    def stepper(self) -> PPOStepper:
-        lora = self.case["lora"]
+    def models(self) -> tuple[Any, dict[str, Tensor], Any]:
+        """The starting policy, its value head's weight and bias, and the reference; None for adapters switched off."""
+        lora, recorded = self.case["lora"], self.part("policy/")
+        head = {n: t for n, t in recorded.items() if n.startswith("v_head.")}
+        weights = {n: t for n, t in recorded.items() if n not in head}
+        head = {n.removeprefix("v_head.summary."): t for n, t in head.items()}
         if lora is None:
-            recorded = self.part("policy/")
-            head = {n: t for n, t in recorded.items() if n.startswith("v_head.")}
-            policy = Policy(self.language_model({n: t for n, t in recorded.items() if n not in head}))
-            reference = self.language_model(self.part("initial/"))
-        else:
-            base = self.language_model(self.part("initial/"))
-            settings = peft.LoraConfig(**lora, fan_in_fan_out=True, task_type="CAUSAL_LM")
-            policy, reference = Policy(peft.get_peft_model(base, settings)), None
-            recorded = self.part("policy/")
-            head = {n: t for n, t in recorded.items() if n.startswith("v_head.")}
-            adapters = {n.removeprefix("pretrained_model."): t for n, t in recorded.items() if n not in head}
-            result = policy.model.load_state_dict(adapters, strict=False)
-            assert not result.unexpected_keys
-        policy.v_head.load_state_dict({n.removeprefix("v_head.summary."): t for n, t in head.items()})
+            return self.language_model(weights), head, self.language_model(self.part("initial/"))
+        settings = peft.LoraConfig(**lora, fan_in_fan_out=True, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(self.language_model(self.part("initial/")), settings)
+        result = model.load_state_dict(
+            {n.removeprefix("pretrained_model."): t for n, t in weights.items()}, strict=False
+        )
+        assert not result.unexpected_keys
+        return model, head, None
+
+    def stepper(self) -> PPOStepper:
+        """A stepper over the recorded start."""
+        model, head, reference = self.models()
+        policy = Policy(model)
+        policy.v_head.load_state_dict(head)
         return PPOStepper(policy, reference, self.config)
+
+    def classic_trainer(self) -> PPOTrainer:
+        """The classic API's trainer over the recorded start."""
+        model, head, reference = self.models()
+        wrapper = AutoModelForCausalLMWithValueHead.from_pretrained(model)
+        wrapper.v_head.summary.load_state_dict(head)
+        if reference is not None:
+            reference = AutoModelForCausalLMWithValueHead.from_pretrained(reference)
+        known = {field.name for field in dataclasses.fields(PPOConfig)}
+        config = PPOConfig(**{name: value for name, value in self.case["config"].items() if name in known})
+        return PPOTrainer(config, wrapper, reference, tiny_tokenizer())
+
+    def classic_step(self, trainer: PPOTrainer, step: int) -> dict[str, Any]:
+        """`PPOTrainer.step` as the recording took it; returns its statistics."""
+        samples = range(trainer.config.batch_size)
+        return trainer.step(
+            [self.tensors[f"step{step}/query/{i}"] for i in samples],
+            [self.tensors[f"step{step}/response/{i}"] for i in samples],
+            list(self.tensors[f"step{step}/scores"]),
+            minibatch_permutations=self.case["steps"][step]["minibatch_permutations"],
+        )
 
     def run_step(self, stepper: PPOStepper, step: int) -> StepResult:
         samples = range(stepper.config.batch_size)

@@ -24,6 +24,7 @@ PARTS = {
     "trainer": (
         "plaudit.atomic",
         "plaudit.checks",
+        "plaudit.classic",
         "plaudit.cli",
         "plaudit.console",
         "plaudit.data",

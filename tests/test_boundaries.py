@@ -75,7 +75,17 @@ def test_optional_libraries_are_imported_where_they_are_used() -> None:
 
 
 ORDER = (
-    *(("cli",), ("stages",), ("report",), ("run",), ("learner",), ("parallel",), ("data",), ("policy",), ("settings",)),
+    *(
+        ("cli",),
+        ("stages",),
+        ("classic", "report"),
+        ("run",),
+        ("learner",),
+        ("parallel",),
+        ("data",),
+        ("policy",),
+        ("settings",),
+    ),
     *(("rewards",), ("checks",), ("ppo", "presets", "demo_models", "wire", "errors", "console"), ("atomic",)),
 )
 """The trainer's packages, from the outside in. Each imports only those after its own line."""

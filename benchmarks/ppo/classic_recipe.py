@@ -6,11 +6,13 @@ Runs in an environment of its own, since that version needs older libraries:
     classic/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.45.2 peft==0.13.2 accelerate==0.34.2 \\
         datasets==2.21.0 numpy==1.26.4 'pyarrow<18'
 
-One sample is generated at a time, policy and reference are two copies, the classifier runs in the same process. Imports
-nothing of Plaudit. Prints a JSON line for each step: seconds a phase, and samples.
+One sample is generated at a time, policy and reference are two copies, the classifier runs in the same process. With
+`--library plaudit.classic` the same program runs over Plaudit's classic API, in Plaudit's environment; otherwise it
+imports nothing of Plaudit. Prints a JSON line for each step: seconds a phase, and samples.
 """
 
 import argparse
+import importlib
 import json
 import time
 import warnings
@@ -20,7 +22,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
-from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 
 def tokenizer_of(directory: str, **special: str) -> Any:
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lora-r", type=int, default=0, help="0 trains every parameter, as the recipe does")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--library", default="trl", help="where PPOTrainer comes from: trl, or plaudit.classic")
     arguments = parser.parse_args()
+    library = importlib.import_module(arguments.library)
     warnings.filterwarnings("ignore")
 
     torch.manual_seed(0)
@@ -44,10 +47,12 @@ def main() -> None:
     tokenizer = tokenizer_of(arguments.policy, eos_token=end, pad_token=end)
     lora = LoraConfig(r=arguments.lora_r, lora_alpha=2 * arguments.lora_r, task_type="CAUSAL_LM", fan_in_fan_out=True)
     options = {"peft_config": lora} if arguments.lora_r else {}
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy, **options)
-    reference = None if arguments.lora_r else AutoModelForCausalLMWithValueHead.from_pretrained(arguments.policy)
-    config = PPOConfig(batch_size=arguments.batch_size, mini_batch_size=arguments.batch_size, learning_rate=1.41e-5)
-    trainer = PPOTrainer(config, model, reference, tokenizer)
+    load = library.AutoModelForCausalLMWithValueHead.from_pretrained
+    model = load(arguments.policy, **options)
+    reference = None if arguments.lora_r else load(arguments.policy)
+    batch_size = arguments.batch_size
+    config = library.PPOConfig(batch_size=batch_size, mini_batch_size=batch_size, learning_rate=1.41e-5)
+    trainer = library.PPOTrainer(config, model, reference, tokenizer)
     judge = pipeline(
         "text-classification",
         model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model),

@@ -14,9 +14,10 @@ import ctypes
 import gc
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from plaudit.policy.generation import Draws
 from plaudit.policy.model import Policy, load_causal_lm, load_policy, load_tokenizer
 from plaudit.rewards import Scores
 from plaudit.settings.data import DataSettings, PromptSettings
-from plaudit.settings.policy import GenerationSettings, LoraSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOHyperparameters
 
 
@@ -48,6 +49,7 @@ class Layout:
     copy: bool = False
     processes: int = 1
     sharded: bool = False
+    model: ModelSettings = field(default_factory=ModelSettings)
 
 
 ALL = "all parameters learn, and a frozen copy is the reference"
@@ -62,11 +64,13 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """MiB."""
+    """MiB, but for the time."""
 
     weights: float
     rollout: float
     update: float
+    update_cpu_s: float
+    """Seconds of one CPU."""
 
 
 class Lengths:
@@ -135,12 +139,14 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     collected = CollectedRollout.concatenate(processes.on_all(own.to, "cpu")).to(where)
     _give_freed_memory_back()
     with measuring_peak(where) as update:
+        began = time.process_time()
         stepper.update(collected.rollout)
+        update_cpu_s = time.process_time() - began
 
     def added(peak: Peak) -> float:
         return peak.mib - before.mib
 
-    return Measured(weights, added(rollout), added(update))
+    return Measured(weights, added(rollout), added(update), update_cpu_s)
 
 
 def _give_freed_memory_back() -> None:
@@ -151,7 +157,7 @@ def _give_freed_memory_back() -> None:
 
 
 def load(layout: Layout, path: Path, device: torch.device) -> Policy:
-    policy = load_policy(path, LoraSettings(r=16, alpha=32, enabled=layout.adapters), device=device)
+    policy = load_policy(path, LoraSettings(r=16, alpha=32, enabled=layout.adapters), layout.model, device=device)
     if layout.copy:
         policy.use_reference(load_causal_lm(path, device=device))
     return policy

@@ -4,7 +4,8 @@
 
 Sizes: `demo`, the embedded models; `124m` and `1b`, GPT-2s with random weights judged by a DistilBERT-base with random
 weights. Rewards come over HTTP from a service on the same machine. Settings are the recipe's: 128 prompts of 2 to 8
-tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-python` names the Python of an environment in which
+tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-api` runs the classic program, one query at a time,
+over `plaudit.classic` as well. `--classic-python` names the Python of an environment in which
 `benchmarks.ppo.classic_recipe` runs (its docstring says how to make one); both then take turns on the same models and
 prompts. Prints Markdown tables.
 
@@ -194,8 +195,10 @@ def judged(models: Models) -> Iterator[RewardClient]:
         yield client
 
 
-def classic_steps(models: Models, prompts: Path, arguments: argparse.Namespace, lora_r: int) -> list[dict[str, float]]:
-    command = [arguments.classic_python, str(Path(__file__).with_name("classic_recipe.py"))]
+def classic_steps(
+    python: str, library: str, models: Models, prompts: Path, arguments: argparse.Namespace, lora_r: int
+) -> list[dict[str, float]]:
+    command = [python, str(Path(__file__).with_name("classic_recipe.py")), "--library", library]
     command += ["--policy", str(models.policy), "--reward-model", str(models.judge), "--prompts", str(prompts)]
     command += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size), "--lora-r", str(lora_r)]
     command += ["--device", arguments.device]
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--chunk", type=int, default=128, help="prompts generated at once")
     parser.add_argument("--lora-r", type=int, default=16, help="0 trains every parameter")
+    parser.add_argument("--classic-api", action="store_true", help="the classic recipe over plaudit.classic as well")
     parser.add_argument("--classic-python", help="Python of the environment with trl 0.11.4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="ours only; the classic recipe stays in fp32")
@@ -239,16 +243,19 @@ def main() -> None:
         prompt_file = directory / "prompts.json"
         prompt_file.write_text(json.dumps([list(map(int, ids)) for ids in prompts.token_ids]))
 
+        classics = [(sys.executable, "plaudit.classic", "plaudit.classic")] if arguments.classic_api else []
+        if arguments.classic_python:
+            classics.append((arguments.classic_python, "trl", "trl 0.11.4"))
         own: list[dict[str, float]] = []
         classic: dict[str, list[dict[str, float]]] = {}
         with judged(models) as client:
             ours = Ours(models, prompts, client, arguments)
             for _ in range(arguments.rounds):
                 own += [ours.step(index) for index in range(arguments.steps)][arguments.steps > 1 :]
-                if arguments.classic_python:
-                    for name, lora_r in (("trl 0.11.4, as published", 0), ("trl 0.11.4, same LoRA", arguments.lora_r)):
-                        steps = classic_steps(models, prompt_file, arguments, lora_r)
-                        classic.setdefault(name, []).extend(steps[len(steps) > 1 :])
+                for python, library, version in classics:
+                    for what, lora_r in (("as published", 0), ("same LoRA", arguments.lora_r)):
+                        steps = classic_steps(python, library, models, prompt_file, arguments, lora_r)
+                        classic.setdefault(f"{version}, {what}", []).extend(steps[len(steps) > 1 :])
         rate = product_rate(arguments)
 
     step = median(own) if len(own) == 1 else {n: statistics.median(s[n] for s in own) for n in own[0]}

@@ -1,9 +1,9 @@
-"""The newest step of every run below a directory, as Prometheus reads it. The standard library only.
+"""Export the newest step of every run in a directory tree to Prometheus. Needs only the standard library.
 
     python exporter.py RUNS [PORT]
 
-`objective/kl` of runs/demo/ppo/metrics.jsonl becomes `plaudit_trainer_objective_kl{run="demo/ppo"}`. A run that was not
-touched in the last day is left out.
+`objective/kl` of runs/demo/ppo/metrics.jsonl becomes `plaudit_trainer_objective_kl{run="demo/ppo"}`. Runs without a
+change in the last day are left out.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""The reward service as a Ray Serve deployment: the same application in every replica, and Ray decides how many.
+"""The reward service as a Ray Serve deployment. Every replica runs the same application; Ray sets their number.
 
     serve run deploy/ray/serve.yaml
 
-A replica reads its settings from REWARD_* variables, as `plaudit-reward` does; serve.yaml sets them. Two things differ
-from a service of its own: the probe is Ray's, and a reload would reach one replica only, so a new model is a new
-deployment.
+A replica reads its settings from REWARD_* variables, like `plaudit-reward`; serve.yaml sets them. It differs from a
+standalone service in two ways. Ray's health check replaces the probes. Reloading is refused, because it would reach
+only one replica; redeploy for a new model.
 """
 
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from plaudit.reward_service.settings import Settings
 
 
 def reward_app() -> FastAPI:
-    """Called once in every replica, where the model is loaded."""
+    """Load the model and build the application, once per replica."""
     settings = Settings()
     return app_from_settings(settings, api_keys(settings), reloads=False)
 
@@ -24,7 +24,7 @@ def reward_app() -> FastAPI:
 @serve.deployment
 @serve.ingress(reward_app)
 class Reward:
-    """Replaced by Ray when it can't score any more; closed after the requests that it has taken."""
+    """A replica. Ray replaces it if `check_health` fails, and closes it once its requests are answered."""
 
     app: FastAPI
 

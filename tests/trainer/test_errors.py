@@ -12,8 +12,8 @@ from plaudit.errors import PlauditError
 CODES = {
     "ConfigError": 2,
     "ModelNotFound": 2,
-    "DataError": 2,
     "ChatTemplateError": 2,
+    "DataError": 2,
     "NotFinite": 1,
     "NonFiniteUpdate": 1,
     "NotAsSaved": 1,

@@ -1,4 +1,4 @@
-"""Checks that settings share: each raises `ConfigError` with the field, its value and the bound."""
+"""Checks shared by all settings. Each raises `ConfigError` with the field, its value and the bound."""
 
 from plaudit.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""The `plaudit` command: parse, run one stage, say in one line what went wrong. Nothing heavy is imported to parse."""
+"""The `plaudit` command: parse the flags, run one stage, report errors in one line. Parsing needs no heavy imports."""
 
 import ast
 import dataclasses
@@ -59,9 +59,9 @@ class Command:
     summary: str
     example: str
     resume: tuple[str, ...] | None = None
-    """What to add to a command that stopped, so that it goes on; None where it can only start again."""
+    """Flags that make an interrupted command continue; None if it can only start again."""
     resume_needs: str = ""
-    """The flag without which it can only start again."""
+    """A flag without which the command can only start again."""
 
 
 COMMANDS = {
@@ -82,14 +82,14 @@ COMMANDS = {
     "sample": Command(
         SampleConfig,
         "plaudit.stages.sample",
-        "several answers of a policy to each prompt, for people to rank",
+        "sample several answers of a policy to each prompt, for people to rank",
         "plaudit sample --policy runs/sft --k 4 --n 1536 --to http://127.0.0.1:8100",
         resume=(),
     ),
     "annotate": Command(
         AnnotateConfig,
         "plaudit.stages.annotate",
-        "simulated annotators, who rank in a ranking service as people do",
+        "run simulated annotators, who rank in a ranking service like people",
         "plaudit annotate --url http://127.0.0.1:8100 --judge imdb-distilbert-mini --annotators 5",
         resume=(),
     ),
@@ -110,7 +110,7 @@ COMMANDS = {
     "evaluate": Command(
         EvaluateConfig,
         "plaudit.stages.evaluate",
-        "judge a policy before and after PPO on held-out prompts, by rewards or by people",
+        "compare a policy before and after PPO on held-out prompts, by rewards or by people",
         "plaudit evaluate --after runs/gpt2-imdb --reward.url http://127.0.0.1:8000",
         resume=(),
         resume_needs="--by-people",
@@ -118,19 +118,19 @@ COMMANDS = {
     "evaluate-judge": Command(
         JudgeConfig,
         "plaudit.stages.evaluate_judge",
-        "judge a reward model by preferences: accuracy, calibration, length bias",
+        "evaluate a reward model on preferences: accuracy, calibration, length bias",
         "plaudit evaluate-judge --preferences rankings.jsonl --reward.url http://127.0.0.1:8000",
     ),
     "generate": Command(
         GenerateConfig,
         "plaudit.stages.generate",
-        "answer prompts with the policy that a run trained",
+        "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
     ),
     "demo": Command(
         DemoConfig,
         "plaudit.stages.demo",
-        "stage 3 and the judging with the embedded models, reward service included",
+        "run stage 3 and the evaluation with the embedded models, reward service included",
         "plaudit demo --output-dir runs/demo",
         resume=(),
     ),
@@ -139,9 +139,9 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the console script."""
-    # As process 1 of a container, SIGTERM would be ignored by what doesn't handle it (evaluate, or an import).
+    # As process 1 of a container, code without a handler (evaluate, or an import) would ignore SIGTERM.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # A text that the terminal has no characters for is shown with escapes: it must not end a stage.
+    # Characters that the terminal can't show are printed as escapes; they must not raise an error.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -149,7 +149,8 @@ def main() -> None:
 
 
 def run(args: Sequence[str]) -> int:
-    """Run one command; the exit code. What fails is one line on stderr; PLAUDIT_TRACEBACK=1 shows where as well."""
+    """Run one command and return its exit code. An error is one line on stderr; PLAUDIT_TRACEBACK=1 adds the
+    traceback."""
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -173,7 +174,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def parse(name: str, flags: Sequence[str]) -> Any:
-    """The config that the flags of command `name` describe, over the file that `--config` names, over the defaults."""
+    """The config of command `name`. Flags override the file in `--config`, which overrides the defaults."""
     if name not in COMMANDS:
         raise ConfigError(f"no such command; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
@@ -194,7 +195,7 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 
 def _registry() -> tyro.constructors.ConstructorRegistry:
-    """How tyro makes flags of the rewards' list: `--reward.url` and the like are those of the first reward."""
+    """A tyro rule for the list of rewards: `--reward.url` and similar flags set the first reward."""
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.struct_rule
@@ -225,7 +226,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 
 def _field_docstrings(config_type: type) -> dict[str, str]:
-    """The strings under a dataclass's fields."""
+    """The docstrings under a dataclass's fields, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body[0]
     assert isinstance(body, ast.ClassDef)
     return {
@@ -240,37 +241,37 @@ def _field_docstrings(config_type: type) -> dict[str, str]:
 
 
 def _quiet_libraries() -> None:
-    """Leave the terminal to the stage's own progress and results."""
+    """Turn off the libraries' progress bars, log lines and warnings that would disturb the stage's own output."""
     import stamina.instrumentation
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    # Some processors have it ask for a package that only makes 4-bit inference faster.
+    # On some processors it suggests a package that only speeds up 4-bit inference.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # It takes a text that begins with its padding token for a padded one.
+    # It mistakes a text that begins with the padding token for a padded one.
     logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "attention_mask" not in record.getMessage()
     )
-    # Its log line on every retry: the stage says what it waits for, and for how long.
+    # The stage reports what it waits for, so stamina need not log every retry.
     stamina.instrumentation.set_on_retry_hooks([])
-    # What TensorBoard's thread can't write, its next call raises.
+    # If TensorBoard's thread can't write, its next call raises the error.
     threading.excepthook = print_unless_of_tensorboard
-    # A quantised GPT-2 has no Conv1D, but the weights that its adapters are merged into have: peft sees to it.
+    # A quantised GPT-2 has no Conv1D layers, but the model that its adapters are merged into does; peft handles both.
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
     # peft still uses the attribute's old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # True of a value model's last states; nothing changes them in place.
+    # It concerns a value model's last hidden states, which are not changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
 
 def print_unless_of_tensorboard(args: threading.ExceptHookArgs) -> None:
-    """Shows what a thread failed with (`threading.excepthook`), unless the thread is one of TensorBoard's."""
+    """A `threading.excepthook` that ignores exceptions in TensorBoard's threads."""
     if type(args.thread).__module__.partition(".")[0] != "tensorboard":
         threading.__excepthook__(args)
 
 
 def exit_code(error: Exception) -> int:
-    """The process's exit code for an error that ended a stage: what a supervisor should make of it."""
+    """The process's exit code for an error that ended a stage."""
     if isinstance(error, PlauditError):
         return error.exit_code
     if getattr(error, "errno", None) == errno.ENOSPC:
@@ -282,11 +283,11 @@ def exit_code(error: Exception) -> int:
 class _CommandLine(Generic[T]):
     settings: Annotated[T, tyro.conf.arg(name="")]
     config: Path | None = None
-    """YAML file with any of these settings, nested as the flags are; flags given here win."""
+    """YAML file with any of these settings, nested like the flags. Flags override the file."""
 
 
 def _config_file(flags: Sequence[str]) -> Path | None:
-    """The value of --config, which must be known before tyro parses: its settings are the defaults that tyro shows."""
+    """The value of --config. It is needed before tyro parses, because the file's settings become tyro's defaults."""
     for flag, following in zip_longest(flags, flags[1:]):
         if flag == "--config" and following is not None:
             return Path(following)
@@ -296,7 +297,7 @@ def _config_file(flags: Sequence[str]) -> Path | None:
 
 
 def _gathered(flags: Sequence[str], name: str) -> list[str]:
-    """`--name A --name B` as `--name A B`: of a repeated flag, tyro would drop all values but the last."""
+    """`--name A --name B` as `--name A B`, because tyro keeps only the last value of a repeated flag."""
     values: list[str] = []
     others: list[str] = []
     taking = False
@@ -317,23 +318,23 @@ def _overview() -> str:
     commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     return f"""usage: plaudit COMMAND [--config FILE.yaml] [settings]
 
-PPO for language models with the reward on the other end of a wire.
+Fine-tune language models with PPO, with rewards fetched over HTTP.
 
 commands:
 {commands}
 
 `plaudit COMMAND --help` lists every setting and its default. Start with `plaudit demo`.
-The reward service and the ranking service are programs of their own: `plaudit-reward --help`, `plaudit-rank --help`.
+The reward service and the ranking service are separate programs: `plaudit-reward --help`, `plaudit-rank --help`.
 
 environment:
   PLAUDIT_REWARD_API_KEY  bearer token for the reward service
   RANK_API_KEY            bearer token for the ranking service
-  PLAUDIT_TRACEBACK=1     show where an error came from
+  PLAUDIT_TRACEBACK=1     show the traceback of an error
 """
 
 
 def _one_line(error: Exception) -> str:
-    # Notes say what to do next, for example which checkpoint to go on from.
+    # Notes say what to do next, for example which checkpoint to resume from.
     *parts, last = (" ".join(part.split()) for part in (str(error), *getattr(error, "__notes__", ())))
     message = "; ".join([*(part.removesuffix(".") for part in parts), last])
     if isinstance(error, PlauditError):
@@ -344,13 +345,13 @@ def _one_line(error: Exception) -> str:
 
 
 def resume_command(name: str, flags: Sequence[str]) -> str | None:
-    """The command that goes on where `plaudit NAME FLAGS` stopped, ready to be pasted into a shell."""
+    """The shell command that continues where `plaudit NAME FLAGS` stopped; None if there is none."""
     more = COMMANDS[name].resume
     needed = COMMANDS[name].resume_needs
     if needed and not any(flag == needed or flag.startswith(f"{needed}=") for flag in flags):
         return None
     if more is None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Of several processes the launcher's command is the one to repeat, and nobody here knows it.
+        # With several processes the launcher's command must be repeated, and it is not known here.
         return None
     program = ["python", "-m", "plaudit.cli"] if Path(sys.argv[0]).name == "cli.py" else ["plaudit"]
     kept = [

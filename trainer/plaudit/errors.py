@@ -1,27 +1,27 @@
-"""What can go wrong, and the exit code that a supervisor sees.
+"""The exception hierarchy, and the exit code for each exception.
 
     PlauditError            1
-    ├── ConfigError         2    a setting, a file or a model that cannot work: mend the command
+    ├── ConfigError         2    an invalid setting, file or model: change the command
     │   ├── ModelNotFound        (policy.model)
-    │   ├── DataError            (data.tables)
-    │   └── ChatTemplateError    (policy.chat) a chat template that is missing, or refuses a conversation
-    ├── NotFinite           1    NaN or an infinity; nothing that holds one is saved
+    │   ├── ChatTemplateError    (policy.chat)
+    │   └── DataError            (data.tables)
+    ├── NotFinite           1    a NaN or infinite number; nothing with one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update
-    ├── NotAsSaved          1    what was written reads back as something else
-    ├── AtChance           65    (stages.ranked_answers) a reward model orders held-out answers no better than guessing
-    ├── ProcessLost         1    (parallel.launch)    another process of the run has ended
-    ├── NotWritten         74    (run.storage) the disk is full or can't be written to: make room, then resume
+    ├── NotAsSaved          1    a file differs from what was written to it
+    ├── AtChance           65    (stages.ranked_answers) a reward model's held-out accuracy is no better than guessing
+    ├── ProcessLost         1    (parallel.launch)    another process of the run has died
+    ├── NotWritten         74    (run.storage) the disk is full or not writable: free space, then resume
     ├── StopRequested  128 + n   (run.runtime) SIGTERM or Ctrl-C: resume
-    ├── RankingsRejected   65    (run.rankings) the ranking service refuses what it is sent: trying again won't help
-    ├── RankingsUnavailable 75   (run.rankings) it can't be reached, or people have not finished: go on later
+    ├── RankingsRejected   65    (run.rankings) the ranking service refused a request: a retry won't help
+    ├── RankingsUnavailable 75   (run.rankings) it is unreachable, or people have not finished: continue later
     └── RewardError              (rewards.errors)
-        ├── RewardRejected 65    the reward service refuses what it is sent: trying again won't help
-        │   └── NoScore          a judge answered and named no score
-        └── RewardUnavailable 75 the reward service can't be reached: start it, then resume
+        ├── RewardRejected 65    the reward service refused a request: a retry won't help
+        │   └── NoScore    65    a generative judge's answer contains no score
+        └── RewardUnavailable 75 the reward service is unreachable: start it, then resume
 
-How to add one: derive it from `PlauditError` in the package that raises it, set `exit_code` if a supervisor should do
-something else about it, and word the message as one line that names the value and says what to do. The command line
-prints the message alone. Any other exception is printed with its type, as an error of the program.
+To add one, derive it from `PlauditError` in the package that raises it. Set `exit_code` if a supervisor should react
+differently. The message is one line that names the value and says what to do. The command line prints only the message;
+any other exception is printed with its type, as a bug.
 """
 
 from typing import ClassVar
@@ -38,23 +38,23 @@ EXIT_INTERRUPTED = 130
 
 
 class PlauditError(Exception):
-    """The root of them all. The message is one line for a person."""
+    """The base class of Plaudit's exceptions. The message is one line for people."""
 
     exit_code: int = EXIT_FAILED
-    """The process's exit code when this ends a stage."""
+    """The process's exit code if this exception ends a stage."""
     can_be_resumed: ClassVar[bool] = False
-    """Whether the same command, told to resume, goes on where this ended it."""
+    """Whether the same command can continue with --resume."""
 
 
 class ConfigError(PlauditError):
-    """A setting that cannot work. The message names the field, the value and what to do."""
+    """An invalid setting. The message names the field, the value and what to do."""
 
     exit_code = EXIT_USAGE
 
 
 class NotFinite(PlauditError):
-    """A loss, a figure or a weight is NaN or infinite. Nothing that holds one is saved."""
+    """A loss, a metric or a weight is NaN or infinite. Nothing that contains one is saved."""
 
 
 class NotAsSaved(PlauditError):
-    """What was written, read again, is something else. It does not take the place of what was there."""
+    """A written file reads back differently. It does not replace the previous result."""

@@ -6,9 +6,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
+from harness.tiny_policies import tiny_causal_lm
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.parallel.devices import device_named
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
@@ -21,20 +21,6 @@ SETTINGS = GenerationSettings(min_new_tokens=3, max_new_tokens=9)
 QUERIES = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
 
-def made(kind: str, **shape: Any) -> Any:
-    """A tiny random model of any causal kind, spread out enough to tell texts apart."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        kind, vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0, **shape
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return model
-
-
 def policy_of(model: Any) -> Policy:
     return Policy(model, reference=model)
 
@@ -44,15 +30,10 @@ def test_a_common_policy_passes_and_samples_with_its_cache(architecture: str) ->
     assert check_policy(policy_of(ARCHITECTURES[architecture]()), "p")
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("mamba", {"state_size": 4}),
-        ("lfm2", {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "full_attn_idxs": [1]}),
-    ],
-)
-def test_a_recurrent_or_hybrid_policy_samples_without_a_cache_the_same_in_any_batch(kind: str, shape: Any) -> None:
-    model, tokenizer = made(kind, **shape), tiny_tokenizer()
+@pytest.mark.parametrize("family", ["mamba", "lfm2"])
+def test_a_recurrent_or_hybrid_policy_samples_without_a_cache_the_same_in_any_batch(family: str) -> None:
+    model, tokenizer = tiny_causal_lm(family), tiny_tokenizer()
+    model.generation_config.eos_token_id = 0
     assert not check_policy(policy_of(model), "p")
     draws = Draws.of(SETTINGS, len(QUERIES), seed=0, step=0)
     together = generate_uncached(model, QUERIES, draws, SETTINGS, tokenizer)
@@ -72,8 +53,8 @@ def test_without_a_cache_the_samples_are_those_with_one() -> None:
 
 def test_a_model_that_reads_padding_or_the_future_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"policy='p' \(RwkvForCausalLM\) .* beside a longer text"):
-        check_policy(policy_of(made("rwkv", attention_hidden_size=32)), "p")
-    looks_ahead = made("bert", num_attention_heads=2, intermediate_size=64, is_decoder=False)
+        check_policy(policy_of(tiny_causal_lm("rwkv")), "p")
+    looks_ahead = tiny_causal_lm("bert", is_decoder=False)
     with pytest.raises(ConfigError, match=r"policy='p' \(BertLMHeadModel\) .* depends on the tokens behind it"):
         check_policy(policy_of(looks_ahead), "p")
 
@@ -150,9 +131,9 @@ def test_weights_that_the_files_lack_are_not_made_up(tmp_path: Path) -> None:
         load_causal_lm(tmp_path)
 
 
-def test_adapters_that_cannot_be_put_on_a_model_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lora: no adapters can be put on MambaForCausalLM .*--lora.target-modules"):
-        add_lora(made("mamba", state_size=4), LoraSettings())
+def test_adapters_that_cannot_be_put_on_a_model_are_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"lora: no adapters can be put on GPT2LMHeadModel .*--lora.target-modules"):
+        add_lora(tiny_gpt2(), LoraSettings(target_modules=("q_proj",)))
 
 
 def test_a_policy_in_half_precision_is_trained_in_full(tmp_path: Path) -> None:
@@ -180,6 +161,16 @@ def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
         policy.v_head.bias.fill_(torch.nan)
     policy.save(tmp_path)
     with pytest.raises(NotFinite, match="bias"):
+        policy.check_saved(tmp_path)
+
+
+def test_a_mixture_of_experts_that_learns_whole_is_read_again_in_the_shapes_of_its_files(tmp_path: Path) -> None:
+    policy = Policy(tiny_causal_lm("qwen3_moe"))
+    policy.save(tmp_path)
+    policy.check_saved(tmp_path)
+    with torch.no_grad():
+        policy.language_model.model.layers[1].mlp.experts.down_proj[1, 0, 0] += 1
+    with pytest.raises(NotAsSaved, match=r"model\.layers\.1\.mlp\.experts\.1\.down_proj\.weight"):
         policy.check_saved(tmp_path)
 
 

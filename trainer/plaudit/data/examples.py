@@ -1,7 +1,7 @@
-"""Examples for supervised fine-tuning as token rows, with the tokens that are learnt and those that are only read.
+"""Examples for supervised fine-tuning as token rows with labels, and the split into training and held-out examples.
 
-What would be wrong here: a loss on the prompt, a completion whose end is never learnt, or a text that one stage trains
-on and another is judged by.
+Failure modes: a loss on the prompt; a completion whose end token has no loss; a text that one stage trains on and
+another evaluates on.
 """
 
 import json
@@ -36,13 +36,13 @@ class Example:
     """One text, a prompt with its completion, or a conversation."""
 
     text: str = ""
-    """A text, all of it to be learnt; or a completion."""
+    """A text, which the loss covers in full; or a completion."""
     prompt: str | None = None
-    """A text that is read and not learnt."""
+    """The prompt of a completion, masked from the loss."""
     turns: tuple[tuple[str, str], ...] = ()
     """A conversation as (role, content)."""
     first: int = 0
-    """Turns before this one are read and not learnt, whoever wrote them."""
+    """Turns before this index are masked from the loss, including the assistant's."""
 
     @property
     def is_conversation(self) -> bool:
@@ -51,28 +51,28 @@ class Example:
 
     @property
     def conversation(self) -> Conversation:
-        """Its turns, as chat templates take them."""
+        """The turns in the form that chat templates take."""
         return [{"role": role, "content": content} for role, content in self.turns]
 
     def texts(self) -> list[str]:
-        """All that is written in it."""
+        """All texts in the example."""
         if self.turns:
             return [content for _, content in self.turns]
         return [self.text if self.prompt is None else self.prompt + self.text]
 
     def _answered(self) -> int:
-        """The number of the first turn that is learnt."""
+        """The index of the first turn in the loss."""
         return next(i for i, (role, _) in enumerate(self.turns) if role == ASSISTANT and i >= self.first)
 
     def source(self) -> str:
-        """What the split goes by: the text, or what stands in front of the assistant's first turn that is learnt."""
+        """The key for the split: the text, or everything before the assistant's first turn in the loss."""
         if not self.turns:
             return self.text if self.prompt is None else self.prompt
         answered = self._answered()
         return json.dumps([list(turn) for turn in self.turns[:answered]], ensure_ascii=False)
 
     def prompt_ids(self, tokenizer: Any) -> list[int] | None:
-        """The tokens in front of what is learnt first; None for a text, of which everything is."""
+        """The tokens before the first one in the loss; None for a plain text."""
         if self.turns:
             answered = self._answered()
             text = render(tokenizer, self.conversation[:answered], prompt=True) if answered else ""
@@ -90,16 +90,16 @@ class Rows:
     ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
     cut: int = 0
-    """Examples of which `max_length` left something out."""
+    """Number of examples truncated to `max_length`."""
     without_loss: int = 0
-    """Examples of which it left nothing to learn; they have no row."""
+    """Number of examples without any token in the loss after truncation; they have no row."""
     closed: int = 0
-    """Conversations that the end-of-text token was put behind, since their template ends no turn."""
+    """Number of conversations that got an end-of-text token, because their template ends turns without a token."""
     ends: set[int] = field(default_factory=set)
-    """The special tokens that end what is learnt of conversations."""
+    """The special tokens that end conversations in the loss."""
 
     def lines(self, max_length: int) -> list[str]:
-        """For people: how much is learnt, and what was left out."""
+        """A summary for people: rows, tokens in the loss, and what was left out."""
         learnt = sum(label != IGNORED for row in self.labels for label in row)
         lines = [f"{len(self.ids)} rows with {sum(map(len, self.ids))} tokens, {learnt} of them learnt"]
         if self.cut:
@@ -114,10 +114,10 @@ class Rows:
 
 
 def load_examples(config: SFTConfig, split: Split) -> tuple[list[Example], str]:
-    """The examples of one split, shuffled reproducibly, and a line that says which columns were taken.
+    """The examples of one split, shuffled reproducibly, and a line that names the columns used.
 
     Raises:
-        DataError: the source can't be read, lacks a column, or a row is not of the format.
+        DataError: the source can't be read, lacks a column, or a row has another format.
     """
     settings = config.dataset
     table = load_table(settings.data)
@@ -157,10 +157,10 @@ def load_examples(config: SFTConfig, split: Split) -> tuple[list[Example], str]:
 
 
 def rows_of(tokenizer: Any, examples: Sequence[Example], max_length: int) -> Rows:
-    """Token rows of at most `max_length`, with labels. Texts are cut into rows; of what has a prompt the end is lost.
+    """Token rows of at most `max_length`, with labels. Texts are split into rows; other examples are truncated.
 
     Raises:
-        ConfigError: the tokenizer doesn't say which characters its tokens stand for.
+        ConfigError: the tokenizer can't map tokens to characters.
     """
     if not getattr(tokenizer, "is_fast", False) and any(e.turns or e.prompt is not None for e in examples):
         raise ConfigError(
@@ -200,7 +200,7 @@ def _of_conversation(tokenizer: Any, example: Example, rows: Rows) -> tuple[list
     last = max((i for i, flag in enumerate(learnt) if flag), default=None)
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     if last is not None and ids[last] not in special and tokenizer.eos_token_id is not None:
-        # Nothing would teach it where to stop.
+        # Otherwise the model would not learn where to stop.
         ids, learnt = [*ids[: last + 1], tokenizer.eos_token_id], [*learnt[: last + 1], True]
         rows.closed += 1
     elif last is not None:
@@ -209,7 +209,7 @@ def _of_conversation(tokenizer: Any, example: Example, rows: Rows) -> tuple[list
 
 
 def _of_completion(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Prompt and completion tokenised as one text: a token that holds a part of both is not learnt."""
+    """Prompt and completion tokenised as one text. A token that spans both is masked from the loss."""
     encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     learnt = tokens_within(encoded["offset_mapping"], [(len(prompt), len(prompt) + len(completion))])
     in_front = tokens_in_front(tokenizer)
@@ -219,10 +219,10 @@ def _of_completion(tokenizer: Any, prompt: str, completion: str) -> tuple[list[i
 
 
 def token_rows(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    """Each text, closed by the end-of-text token, cut into rows of at most `max_length`, the first from its start.
+    """Each text with an end-of-text token, split into rows of at most `max_length` from its beginning.
 
-    A text begins with what the tokenizer puts in front of it. Rows never join two texts, so the model sees openings as
-    openings.
+    A text begins with the tokenizer's begin-of-text token, if there is one. Rows never join two texts, so openings
+    appear at the start of a row.
     """
     rows: list[list[int]] = []
     in_front = tokens_in_front(tokenizer)

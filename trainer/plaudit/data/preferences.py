@@ -1,8 +1,8 @@
-"""Preferences in one form: a prompt, its answers, and how often each two of them were put in which order.
+"""Preferences in one form: a prompt, its answers, and for each pair of answers how often people preferred each.
 
-Files of `{"prompt", "answers"}`, of `chosen` and `rejected`, and the ranking service's rows all become that. What would
-be wrong here: a tie that turns into an order, a prompt that weighs more because more people ranked it, or a text whose
-answers are on both sides of the split.
+Files of `{"prompt", "answers"}`, of `chosen` and `rejected`, and the ranking service's rows are converted to this form.
+Failure modes: a tie becomes an order; a prompt has more weight because more people ranked it; a text's answers are on
+both sides of the split.
 """
 
 import hashlib
@@ -19,44 +19,44 @@ from plaudit.data.tables import DataError, Table, load_table
 from plaudit.wire import rankings as wire
 
 MIN_OVERLAP = 30
-"""Tasks that a person must share with others before the reliability of what they say is used."""
+"""Minimum number of tasks in common with others for a person's reliability estimate to be used."""
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What somebody said about the answers to one prompt."""
+    """One person's ranking of the answers to one prompt."""
 
     prompt: Prompt
     group: str
-    """Names the text that the prompt comes from; all of it is on one side of the split."""
+    """Identifies the text that the prompt comes from. A group is on one side of the split."""
     answers: list[str]
     ranks: list[int]
-    """`ranks[i]` is the place of `answers[i]`: 1 is best, equal ranks are ties."""
+    """`ranks[i]` is the rank of `answers[i]`: 1 is best, equal ranks are ties."""
     annotator: str = ""
     policies: list[str] = field(default_factory=list)
-    """Who wrote `answers[i]`, where that is known."""
+    """The policy that wrote `answers[i]`, if known."""
     margin: float = 0.0
     """By how much the better of two answers should win, in units of the score."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, and what was said about them."""
+    """Two answers to one prompt, and people's preferences."""
 
     first: int
     second: int
     wins: int
-    """How often `first` was called better."""
+    """How often `first` was preferred."""
     losses: int
     ties: int
     target: float
-    """The mean over what was said, in [0, 1]: a win of `first` counts 1, a tie 1/2, a loss 0."""
+    """The mean preference for `first`, in [0, 1]: a win counts 1, a tie 1/2, a loss 0."""
     margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class RankedPrompt:
-    """One prompt with all of its answers, and all pairs of them that somebody told apart."""
+    """One prompt with all of its answers, and all pairs with a preference."""
 
     prompt: Prompt
     group: str
@@ -67,12 +67,12 @@ class RankedPrompt:
 
 @dataclass
 class LeftOut:
-    """What does not go into training, to be told."""
+    """Counts of what is left out of training, by reason."""
 
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, what: str, count: int = 1) -> None:
-        """So many more of these."""
+        """Add to the count of a reason."""
         if count:
             self.counts[what] = self.counts.get(what, 0) + count
 
@@ -82,10 +82,10 @@ class LeftOut:
 
 
 def load_opinions(source: str, left_out: LeftOut) -> list[Opinion]:
-    """Opinions from a file, a data set directory or a hub id, whichever of the three forms it has.
+    """Opinions from a file, a data set directory or a hub id, in any of the three forms.
 
     Raises:
-        DataError: it can't be read, has none of the forms, or a row is not of the form.
+        DataError: it can't be read, has none of the forms, or a row doesn't match its form.
     """
     table = load_table(source)
     names = set(table.columns)
@@ -102,9 +102,9 @@ def load_opinions(source: str, left_out: LeftOut) -> list[Opinion]:
 
 
 def opinions_of_rankings(rows: Iterable[wire.RankingRow], left_out: LeftOut) -> list[Opinion]:
-    """Opinions from the ranking service's rows: of each person and task the newest version alone.
+    """Opinions from the ranking service's rows: only the newest version for each person and task.
 
-    Rankings that were made to judge policies, or of held-out texts, are no training data.
+    Rankings made to evaluate policies, and rankings of held-out texts, are left out.
     """
     newest: dict[tuple[str, str, str], wire.RankingRow] = {}
     for row in rows:
@@ -131,8 +131,8 @@ def merged(
 ) -> list[RankedPrompt]:
     """One row for each prompt of each group, in the order in which they first appear.
 
-    Answers with the same text are one answer. `weights` is what a person's word is worth; 1 where they aren't named.
-    Pairs that everybody ties, and those that nobody with a weight has ranked, are left out.
+    Answers with the same text are merged. `weights` are the annotators' weights, by default 1. Pairs that everyone
+    ties, and pairs without any annotator of positive weight, are left out.
     """
     by_prompt: dict[tuple[str, str], list[Opinion]] = {}
     for opinion in opinions:
@@ -151,7 +151,7 @@ def _merged(group: str, said: Sequence[Opinion], left_out: LeftOut, weights: Map
     place: dict[str, int] = {}
     policies: list[str] = []
     counts: dict[tuple[int, int], list[float]] = {}
-    """Of two answers: wins, losses, ties, weight, weighted wins and half ties, weighted signed margins."""
+    """By pair: wins, losses, ties, total weight, weighted wins plus half ties, weighted signed margins."""
     for opinion in said:
         weight = weights.get(opinion.annotator, 1.0)
         told_apart = dict.fromkeys(opinion.answers)
@@ -190,8 +190,8 @@ def _merged(group: str, said: Sequence[Opinion], left_out: LeftOut, weights: Map
 def is_validation(group: str, fraction: float) -> bool:
     """Whether a group's rows are held out from the training of a reward model.
 
-    A salted hash of the group, read as a number in [0, 1), is below `fraction`. Salted, since the groups of training
-    prompts are what another hash of the text has left.
+    A salted hash of the group, read as a number in [0, 1), is below `fraction`. The salt makes it independent of the
+    hash that selected the training texts.
     """
     return _place(group) < fraction
 
@@ -204,10 +204,10 @@ def _place(group: str) -> float:
 def split(
     rows: Sequence[RankedPrompt], fraction: float, left_out: LeftOut
 ) -> tuple[list[RankedPrompt], list[RankedPrompt]]:
-    """Rows to train on and rows to validate on. All rows of a group are on one side.
+    """Training and validation rows. All rows of a group are on one side.
 
-    With few groups the one whose hash is smallest is held out, so that there is something to validate on. A prompt to
-    validate on is not trained on from another group either.
+    If no group's hash is below `fraction`, the group with the smallest hash is held out. A validation prompt is not
+    trained on even if it also occurs in another group.
     """
     groups = {row.group for row in rows}
     held_out = {group for group in groups if is_validation(group, fraction)}
@@ -291,13 +291,13 @@ def _preference(row: dict[str, Any], where: str) -> Opinion:
             raise DataError(f"{where}: margin={margin} is not finite")
     _require_characters((before, *both), where)
     ranks = [1, 1] if both[0] == both[1] else [1, 2]
-    # Texts that begin with nothing in common are no prompt's two answers; each row is a group of its own.
+    # Without a common beginning there is no prompt, so each row is its own group.
     group = _group(row, before if before else "".join(sorted(both)))
     return Opinion(before, group, both, ranks, margin=margin or 0.0)
 
 
 def _of_conversations(chosen: Any, rejected: Any, prompt: Any, where: str) -> tuple[Prompt, str, str]:
-    """The prompt and both answers: the assistant's last turns, and what stands in front of them."""
+    """The prompt and both answers: the assistant's last turns, and the conversation before them."""
     better, worse = conversation(chosen, f"{where}, chosen"), conversation(rejected, f"{where}, rejected")
     before: Conversation = []
     if better[0]["role"] == ASSISTANT and prompt is not None:
@@ -317,7 +317,7 @@ def _of_conversations(chosen: Any, rejected: Any, prompt: Any, where: str) -> tu
 
 
 def _of_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """What two texts begin with, and how each goes on: from the last speaker's name, or from a word's beginning."""
+    """The common beginning of two texts and both continuations, split after "Assistant:" or between words."""
     alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     alike = min(len(chosen), len(rejected)) if alike is None else alike
     speaker = chosen.rfind("\n\nAssistant:", 0, alike)

@@ -1,7 +1,7 @@
-"""Prompts: what the policy answers, what the judge sees of it, and the columns that travel with it.
+"""Prompts: tokens for the policy, texts or messages for the reward, and the columns that belong to them.
 
-What would be wrong here: a prompt beside another row's fields, a prompt that the judge reads otherwise than the policy,
-or one that was cut or left out in silence.
+Failure modes: a prompt with another row's fields; a prompt that the reward sees differently from the policy; a prompt
+that is cut or left out without a message.
 """
 
 import functools
@@ -33,32 +33,32 @@ from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.wire import ChatMessage
 
 BLOCK_ROWS = 4096
-"""Rows tokenised at once, where not all may be needed."""
+"""Rows tokenised at once, if not all may be needed."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in the order of their source's split; everything has one entry for each."""
+    """Prompts in the order of their source's split. All lists have one entry per prompt."""
 
     token_ids: list[list[int]]
-    """What the policy sees."""
+    """Token ids for the policy."""
     texts: list[str]
-    """What people see: the text, or a conversation with its roles."""
+    """Texts for people: the prompt, or a conversation with its roles."""
     messages: list[list[ChatMessage]] | None = None
-    """Where the prompts are conversations."""
+    """The messages, if the prompts are conversations."""
     fields: dict[str, list[Any]] = field(default_factory=dict)
-    """Further columns of their rows, by name."""
+    """The columns in `prompts.fields`, by name."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
     def judged(self) -> "list[str | list[ChatMessage]]":
-        """What whoever judges the responses sees: the texts, or the conversations."""
+        """The prompts as the reward sees them: texts or conversations."""
         return list(self.texts) if self.messages is None else list(self.messages)
 
     def rows(self, start: int, stop: int) -> "Prompts":
-        """Some consecutive prompts."""
+        """The prompts from `start` to `stop`."""
         return self.select(range(start, min(stop, len(self))))
 
     def select(self, indices: Sequence[int]) -> "Prompts":
@@ -71,7 +71,7 @@ class Prompts:
         )
 
     def fingerprint(self) -> str:
-        """Of all that policy and judge get, for a checkpoint: another prompt, order or field gives another one."""
+        """A hash of everything that policy and reward receive, for checkpoints. It covers prompts, order and fields."""
         if self.messages is None and not self.fields:
             return fingerprint(zip(self.token_ids, self.texts, strict=True))
         conversations = self.texts if self.messages is None else map(key_of, self.messages)
@@ -80,7 +80,7 @@ class Prompts:
 
 
 class PromptSchedule:
-    """Which prompts each step takes: a new permutation every epoch, from seed and epoch alone."""
+    """The prompts of each step: a new permutation every epoch, which depends only on seed and epoch."""
 
     def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
         self.steps_per_epoch = len(prompts) // batch_size
@@ -113,13 +113,13 @@ def load_prompts(
 ) -> Prompts:
     """The prompts of one split: openings of texts, a column of prompts, or a column of conversations.
 
-    An opening is the first tokens of a text that is long enough; how many is drawn for each text from `seed`. In front
-    of texts stands what the tokenizer itself puts there (a begin-of-text token, if it has one); conversations are
-    rendered by the chat template alone. No opening ends inside a character: it then has a token less, or as many more
-    as the character needs. A column's prompt of more than `prompts.max_tokens` or `room` tokens is left out, and said.
+    An opening is the first tokens of a text that is long enough; `seed` determines their number. Texts begin with the
+    tokenizer's begin-of-text token, if it has one; conversations are rendered by the chat template alone. An opening
+    never ends inside a character: it is shortened, or extended by the tokens that the character needs. A column's
+    prompts of more than `prompts.max_tokens` or `room` tokens are left out, with a message.
 
     Raises:
-        DataError: the source cannot be read, holds something else than prompts, or no row is left.
+        DataError: the source can't be read, contains something other than prompts, or no row is left.
         ChatTemplateError: conversations can't be rendered.
     """
     return load_sourced_prompts(settings, prompts, tokenizer, split, seed=seed, limit=limit, room=room)[0]
@@ -135,7 +135,7 @@ def load_sourced_prompts(
     limit: int | None = None,
     room: int | None = None,
 ) -> tuple[Prompts, list[str]]:
-    """`load_prompts`, and what decided about each prompt's split: the text that it opens, or all of the prompt.
+    """`load_prompts`, and each prompt's key for the split: the text of an opening, or the whole prompt.
 
     Raises:
         DataError: as `load_prompts` does.
@@ -194,7 +194,7 @@ def _openings(
         )
     texts, rows = [found.keys[i] for i in long], [found.indices[i] for i in long]
     draw = random.Random(seed)
-    # Tokenising the whole of a text for its opening is waste: English has about 4 characters a token.
+    # An opening needs only the beginning of a text: English has about 4 characters per token.
     beginnings = [text[: 16 * prompts.opening_tokens] for text in texts]
     openings = tokenizer(beginnings, add_special_tokens=False, verbose=False)["input_ids"]
     lengths = [draw.randint(prompts.min_tokens, prompts.opening_tokens) for _ in openings]
@@ -216,7 +216,7 @@ def _blocks(rows: Rows, limit: int | None) -> Iterator[Rows]:
 def _tokens(
     tokenizer: Tokenizer, rows: Rows, conversations: list[list[ChatMessage]] | None, settings: DataSettings
 ) -> list[list[int]]:
-    """What the policy sees of each row."""
+    """The token ids of each row."""
     if conversations is not None:
         return render(tokenizer, conversations, lambda i: f"data={settings.data!r}, row {rows.indices[i] + 1}")
     in_front = tokens_in_front(tokenizer)
@@ -224,7 +224,7 @@ def _tokens(
 
 
 def _conversation_rows(table: Table, *, settings: DataSettings, prompts: PromptSettings) -> dict[int, str]:
-    """The conversations of the table by their rows' indices, each as the text that stands for it."""
+    """The split key of each conversation, by row index."""
     name = prompts.messages_column
     assert name is not None
     require_column(table, settings, name, "--prompts.messages-column")
@@ -237,7 +237,7 @@ def _conversation_rows(table: Table, *, settings: DataSettings, prompts: PromptS
 
 
 def _answerable(value: Any, where: str) -> list[ChatMessage]:
-    """The messages in a cell, of which the last is not the assistant's."""
+    """The messages in a cell. The last one must not be the assistant's."""
     messages = messages_of(value, where)
     if messages[-1].role == "assistant":
         raise DataError(
@@ -248,7 +248,7 @@ def _answerable(value: Any, where: str) -> list[ChatMessage]:
 
 
 def _conversations(rows: Rows, settings: DataSettings, prompts: PromptSettings) -> list[list[ChatMessage]]:
-    """The rows' conversations behind their system messages."""
+    """The rows' conversations, with system messages added."""
     conversations = []
     column = prompts.messages_column
     assert column is not None
@@ -273,7 +273,7 @@ def _conversations(rows: Rows, settings: DataSettings, prompts: PromptSettings) 
 
 
 class _LeftOut:
-    """Prompts that are too long: how many, and one of them."""
+    """Prompts that are too long, by reason, with an example of each."""
 
     def __init__(self, settings: DataSettings, prompts: PromptSettings, room: int | None) -> None:
         self._settings, self._most, self._room = settings, prompts.max_tokens, room
@@ -289,7 +289,7 @@ class _LeftOut:
         self._reasons.setdefault(reason, []).append(f"row {row + 1} with {tokens}: {key!r:.60}")
 
     def say(self, kept: int, split: Split) -> None:
-        """Says it. Raises `DataError` if nothing else is left."""
+        """Print the message. Raises `DataError` if no prompt is left."""
         looked_at = kept + sum(map(len, self._reasons.values()))
         for reason, examples in self._reasons.items():
             say_once(
@@ -304,7 +304,7 @@ class _LeftOut:
 
 
 def _fields(table: Table, settings: DataSettings, prompts: PromptSettings, rows: Sequence[int]) -> dict[str, list[Any]]:
-    """The columns that travel with the prompts of these rows."""
+    """The columns in `prompts.fields` for these rows."""
     for name in prompts.fields:
         require_column(table, settings, name, "--prompts.fields")
     return {
@@ -316,7 +316,7 @@ def _fields(table: Table, settings: DataSettings, prompts: PromptSettings, rows:
 
 
 def _json_value(value: Any, where: str) -> Any:
-    """The value as it is. Raises `DataError` for one that JSON has no form for, which no reward could get."""
+    """The value, with NaN as None. Raises `DataError` for a value that JSON can't represent."""
     if isinstance(value, float) and math.isnan(value):
         return None
     for text in _texts_in(value):

@@ -1,7 +1,7 @@
-"""Texts and labels, from the hub, a package or a local file, and which split each row is in.
+"""Texts and labels from the hub, a package or a local file, and the split of each row.
 
-What would be wrong here: a text that one stage trains on and another is judged by. The split therefore depends on the
-text alone (a hash of it), so every stage, every source order and every copy of a text agrees about its side.
+Failure mode: one stage trains on a text that another one evaluates on. The split therefore depends only on a hash of
+the text, so it is the same in every stage, for every order of the source and for every copy of a text.
 """
 
 import hashlib
@@ -20,26 +20,26 @@ Label = int | str | bool | float
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with one label each, in a shuffled order that depends on nothing but the texts."""
+    """Texts with one label each, in a shuffled order that depends only on the texts."""
 
     texts: list[str]
     labels: list[Label]
     class_names: tuple[str, ...] | None = None
-    """What the source itself calls the labels 0, 1, ..., if it says so."""
+    """The source's own names of the labels 0, 1, ..., if it has any."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, in an order that depends on nothing but their keys."""
+    """The rows of one split, in an order that depends only on their keys."""
 
     table: Table
     indices: list[int]
-    """Where they are in the table."""
+    """Indices of the rows in the table."""
     keys: list[str]
-    """The text of each that decides about its split and place."""
+    """The text of each row that determines its split and order."""
 
     def column(self, name: str) -> list[Any]:
-        """Their values in a column."""
+        """The rows' values in a column."""
         values = self.table.columns[name]
         return [values[i] for i in self.indices]
 
@@ -48,7 +48,7 @@ def load_texts(settings: DataSettings, split: Split) -> list[str]:
     """The texts of one split, shuffled reproducibly.
 
     Raises:
-        DataError: the source cannot be read, lacks the text column, or has something else than a text in it.
+        DataError: the source cannot be read, lacks the text column, or has values that are not text.
     """
     return rows_of_split(settings, split, lambda table: text_rows(table, settings, settings.text_column)).keys
 
@@ -57,7 +57,7 @@ def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
     """Texts and labels of one split, in the same order as `load_texts`.
 
     Raises:
-        DataError: the source cannot be read, lacks one of the columns, or has something else in them.
+        DataError: the source cannot be read, lacks one of the columns, or has invalid values.
     """
     name = settings.label_column
     rows = rows_of_split(settings, split, lambda table: _labelled_rows(table, settings))
@@ -65,9 +65,9 @@ def load_labelled_texts(settings: DataSettings, split: Split) -> LabelledTexts:
 
 
 def rows_of_split(settings: DataSettings, split: Split, keys_of: Callable[[Table], dict[int, str]]) -> Rows:
-    """The rows of one split. `keys_of` gives, by their indices, the keys of the rows that can be used.
+    """The rows of one split. `keys_of` returns the keys of all usable rows, by index.
 
-    With a held-out split of the source's own, a row whose key is in both splits is held out.
+    If the source has its own held-out split, a row whose key is in both splits is held out.
 
     Raises:
         DataError: the source cannot be read, or has no row for this split.
@@ -96,7 +96,7 @@ def rows_of_split(settings: DataSettings, split: Split, keys_of: Callable[[Table
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """How many rows these are, and a hash of them in their order; equal for equal data on any machine."""
+    """The number of rows and a hash of them in order; equal for equal data on any machine."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
@@ -111,15 +111,15 @@ def is_held_out(text: str, fraction: float) -> bool:
 
 
 def shuffled_place(text: str) -> bytes:
-    """What a split is sorted by: a hash of the text."""
+    """The sort key of a split: a hash of the text."""
     return hashlib.sha256(b"order" + text.encode("utf-8", "surrogatepass")).digest()
 
 
 def text_rows(table: Table, settings: DataSettings, name: str, flag: str = "--text-column") -> dict[int, str]:
-    """The texts of a column by their rows' indices. Rows without a text are left out, and said.
+    """The texts of a column, by row index. Rows without a text are left out, with a message.
 
     Raises:
-        DataError: there is no such column (`flag` names one), or something else than a text in it.
+        DataError: the column does not exist (`flag` sets it), or has a value that is not text.
     """
     require_column(table, settings, name, flag)
     texts = table.columns[name]
@@ -135,7 +135,7 @@ def text_rows(table: Table, settings: DataSettings, name: str, flag: str = "--te
 
 
 def _labelled_rows(table: Table, settings: DataSettings) -> dict[int, str]:
-    """`text_rows`, less the rows without a label."""
+    """`text_rows` without the rows that have no label."""
     name = settings.label_column
     require_column(table, settings, settings.text_column, "--text-column")
     require_column(table, settings, name, "--label-column")
@@ -151,7 +151,7 @@ def _labelled_rows(table: Table, settings: DataSettings) -> dict[int, str]:
 
 
 def require_column(table: Table, settings: DataSettings, name: str, flag: str) -> None:
-    """Raises `DataError` where the table lacks the column, with those that it has and the flag that names one."""
+    """Raises `DataError` if the column is missing, with the existing columns and the flag to use."""
     if name not in table.columns:
         joined = any(mark in only for only in table.columns if len(table.columns) == 1 for mark in ";\t|")
         raise DataError(
@@ -164,13 +164,13 @@ _SAID: set[str] = set()
 
 
 def say_dropped(settings: DataSettings, rows: Sequence[int], why: str) -> None:
-    """Says once how many rows (by their indices) are not used, and why."""
+    """Print once how many rows are not used, and why."""
     if rows:
         say_once(f"data={settings.data!r}: left out {len(rows)} with {why}; the first is row {rows[0] + 1}")
 
 
 def say_once(line: str) -> None:
-    """A line on stderr. A stage asks for both splits, and each may have the same to say."""
+    """Print a line to stderr, once: both splits of a source may give the same message."""
     if line not in _SAID:
         print(line, file=sys.stderr, flush=True)
         _SAID.add(line)

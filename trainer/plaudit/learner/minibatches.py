@@ -106,11 +106,9 @@ class MinibatchEngine:
         policy: Policy,
         config: PPOHyperparameters,
         *,
-        temperature: float,
         processes: Processes,
-        record: bool,
     ) -> None:
-        """`record` updates as CUDA graphs, where a whole mini-batch goes through the model at once."""
+        """Call `draw_from` before the first run."""
         self.policy, self.config, self.processes = policy, config, processes
         self._optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, a process that tried again would leave the others waiting in a collective operation.
@@ -119,6 +117,14 @@ class MinibatchEngine:
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
         self._step = 0
+        self._temperature = 1.0
+        self._updates: UpdateGraphs | None = None
+
+    def draw_from(self, temperature: float, *, record: bool) -> None:
+        """Responses are sampled at this temperature from now on.
+
+        `record` updates as CUDA graphs, where a whole mini-batch goes through the model at once.
+        """
         self._temperature = temperature
         self._updates = UpdateGraphs(self.parameters(), self._learn) if record else None
 

@@ -1,6 +1,6 @@
-"""Prompts in, rollouts out: generate responses, have them scored, and evaluate them under the policy meanwhile.
+"""Collect rollouts: generate responses, request their scores, and evaluate them under the policy meanwhile.
 
-What would be wrong here: a score beside another sample's response, or a step that waits for what it doesn't need yet.
+Failure modes: a score is assigned to another response; a step waits for results that it doesn't need yet.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class Rewarder(Protocol):
-    """Whoever scores completions; `RewardClient` over HTTP."""
+    """Scores completions, for example `RewardClient` over HTTP."""
 
     def submit_components(
         self,
@@ -53,12 +53,12 @@ class CollectedRollout:
 
     rollout: Rollout
     prompts: list[str]
-    """As people read them."""
+    """As texts for people."""
     fields: dict[str, list[Any]]
     """Further columns of the prompts' rows, by name."""
     responses: list[str]
     ended: list[bool]
-    """Whether each response ended by itself."""
+    """Whether each response ended with an end token or a stop string."""
     components: dict[str, list[float]]
     """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
     waited_s: float

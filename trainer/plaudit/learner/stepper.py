@@ -97,10 +97,21 @@ class PPOStepper:
         self.moments = rewards.RunningMoments()
         self.steps_done = 0
         self._shuffles = torch.Generator().manual_seed(seed)
-        record = graphs and _can_record(policy, config, generation, self.processes)
-        self._engine = MinibatchEngine(
-            policy, config, temperature=generation.temperature, processes=self.processes, record=record
-        )
+        self._graphs = graphs
+        self._engine = MinibatchEngine(policy, config, processes=self.processes)
+        self._generation = generation
+        self._set_sampling(generation)
+
+    def draw_from(self, generation: GenerationSettings) -> None:
+        """Says how the responses of the next steps are sampled: temperature, top-k and top-p, as for `PPOStepper`."""
+        if generation != self._generation:
+            self._set_sampling(generation)
+
+    def _set_sampling(self, generation: GenerationSettings) -> None:
+        policy, config = self.policy, self.config
+        record = self._graphs and _can_record(policy, config, generation, self.processes)
+        self._generation = generation
+        self._engine.draw_from(generation.temperature, record=record)
         self._evaluator = Evaluator(
             policy, generation, self.batch_size_finder, full_kl=config.kl_penalty == "full", record=record
         )

@@ -3,8 +3,8 @@
 `Processes` is the one object that knows whether a run has one process or several, and whether weights are replicated
 or sharded. Everything that depends on it takes it as an argument and calls it in either case; alone, it does nothing.
 
-What would be wrong here: an average of averages where one process has one average, so rows are put together before
-anything is computed from them; or a process that waits for one that has failed, so whoever fails says so to the others.
+Failure modes: an average of averages instead of one average (rows are gathered before statistics are computed); a
+process waits for one that has failed (errors are exchanged with every collective operation).
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP): each process keeps a part of every weight, its gradient and optimizer state.
 
-Used by `Processes` alone. What would be wrong here: an average of gradients where a sum is meant, or a process that
-makes a forward pass more than the others, whose all-gather they never join.
+Used only by `Processes`. Failure modes: gradients are averaged instead of summed; a process runs one more forward pass
+than the others and waits forever in its all-gather.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Conversations as tokens, by the policy's own chat template: token for token what `apply_chat_template` gives.
+"""Render conversations with the policy's chat template to exactly the tokens of `apply_chat_template`.
 
-What would be wrong here: a begin-of-text token that template and tokenizer both add, a system message that a template
-leaves out without a word, or a conversation rendered by another template than the policy was trained with.
+Failure modes: template and tokenizer both add a begin-of-text token; a template silently drops a system message; a
+conversation is rendered with another template than in training.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ class ChatTemplateError(ConfigError):
 
 
 def use_chat_template(tokenizer: Tokenizer, file: Path | None, source: str) -> None:
-    """Gives the tokenizer the template in `file`, so that it is saved with it; without a file it must have its own.
+    """Set the tokenizer's chat template from `file`, so that it is saved with it. Without a file it must have one.
 
     Raises:
-        ChatTemplateError: the file can't be read, or there is no template at all.
+        ChatTemplateError: the file can't be read, or there is no template.
     """
     if file is not None:
         try:
@@ -39,9 +39,9 @@ def use_chat_template(tokenizer: Tokenizer, file: Path | None, source: str) -> N
 def render(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[ChatMessage]], where: Callable[[int], str]
 ) -> list[list[int]]:
-    """Each conversation up to the point where the assistant's next turn begins, as tokens.
+    """The tokens of each conversation, up to the beginning of the assistant's next turn.
 
-    The template writes every special token; the tokenizer adds none. `where(i)` names conversation i in errors.
+    All special tokens come from the template; the tokenizer adds none. `where(i)` names conversation i in errors.
 
     Raises:
         ChatTemplateError: the template refuses a conversation, or leaves out its system message.

@@ -108,7 +108,7 @@ def check_prompts(
 
 @torch.no_grad()
 def check_policy(policy: Policy, source: str) -> bool:
-    """Proves on two short texts that padding and company change nothing. Whether sampling may use the model's cache.
+    """Check on two short texts that the policy is batch-invariant. Returns whether sampling may use the model's cache.
 
     Raises:
         ConfigError: the model computes otherwise for a text beside others, or can't compute it at all.

@@ -1,8 +1,8 @@
-"""Where a response ends by itself: with an end token, or where its text has a stop string.
+"""The end of a response: an end token, or a stop string in its text.
 
-What would be wrong here: a stop string that is missed because its characters are spread over tokens, found in one way
-of sampling and not in another, or shown to the judge. A response's tokens go up to and including the token that
-completes a stop string; the judge reads the text in front of it.
+A response's tokens include the token that completes a stop string; the reward sees only the text before the stop
+string. Failure modes: a stop string that spans several tokens is missed; the sampling methods disagree; a stop string
+is shown to the reward.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,28 +16,28 @@ from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 CONTEXT_TOKENS = 4
-"""Tokens decoded in front of those that are looked at: some decoders take away a space at the beginning."""
+"""Tokens of context decoded before the ones to search, because some decoders drop a leading space."""
 
 
 class StopStrings:
-    """Finds stop strings in responses as they grow; none of them costs nothing."""
+    """Finds stop strings in growing responses. Without stop strings it does no work."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        # At worst every byte of a string is a token.
+        # In the worst case, every byte of a string is a token.
         self._window = max((len(text.encode()) for text in stop), default=0)
 
     def __bool__(self) -> bool:
         return bool(self._stop)
 
     def complete(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bool]:
-        """Whether the last token of each response, given behind its query, is where a stop string is complete."""
+        """Whether the last token of each response completes a stop string. `rows` are pairs of query and response."""
         return [self.position(text) is not None for text in self._ends_of(rows, self._window)]
 
     def first(self, query: Sequence[int], response: Sequence[int], start: int = 0) -> int | None:
-        """How many tokens the response has when the first stop string is complete; None if there is none.
+        """The number of response tokens at which the first stop string is complete; None if there is none.
 
-        The first `start` tokens are known to complete none.
+        The first `start` tokens are known not to complete one.
         """
         if not self._stop or start >= len(response):
             return None
@@ -49,7 +49,7 @@ class StopStrings:
         return next((length for length, ends in zip(lengths, complete, strict=True) if ends), None)
 
     def position(self, text: str) -> int | None:
-        """Where the first stop string of a text begins."""
+        """The index at which the first stop string in a text begins."""
         return min((place for place in map(text.find, self._stop) if place >= 0), default=None)
 
     def _ends_of(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], tokens: int) -> Iterator[str]:
@@ -65,7 +65,7 @@ class StopStrings:
 
 @dataclass(frozen=True)
 class Endings:
-    """What ends the responses of one model."""
+    """The end tokens and stop strings of one model."""
 
     tokenizer: Tokenizer
     tokens: Sequence[int]
@@ -78,12 +78,12 @@ class Endings:
         return cls(tokenizer, end_tokens(model, tokenizer), StopStrings(tokenizer, settings.stop))
 
     def ended(self, samples: Samples) -> list[bool]:
-        """Which responses ended by themselves, and not because they had all the tokens that they may have."""
+        """Which responses ended with an end token or a stop string, not at the length limit."""
         by_token = [row[-1] in self.tokens for row in _responses(samples)]
         return [token or stop for token, stop in zip(by_token, self._stopped(samples), strict=True)]
 
     def texts(self, samples: Samples) -> list[str]:
-        """The responses as a judge reads them: without special tokens, end tokens and what follows a stop string."""
+        """The responses as the reward sees them: without special tokens, end tokens, and text from a stop string on."""
         texts = response_texts(self.tokenizer, samples, self.tokens)
         places = [
             self.stop.position(text) if stopped else None

@@ -1,8 +1,8 @@
 """Sampling responses from a policy.
 
-What would be wrong here: tokens that did not come from the scored policy (dropout, another temperature), a response
-that holds tokens of its query, or a sample that depends on which other samples stood in its batch. Every row therefore
-carries its own random numbers, drawn before anything is generated.
+Failure modes: tokens sampled from another distribution than the scored one (dropout, another temperature); a response
+with tokens of its query; a sample that depends on its batch. Every row therefore has its own random numbers, drawn
+before generation.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ __all__ = ["Draws", "decode_responses", "generate", "sample_tokens"]
 
 @dataclass(frozen=True)
 class Draws:
-    """The randomness of B responses: how long each may get, and one uniform number for each of its tokens."""
+    """Random numbers of B responses: a length limit for each, and one uniform number for each token."""
 
     lengths: Tensor
     """[B] int, tokens."""
@@ -33,7 +33,7 @@ class Draws:
 
     @classmethod
     def of(cls, settings: GenerationSettings, count: int, *, seed: int, step: int) -> "Draws":
-        """The draws of one step. They depend on the arguments alone, so a resumed run draws the same."""
+        """The draws of one step. They depend only on the arguments, so a resumed run draws the same."""
         # Two steps' seeds must differ in many bits: neighbouring seeds of one generator are related.
         generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**63)
         if settings.draw_lengths is False:
@@ -57,8 +57,8 @@ def generate(
 ) -> Samples:
     """Samples one response for each query, all rows at once with a key-value cache.
 
-    A response ends at its drawn length, or earlier with an end token or the token that completes a stop string; either
-    belongs to it. `model` is a causal LM that takes `past_key_values`; the caller decides whether adapters are on.
+    A response ends at its drawn length, or earlier with an end token or the token that completes a stop string, which
+    is part of it. `model` is a causal LM that accepts `past_key_values`; the caller enables or disables adapters.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -71,7 +71,7 @@ def generate(
     ends = torch.tensor(endings.tokens, dtype=torch.long, device=device)
     texts: list[list[int]] = [[] for _ in queries]
     rows = torch.arange(len(queries), device=device)
-    """Rows of the batch that still grow; the model only sees those."""
+    """Unfinished rows; the model computes only these."""
     last, position = ids, (seen.cumsum(1) - 1).clamp(min=0)
     cache = None
     written = torch.zeros_like(lengths)
@@ -106,9 +106,9 @@ def generate(
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, settings: GenerationSettings) -> Tensor:
-    """One token a row by inversion: the first whose cumulative probability exceeds the row's uniform number.
+    """One token per row by inversion: the first whose cumulative probability exceeds the row's uniform number.
 
-    `logits` [B, V] and `uniforms` [B] give [B]. V small probabilities are added up in double precision.
+    `logits` [B, V] and `uniforms` [B] give [B]. Probabilities are summed in double precision.
     """
     logits = distributions.sampling_logits(logits, temperature=settings.temperature)
     if settings.top_k > 0 or settings.top_p < 1.0:

@@ -1,7 +1,7 @@
 """The policy: a causal language model with a value head, and the reference it is held to.
 
-Wrong here would be a log-probability that depends on padding, a reference that is the policy itself, or an adapter
-that only this program can load.
+Failure modes: a log-probability that depends on padding; a reference that is the policy itself; an adapter that only
+this program can load.
 """
 
 import contextlib
@@ -17,17 +17,18 @@ from typing import Any, Literal
 import peft
 import torch
 import transformers
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.policy.head import fp32_logits
+from plaudit.policy.lora_targets import default_targets, require_adaptable, unadaptable
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
 from plaudit.policy.reading import reading, settle
 from plaudit.policy.samples import Samples
@@ -387,11 +388,11 @@ class Policy(nn.Module):
         if self.has_adapters:
             whole = peft.get_peft_model_state_dict(self.model, state_dict=weights and weights.model)
         else:
-            whole = self.model.state_dict() if weights is None else weights.model
+            whole = _as_saved(self.model, None if weights is None else weights.model)
         head = self.v_head.state_dict() if weights is None else weights.value_head
         _require_saved(directory, {**whole, **head}, some_are_tied=not self.has_adapters)
         if self.value_model is not None:
-            own = self.value_model.state_dict() if weights is None else weights.value_model
+            own = _as_saved(self.value_model, None if weights is None else weights.value_model)
             _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=True)
 
     def load_value_head(self, directory: Path) -> None:
@@ -408,6 +409,12 @@ class Policy(nn.Module):
         with tempfile.TemporaryDirectory(dir=directory) as adapters:
             self.save(Path(adapters), weights)
             merge_adapters(Path(adapters), directory)
+
+
+def _as_saved(model: PreTrainedModel, weights: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """A whole model's tensors under the names and in the shapes that transformers saves them in, experts one by one."""
+    saved: dict[str, Tensor] = revert_weight_conversion(model, model.state_dict() if weights is None else weights)
+    return saved
 
 
 def _require_saved(directory: Path, expected: Mapping[str, Tensor], *, some_are_tied: bool) -> None:
@@ -467,9 +474,8 @@ def add_lora(
     Raises:
         ConfigError: no adapters can be put on it.
     """
-    targets = (
-        list(lora.target_modules) if lora.target_modules else LORA_TARGETS.get(model.config.model_type, "all-linear")
-    )
+    targets = list(lora.target_modules) if lora.target_modules else default_targets(model)
+    reasons = unadaptable(model)
     settings = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -480,12 +486,23 @@ def add_lora(
         modules_to_save=list(modules_to_save) or None,
     )
     try:
-        return peft.get_peft_model(model, settings)
+        adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
         raise ConfigError(
             f"lora: no adapters can be put on {type(model).__name__} ({' '.join(str(error).split()):.200}); name "
             "others with --lora.target-modules, try --lora.dropout 0, or train all parameters with --lora.no-enabled"
         ) from error
+    remedy = "leave that one out, or give no --lora.target-modules to have layers chosen that can be adapted"
+    require_adaptable(adapted.targeted_module_names, reasons, "lora.target_modules", remedy)
+    return adapted
+
+
+def _with_adapters(base: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> peft.PeftModel:
+    """The base with the adapters in a directory. Raises `ConfigError` if they could not be folded in."""
+    reasons = unadaptable(base)
+    model = peft.PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
+    require_adaptable(model.targeted_module_names, reasons, str(directory), "train adapters on other layers")
+    return model
 
 
 def load_policy(
@@ -516,11 +533,8 @@ def _load_policy(
     reference = value_model = None
     if is_adapters(directory):
         base = base_of(directory)
-        model = peft.PeftModel.from_pretrained(
-            load_causal_lm(base, dtype=dtype, quantization=quantization, device=device),
-            str(directory),
-            is_trainable=True,
-        )
+        whole = load_causal_lm(base, dtype=dtype, quantization=quantization, device=device)
+        model = _with_adapters(whole, directory, is_trainable=True)
         if not (directory / VALUE_HEAD_FILE).is_file():
             reference = load_whole_causal_lm(path, device=device).to(dtype)
     elif lora.enabled:
@@ -595,7 +609,7 @@ def load_whole_causal_lm(
     with reading(path):
         base = load_causal_lm(base_of(path), device=device, setting=setting)
         # peft freezes the base.
-        return peft.PeftModel.from_pretrained(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
+        return _with_adapters(base, demo_models.resolve(path)).merge_and_unload().requires_grad_(True)
 
 
 def load_causal_lm(
@@ -629,11 +643,11 @@ def load_causal_lm(
     require_no_random_weights(model, loaded, path, setting)
     if quantization is None:
         return model.to(device)
-    _compute_in_one_way(model)
+    compute_quantised_layers_in_one_way(model)
     return model
 
 
-def _compute_in_one_way(quantised: PreTrainedModel) -> None:
+def compute_quantised_layers_in_one_way(quantised: PreTrainedModel) -> None:
     """Keeps quantised layers in training mode for good.
 
     On CPUs bitsandbytes evaluates in another precision than it trains in, so that updates would start with a ratio
@@ -650,7 +664,7 @@ def _compute_in_one_way(quantised: PreTrainedModel) -> None:
 def merge_adapters(adapters: Path, directory: Path) -> None:
     """Folds a directory of adapters into the full-precision weights of their base, quantised in training or not."""
     base = load_causal_lm(base_of(adapters), dtype="auto")
-    model = peft.PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    model = _with_adapters(base, adapters).merge_and_unload()
     require_finite(model.named_parameters(), "the merged model")
     model.save_pretrained(directory)
     again = load_causal_lm(directory, dtype="auto").state_dict()

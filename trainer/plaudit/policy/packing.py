@@ -1,6 +1,6 @@
-"""Samples as a model's input: one after another without padding, or a padded row each.
+"""Samples as a model's input: packed without padding, or one padded row each.
 
-What would be wrong here: a token that sees another sample, or a log-probability taken from the wrong state.
+Failure modes: a token attends to another sample; a log-probability is taken from the wrong state.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from transformers.cache_utils import StaticLayer
 from plaudit.policy.samples import Samples, on_device
 
 PACKED_TOKENS = 64
-"""Least length of a packed row. Longer ones waste less at their ends, and more on attention that the mask drops."""
+"""Minimum length of a packed row. Longer rows have less padding at their ends, but more masked attention."""
 
 FEW_CELLS = 2048
 """A padded batch of fewer cells than this is not worth packing."""
@@ -23,7 +23,7 @@ FEW_CELLS = 2048
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What a causal language model is called with, and where its answers are."""
+    """The arguments of a causal language model, and the positions of the response states."""
 
     arguments: Mapping[str, Any]
     states: Tensor
@@ -32,12 +32,12 @@ class ModelInput:
 
 
 def padded(samples: Samples, *, takes_positions: bool, mask_dtype: torch.dtype | None = None) -> ModelInput:
-    """A row a sample, [B, Q + T - 1]: the last token is no input. Left padding shifts no position.
+    """One row per sample, [B, Q + T - 1], without the last token. Position ids are unaffected by left padding.
 
-    With `mask_dtype` the model gets the whole attention mask, [B, 1, C, C]. Given one of [B, C], transformers would
-    first read on the host whether there is any padding.
+    With `mask_dtype` the model gets a full attention mask, [B, 1, C, C]. For a mask [B, C], transformers would read
+    from the device whether there is any padding.
     """
-    mask = torch.cat([samples.query_mask, samples.mask], dim=1)[:, :-1].long()
+    mask = torch.cat([samples.query_mask, samples.written], dim=1)[:, :-1].long()
     arguments = {
         "input_ids": torch.cat([samples.query_ids, samples.response_ids], dim=1)[:, :-1],
         "attention_mask": mask if mask_dtype is None else _own_segments(mask, mask_dtype),
@@ -50,7 +50,7 @@ def padded(samples: Samples, *, takes_positions: bool, mask_dtype: torch.dtype |
 
 
 def attention_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The number format of the model's attention, here and now: that of autocast, or the model's own."""
+    """The dtype of the model's attention: autocast's if it is enabled, else the model's own."""
     device = next(model.parameters()).device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -59,7 +59,7 @@ def attention_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 def takes_own_mask(model: PreTrainedModel) -> bool:
-    """Whether the model attends as a mask [R, 1, C, C] says and in no other way: torch's attention, no window."""
+    """Whether the model follows a mask [R, 1, C, C] exactly: SDPA attention without a sliding window."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return False
     try:
@@ -70,16 +70,16 @@ def takes_own_mask(model: PreTrainedModel) -> bool:
 
 
 def worth_packing(samples: Samples) -> bool:
-    """Whether there is enough to save. Few samples stay padded, and add up as they do in other trainers."""
+    """Whether packing pays off. Small batches stay padded, which sums in the same order as other trainers."""
     return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
 
 
 def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: bool = False) -> ModelInput:
-    """Several samples a row, each with positions from 0, by which the model tells them apart; no attention mask.
+    """Several samples per row, separated by position ids that restart at 0; no attention mask.
 
-    Padding is left at the ends of rows alone. It stands at position 0, so it is nobody's neighbour. With `mask_dtype`
-    the model gets the whole attention mask, [R, 1, C, C], in place of reading the positions on the host. `rounded` adds
-    padding up to a multiple of 8 rows and of 16 columns, so that few shapes come up.
+    Padding is only at the ends of rows, at position 0, which separates it from samples. With `mask_dtype` the model
+    gets a full attention mask, [R, 1, C, C], so that it need not read positions on the host. `rounded` pads to
+    multiples of 8 rows and 16 columns, to limit the number of shapes.
     """
     query_lengths, response_lengths = samples.lengths
     lengths = query_lengths + response_lengths - 1
@@ -87,13 +87,13 @@ def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: 
     if rounded:
         rows += -rows % 8
     starts = torch.tensor(places)
-    # Where each input token stands among the samples' own cells, and where it goes; all of it follows from the lengths.
+    # Source and target index of each input token, computed on the host from the lengths alone.
     sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     position = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
     width = samples.query_ids.shape[1] + samples.response_ids.shape[1]
     own_cell = sample * width + (samples.query_ids.shape[1] - query_lengths)[sample] + position
     cell = starts[sample] + position
-    # Elsewhere a token of a query: of padding at the ends of rows, transformers would warn.
+    # Unused positions hold a query token, because transformers would warn about padding tokens.
     source = torch.full((rows * columns,), samples.query_ids.shape[1] - 1).index_copy(0, cell, own_cell)
     position_ids = torch.zeros(rows * columns, dtype=torch.long).index_copy(0, cell, position)
     segments = torch.zeros(rows * columns, dtype=torch.long).index_copy(0, cell, sample + 1)
@@ -109,22 +109,22 @@ def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: 
 
 
 def _own_segments(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """[R, 1, C, C]: a token sees itself and earlier ones of its segment [R, C]; segment 0 is padding."""
+    """[R, 1, C, C]: a token attends to itself and earlier tokens of its segment [R, C]; segment 0 is padding."""
     columns = segments.shape[1]
     causal = torch.ones(columns, columns, dtype=torch.bool, device=segments.device).tril()
     together = (segments.unsqueeze(2) == segments.unsqueeze(1)) & (segments > 0).unsqueeze(1)
-    # A softmax over nothing is no number.
+    # A softmax over an empty set would be NaN.
     itself = torch.eye(columns, dtype=torch.bool, device=segments.device)
     return additive(((together & causal) | itself).unsqueeze(1), dtype)
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where attention is allowed, -inf elsewhere. From a mask of booleans, each layer would make this anew."""
+    """0 where attention is allowed, -inf elsewhere. Every layer would compute this again from a boolean mask."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
 def _states(samples: Samples, first: Tensor) -> Tensor:
-    """Indices of the states before each real response token, given that before each sample's first one, [B]."""
+    """Indices of the states before each real response token; `first` [B] is that of each sample's first one."""
     lengths = samples.lengths[1]
     sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     within = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
@@ -132,7 +132,7 @@ def _states(samples: Samples, first: Tensor) -> Tensor:
 
 
 def _first_fit(lengths: list[int], *, multiple_of: int = 1) -> tuple[list[int], int, int]:
-    """Where each sample starts in the flattened rows, how many rows there are, and their length. Longest first."""
+    """First-fit decreasing: each sample's start in the flattened rows, the number of rows, and their length."""
     columns = max(*lengths, PACKED_TOKENS)
     columns += -columns % multiple_of
     filled: list[int] = []

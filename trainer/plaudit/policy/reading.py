@@ -1,8 +1,7 @@
-"""Reading a model directory that another process may be replacing: all that is read is of one version.
+"""Consistent reading of a model directory that another process may replace (see `plaudit.atomic`).
 
-What would be wrong here: weights of one run with the tokenizer or the value head of another, because the directory's
-files were replaced between two reads, or because a kill left the replacement unfinished. `plaudit.atomic` says how
-directories are replaced.
+Failure mode: weights of one run are read with the tokenizer or value head of another, because files were replaced
+between two reads, or because a kill left a replacement unfinished.
 """
 
 import time
@@ -16,7 +15,7 @@ from plaudit import atomic, demo_models
 from plaudit.errors import ConfigError
 
 MODEL = "model"
-"""The result of a directory that is a model: weights, configuration, tokenizer, and what else was saved with them."""
+"""Name of a model as a result: weights, configuration, tokenizer, and everything saved with them."""
 PATIENCE_S = 10.0
 """How long to wait for another process that is moving files; it takes milliseconds."""
 POLL_S = 0.02
@@ -24,10 +23,10 @@ POLL_S = 0.02
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Around everything that is read of a model: of a directory, or of a hub id, which nobody replaces.
+    """Wrap all reads of one model, from a directory or a hub id. (Hub models are not replaced.)
 
     Raises:
-        ConfigError: the directory's model was replaced meanwhile. What was read is of no use: start again.
+        ConfigError: the model was replaced during the block, so the reads are inconsistent.
     """
     settle(path)
     before = _versions(path)
@@ -42,10 +41,10 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def settle(path: str | Path) -> None:
-    """Finishes a replacement of the model in `path` that was interrupted, or waits until one under way is over.
+    """Finish an interrupted replacement of the model in `path`, or wait for one in progress.
 
     Raises:
-        ConfigError: it can't be finished here, for example since the directory is mounted read-only.
+        ConfigError: it can't be finished here, for example because the directory is read-only.
     """
     for directory in _directories(path):
         deadline = time.monotonic() + PATIENCE_S
@@ -57,7 +56,7 @@ def settle(path: str | Path) -> None:
             except filelock.Timeout:
                 pass
             except OSError as error:
-                # Whoever may write there may be about to.
+                # A process with write access may be about to finish it.
                 problem = error.strerror or str(error)
             if atomic.is_pending(directory):
                 if time.monotonic() >= deadline:
@@ -69,7 +68,7 @@ def settle(path: str | Path) -> None:
 
 
 def _directories(path: str | Path) -> tuple[Path, Path]:
-    """Where a replacement of this model would be at work: there, or, of a merged model, in the directory above."""
+    """Directories where a replacement can happen: the model's, and its parent for merged models."""
     directory = Path(demo_models.resolve(path))
     return directory, directory.parent
 

@@ -29,7 +29,7 @@ class Samples:
     response_ids: Tensor
     """[B, T], padded on the right."""
     mask: Tensor
-    """[B, T] bool, True on real tokens."""
+    """[B, T] bool, True on real tokens that count (`counting`)."""
 
     @classmethod
     def from_lists(
@@ -58,6 +58,18 @@ class Samples:
         mask = columns < written.unsqueeze(1)
         return Samples(self.query_ids, self.query_mask, tokens[:, : len(columns)], mask)._of_lengths(lengths)
 
+    def counting(self, masks: Sequence[Tensor | Sequence[int]]) -> "Samples":
+        """The same samples, of whose tokens only those count that `masks`, one for each response, have as 1.
+
+        The others stay in the context of what follows them. `ValueError` if a mask has another length.
+        """
+        for i, (mask, length) in enumerate(zip(masks, self.lengths[1].tolist(), strict=True)):
+            if len(mask) != length:
+                raise ValueError(f"mask {i} has {len(mask)} entries for a response of {length} tokens")
+        counted, _ = _pad(masks, 0, left=False, name="mask")
+        mask = self.mask & counted.bool().to(self.mask.device)
+        return dataclasses.replace(self, mask=mask)._of_lengths(self.lengths)
+
     def __len__(self) -> int:
         return self.query_ids.shape[0]
 
@@ -78,11 +90,19 @@ class Samples:
         self.__dict__["lengths"] = lengths
         return self
 
+    @property
+    def written(self) -> Tensor:
+        """[B, T] bool, True on real tokens, whether they count or not."""
+        return on_device(self._written, self.mask.device)
+
+    @property
+    def _written(self) -> Tensor:
+        return torch.arange(self.mask.shape[1]) < self.lengths[1].unsqueeze(1)
+
     @functools.cached_property
     def cells(self) -> Tensor:
         """[N], where the real response tokens are in [B, T] made flat."""
-        real = torch.arange(self.mask.shape[1]) < self.lengths[1].unsqueeze(1)
-        return on_device(real.flatten().nonzero().squeeze(1), self.mask.device)
+        return on_device(self._written.flatten().nonzero().squeeze(1), self.mask.device)
 
     def select(self, indices: Tensor | Sequence[int]) -> "Samples":
         """The rows `indices` [b] in this order, without the padding columns that none of them needs."""

@@ -1,9 +1,9 @@
-"""Sampling with every shape fixed, so that a GPU replays one recorded graph for each token.
+"""Sampling with fixed shapes, so that a GPU replays one CUDA graph for each token.
 
-For a small model Python launches kernels more slowly than a GPU runs them. Here the key-value cache has its final size
-from the start, rows that have ended go on to the end beside the others, and nothing that a token needs is read by the
-host: one token is one CUDA graph. What would be wrong here: another sample than `generation.generate` gives, or a
-graph that goes on with weights of an earlier step. Weights are therefore only ever changed in place.
+For small models, launching kernels from Python takes longer than running them. Here the key-value cache has its final
+size from the start, finished rows stay in the batch, and the host reads nothing for a token, so one token is one graph.
+Failure modes: samples that differ from `generation.generate`; a graph that uses weights of an earlier step. Weights are
+therefore only changed in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ from plaudit.policy.tokenizer import Tokenizer
 from plaudit.settings.policy import GenerationSettings
 
 QUERY_TOKENS = 8
-"""Queries are padded to a multiple of this, so that few shapes, and few graphs, come up."""
+"""Queries are padded to a multiple of this, to limit the number of shapes and graphs."""
 LOGITS_AGREE_WITHIN = 0.1
 """Of their standard deviation. Half precision rounds to a hundredth of it; a wrong position or mask is far beyond."""
 LOOK_EVERY = 16
-"""Tokens between two looks at whether every row has ended; each look makes the host wait for the device."""
+"""Tokens between checks whether all rows have ended; each check synchronises with the device."""
 
 
 class StaticGenerator:
@@ -169,7 +169,7 @@ class Decoder:
             self._written.copy_(torch.minimum(self._written, lengths))
 
     def prefill(self, samples: Samples, draws: Draws) -> None:
-        """Forgets the last batch, reads the queries and samples the first token."""
+        """Reset the buffers, process the queries and sample the first token."""
         skip = self.width - samples.query_ids.shape[1]
         real = torch.nn.functional.pad(samples.query_mask, (skip, 0))
         ids = torch.nn.functional.pad(samples.query_ids, (skip, 0))
@@ -189,7 +189,7 @@ class Decoder:
         self._choose(self._logits(ids, mask, (real.cumsum(1) - 1).clamp(min=0)))
 
     def advance(self) -> None:
-        """One more token for every row. Reads nothing back to the host."""
+        """Sample one more token for every row, without device-to-host copies."""
         self._choose(self._logits(self._last, self._mask, self._position))
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ class Decoder:
             self.advance()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile: a reward function.
+        # Other threads, such as a reward function, may use the device meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.advance()
         return graph

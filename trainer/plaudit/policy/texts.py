@@ -1,7 +1,7 @@
-"""Tokens as text, so that whoever judges reads what was written, and the policy reads what its tokenizer would give it.
+"""Decoding of prompts and responses, so that the reward sees exactly the generated text.
 
-What would be wrong here: prompt and response decoded apart, where a tokenizer of Llama-2's kind loses the space between
-them; a prompt that ends inside a character, which both sides then see as U+FFFD; spaces that a decoder "cleans up".
+Failure modes: prompt and response decoded separately, where tokenizers like Llama 2's lose the space between them; a
+prompt that ends inside a character, which both sides see as U+FFFD; spaces that a decoder "cleans up".
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from plaudit.policy.samples import Samples
 from plaudit.policy.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"
-"""What decoders write for bytes that are no whole character."""
+"""The replacement character, which decoders write for incomplete characters."""
 
 
 def tokens_in_front(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer puts in front of every text: a begin-of-text token, if it is one that does."""
+    """The tokens that the tokenizer adds before every text: a begin-of-text token, or none."""
     alone: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked: list[int] = tokenizer("a")["input_ids"]
     for start in range(len(marked) - len(alone) + 1):
@@ -26,7 +26,7 @@ def tokens_in_front(tokenizer: Tokenizer) -> list[int]:
 
 
 def decode(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Each row as text, special tokens included, exactly as it is: no space is cleaned up."""
+    """Each row as text, with special tokens and without cleaning up spaces."""
     texts: list[str] = tokenizer.batch_decode([list(row) for row in rows], clean_up_tokenization_spaces=False)
     return texts
 
@@ -39,10 +39,10 @@ def cut_between_characters(
     *,
     at_least: int = 1,
 ) -> list[list[int]]:
-    """The first `lengths[i]` tokens of each row, fewer where that would end inside a character, but for `at_least`.
+    """The first `lengths[i]` tokens of each row, or fewer if the text would end inside a character.
 
-    Where a row would have fewer than that, it gets the tokens that the character lacks instead. `rows` are the tokens
-    of the beginnings of `texts`.
+    A row that would have fewer than `at_least` tokens is extended to the end of the character instead. `rows` are the
+    tokens of the beginnings of `texts`.
     """
     cut = [list(row[:length]) for row, length in zip(rows, lengths, strict=True)]
     decoded = decode(tokenizer, cut)
@@ -59,20 +59,20 @@ def cut_between_characters(
 
 
 def _ends_broken(decoded: str, text: str) -> bool:
-    # A text may hold the character itself.
+    # A text may contain the replacement character itself.
     return decoded.endswith(BROKEN) and not text.lstrip().startswith(decoded.lstrip())
 
 
 def prompt_texts(tokenizer: Tokenizer, token_ids: Sequence[Sequence[int]]) -> list[str]:
-    """What a judge reads of prompts: all of their text, but not the token that the tokenizer puts in front of each."""
+    """The prompts as the reward sees them: their full text without the begin-of-text token."""
     in_front = tokens_in_front(tokenizer)
     return decode(tokenizer, [_without(ids, in_front) for ids in token_ids])
 
 
 def response_texts(tokenizer: Tokenizer, samples: Samples, ends: Sequence[int] = ()) -> list[str]:
-    """The responses without special tokens, each as it reads behind its prompt: prompt and response make the whole.
+    """The responses without special tokens, such that prompt text + response text is the decoded whole.
 
-    `ends` are tokens that are no text either, though the tokenizer does not call them special.
+    `ends` are further end tokens to remove, even if the tokenizer does not mark them as special.
     """
     in_front, special = tokens_in_front(tokenizer), special_tokens(tokenizer) | set(ends)
     query_lengths, response_lengths = samples.lengths.tolist()
@@ -92,20 +92,20 @@ def response_texts(tokenizer: Tokenizer, samples: Samples, ends: Sequence[int] =
 
 
 def behind(prompt: str, whole: str) -> str:
-    """`whole` without the `prompt` it begins with; should a decoder change a prompt's end, from there on."""
+    """`whole` without its beginning `prompt`. If decoding changed the end of the prompt, the text from there on."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     return whole[next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole)) :]
 
 
 def special_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Tokens that are no text: they end, begin or pad one."""
+    """Tokens that are not text: they begin, end or pad a text."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | set(tokenizer.all_special_ids)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
-    """Every token that ends a text: the tokenizer's, and all that the model's generation settings name."""
+    """All end tokens: the tokenizer's and those in the model's generation settings."""
     settings = getattr(model, "generation_config", None) or model.config
     named = getattr(settings, "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])]

@@ -1,6 +1,6 @@
-"""Sampling without a cache, for models whose cache is none of keys and values, such as Mamba and its hybrids.
+"""Sampling without a cache, for models without a key-value cache, such as Mamba and hybrids.
 
-Every token reads its whole text again: slow, and the same samples as `generation.generate` where both can.
+Every token recomputes the whole text. This is slow, and gives the same samples as `generation.generate`.
 """
 
 import inspect
@@ -25,7 +25,7 @@ def generate_uncached(
     settings: GenerationSettings,
     tokenizer: Tokenizer,
 ) -> Samples:
-    """One response for each query; what `generation.generate` gives."""
+    """One response for each query, identical to `generation.generate`."""
     model.eval()
     device = next(model.parameters()).device
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters

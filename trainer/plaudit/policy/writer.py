@@ -1,4 +1,4 @@
-"""A policy that only writes: a whole model or adapters, its tokenizer, and a name for exactly these weights."""
+"""A policy for inference only: a full model or adapters, its tokenizer, and a hash of its weights."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ BLOCK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Writer:
-    """`model` is a bare causal language model, in which adapters, if there are any, are active."""
+    """A policy that generates answers. `model` is a plain causal language model with any adapters active."""
 
     source: str
     model: PreTrainedModel
     tokenizer: Tokenizer
     cached: bool
-    """Whether it samples with its cache."""
+    """Whether sampling uses the model's cache."""
     revision: str
-    """A hash of the weights in the directory; empty for a model of a hub that doesn't say."""
+    """A hash of the directory's weights, or the hub's commit; empty if unknown."""
 
     def answer(self, queries: Sequence[Sequence[int]], draws: Draws, settings: GenerationSettings) -> list[str]:
         """One answer to each query, as text."""
@@ -42,16 +42,16 @@ class Writer:
         return Endings.of(self.model, self.tokenizer, settings).texts(samples)
 
     def check(self, queries: Sequence[Sequence[int]], texts: Sequence[str], settings: GenerationSettings) -> None:
-        """Raises `ConfigError` where prompts don't fit into the model, or the tokenizer is another model's."""
+        """Raises `ConfigError` if prompts don't fit into the model, or the tokenizer belongs to another model."""
         check_tokenizer_fits(self.tokenizer, self.model, self.source, texts)
         check_prompts(self.tokenizer, self.model, queries, settings, self.source)
 
 
 def load_writer(path: str, *, device: torch.device | str = "cpu") -> Writer:
-    """The policy of a directory or hub id. Adapters bring their base and its tokenizer.
+    """Load the policy of a directory or hub id. For adapters, also load their base and its tokenizer.
 
     Raises:
-        ConfigError: there is none, the adapters don't say which model they belong to, or the model can't sample.
+        ConfigError: there is no model, the adapters don't name their base, or the model can't sample.
     """
     with reading(path):
         return _load_writer(path, device)
@@ -70,7 +70,7 @@ def _load_writer(path: str, device: torch.device | str) -> Writer:
 
 
 def revision_of(directory: Path) -> str:
-    """A hash of the weight files: the same for a copy of the directory, another one as soon as a weight changes."""
+    """A hash of the weight files: equal for copies of a directory, different if any weight differs."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)}):
         digest.update(path.name.encode() + b"\0")

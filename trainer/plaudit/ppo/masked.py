@@ -1,8 +1,8 @@
-"""Statistics over real tokens only. `mask` is True on a real token; what stands under False never matters.
+"""Statistics over real tokens only. `mask` is True on real tokens; other entries never matter.
 
 `values` and `mask` have one shape, [B, T] or [N]. Sums, means and variances are of shape [], or [B] along `dim=1`.
 
-Wrong here would be a mean that counts padding, or padding that keeps a value after whitening and leaks into GAE.
+Failure modes: a mean that counts padding; padding that is not 0 after whitening and leaks into GAE.
 """
 
 import torch

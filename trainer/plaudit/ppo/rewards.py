@@ -1,6 +1,6 @@
-"""From one score a sample to one reward a token.
+"""Convert one score per sample to one reward per token.
 
-Wrong here would be a score that lands on a padding token, or one that was made up.
+Failure mode: a score is placed on a padding token.
 """
 
 from dataclasses import dataclass

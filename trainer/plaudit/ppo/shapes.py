@@ -1,7 +1,7 @@
 """Shape checks at the entry of the public maths.
 
-What would be wrong without them: [B, 1] beside [B, T], or [T] beside [T, T], which torch broadcasts without a word to
-numbers that nobody meant. The idea is that of chex's `assert_equal_shape`, which rlax calls first in each function.
+Without them, torch would silently broadcast [B, 1] with [B, T], or [T] with [T, T]. The idea comes from chex's
+`assert_equal_shape`, which rlax calls first in each function.
 
 A check compares Python numbers. It reads nothing from the device, so it costs no synchronisation, leaves no trace in a
 recorded CUDA graph, and becomes a guard under `torch.compile`.

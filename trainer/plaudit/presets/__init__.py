@@ -1,4 +1,4 @@
-"""Recorded settings, as YAML files. They travel with the package."""
+"""Preset settings as YAML files, installed with the package."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ HERE = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The presets there are."""
+    """The names of all presets, sorted."""
     return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
 def find(path: Path) -> Path:
-    """The file of the preset of this name; a file that exists, and any other path, as it is.
+    """The YAML file of the preset with this name. Paths of existing files, and all other paths, are returned unchanged.
 
-    `demo`, `demo.yaml` and `presets/demo.yaml`, its path in a checkout, are the same preset.
+    `demo`, `demo.yaml` and `presets/demo.yaml` (its path in a checkout) are the same preset.
     """
     preset = HERE / f"{path.name.removesuffix('.yaml')}.yaml"
     if path.is_file() or path.parent not in (Path(), Path("presets")) or not preset.is_file():

@@ -1,1 +1,1 @@
-"""Figures of an evaluation, and the pages that show them."""
+"""Metrics of an evaluation, the report page and model cards."""

@@ -1,8 +1,8 @@
-"""Policies compared by people: win rates and Bradley-Terry scores. Pure functions of rankings; numpy alone.
+"""Comparison of policies by people: win rates and Bradley-Terry scores. Pure functions of rankings, with numpy only.
 
-Every comparison is paired: answers to the same prompt, ranked by the same person. What would be wrong here: a tie that
-counts for one side, a prompt that weighs more because more people ranked it, or an interval over rankings in place of
-prompts, which several people's rankings of one prompt would make too narrow.
+Every comparison is paired: answers to the same prompt, ranked by the same person. Failure modes: a tie counts for one
+side; a prompt has more weight because more people ranked it; an interval is computed over rankings instead of prompts,
+which is too narrow if several people rank a prompt.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ TOLERANCE = 1e-12
 
 
 class NoMaximum(ValueError):
-    """The likelihood grows without end: some policies never lost to the others, or never met them."""
+    """The likelihood has no maximum: some policies never lost to the others, or were never compared with them."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one person said about the answers to one prompt."""
+    """One person's ranking of the answers to one prompt."""
 
     prompt: str
-    """Names the prompt, the unit of the bootstrap."""
+    """Identifies the prompt, the unit of the bootstrap."""
     policies: tuple[str, ...]
-    """Who wrote answer i."""
+    """The policy that wrote answer i."""
     ranks: tuple[int, ...]
     """The rank of answer i: 1 is best, equal ranks are ties."""
 
@@ -52,12 +52,12 @@ class WinRate:
     wins: float
     ties: float
     losses: float
-    """Shares of the prompts, each prompt's rankings averaged first. They add up to 1."""
+    """Shares of the prompts, averaged over people within each prompt. They add up to 1."""
 
 
 @dataclass(frozen=True)
 class Strength:
-    """A policy's Bradley-Terry score: natural logarithms of odds, 0 on average over the policies."""
+    """A policy's Bradley-Terry score in log-odds, with a mean of 0 over the policies."""
 
     policy: str
     score: float
@@ -66,7 +66,8 @@ class Strength:
 
 @dataclass(frozen=True)
 class Strengths:
-    """Scores of all policies, best first. Intervals leave out the `undefined` resamples, which have no maximum."""
+    """Scores of all policies, best first. Intervals exclude the `undefined` resamples, whose likelihood has no
+    maximum."""
 
     policies: tuple[Strength, ...]
     resamples: int
@@ -77,8 +78,8 @@ class Strengths:
 class Comparisons:
     """Every pair of policies on every prompt.
 
-    `wins[p, i, j]` is how often policy i beat policy j on prompt p, a tie counting 1/2, as a mean over the people and
-    the pairs of answers; `ties` likewise. `met[p, i, j]` is 1 where the two met on the prompt and 0 where they didn't.
+    `wins[p, i, j]` is how often policy i beat policy j on prompt p, where a tie counts 1/2, averaged over people and
+    pairs of answers; `ties` likewise. `met[p, i, j]` is 1 if the two were compared on the prompt, else 0.
     """
 
     policies: tuple[str, ...]
@@ -89,7 +90,7 @@ class Comparisons:
 
 
 def comparisons(judgements: Sequence[Judgement]) -> Comparisons:
-    """Judgements as a table. People are averaged within a prompt, so that each prompt weighs 1."""
+    """Judgements as a table, averaged over people within a prompt, so that each prompt has weight 1."""
     policies = tuple(sorted({policy for judgement in judgements for policy in judgement.policies}))
     prompts = tuple(sorted({judgement.prompt for judgement in judgements}))
     place = {policy: i for i, policy in enumerate(policies)}
@@ -117,7 +118,7 @@ def win_rate(table: Comparisons, policy: str, against: str) -> WinRate:
     """How often `policy` beats `against`, over the prompts that both answered.
 
     Raises:
-        ValueError: they never met.
+        ValueError: they have no prompt in common.
     """
     for name in (policy, against):
         if name not in table.policies:
@@ -169,8 +170,8 @@ def bradley_terry(wins: Array) -> Array:
         pi_i <- W_i / sum_j N_ij / (pi_i + pi_j)
 
     Raises:
-        NoMaximum: the policies fall into two groups of which one never lost to the other (Ford 1957): no finite scores
-            fit best.
+        NoMaximum: the policies fall into two groups of which one never lost to the other (Ford 1957), so no finite
+            scores maximise the likelihood.
     """
     wins = np.array(wins, dtype=np.float64)
     n = len(wins)
@@ -198,7 +199,7 @@ def bradley_terry(wins: Array) -> Array:
 
 
 def _each_reaches_all(beats: NDArray[np.bool_]) -> bool:
-    """Whether a chain of wins leads from every policy to every other."""
+    """Whether a chain of wins leads from every policy to every other one."""
     n = len(beats)
     reached = beats | np.eye(n, dtype=bool)
     for _ in range(n):

@@ -1,4 +1,4 @@
-"""Before and after in numbers. Both policies answer the same prompts, so what counts is the paired difference."""
+"""Metrics of a policy before and after training. Both answer the same prompts, so differences are paired."""
 
 import dataclasses
 import math
@@ -16,16 +16,16 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Answers:
-    """One policy's answers to the same n prompts, and what they are worth. Index i is prompt i everywhere."""
+    """One policy's answers to the n prompts, with rewards and log-probabilities. Index i is prompt i everywhere."""
 
     texts: tuple[str, ...]
     rewards: tuple[float, ...]
     logprobs: tuple[float, ...]
-    """log p(response | prompt) under the distribution it was sampled from, summed over its tokens, in nats."""
+    """log p(response | prompt) under the sampling distribution, summed over tokens, in nats."""
     reference_logprobs: tuple[float, ...]
-    """The same under the reference, sampled the same way."""
+    """The same under the reference, with the same temperature and truncation."""
     plain_reference_logprobs: tuple[float, ...]
-    """The same under the reference as it is, with neither temperature nor truncation."""
+    """The same under the reference, without temperature and truncation."""
     token_counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RewardChange:
-    """The rewards of both policies' answers, and how they differ."""
+    """The rewards of both policies' answers, and their difference."""
 
     before: Summary
     after: Summary
@@ -65,20 +65,20 @@ class RewardChange:
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of both policies."""
+    """One metric of both policies."""
 
     before: float
     after: float
 
     @property
     def ratio(self) -> float:
-        """After over before."""
+        """The value after divided by the value before."""
         return self.after / self.before
 
 
 @dataclass(frozen=True)
 class CountChange:
-    """How many there are with each policy."""
+    """A count for both policies."""
 
     before: int
     after: int
@@ -86,24 +86,24 @@ class CountChange:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluation.json holds, field for field."""
+    """The content of evaluation.json."""
 
     n: int
     reward: RewardChange
     kl: float
     """KL(after || reference) in nats, summed over a response's tokens, mean over prompts."""
     perplexity: Change
-    """Of the responses under the reference: whether they still read as its language."""
+    """Perplexity of the responses under the reference: a measure of fluency."""
     distinct_responses: CountChange
-    """Different texts among the n responses: a collapse into one phrase shows here."""
+    """Number of different texts among the n responses: reveals mode collapse."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As evaluation.json has it."""
+        """The evaluation as a nested dict, for evaluation.json."""
         return dataclasses.asdict(self)
 
 
 def compare(before: Answers, after: Answers) -> Evaluation:
-    """Everything that is said of two policies' answers to the same prompts.
+    """All metrics of two policies' answers to the same prompts.
 
     Raises:
         NotFinite: a log-probability or a reward is NaN or infinite.
@@ -136,7 +136,7 @@ def compare(before: Answers, after: Answers) -> Evaluation:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Mean, median and the mean's interval."""
+    """Mean, median and the confidence interval of the mean."""
     return Summary(_mean(values), float(np.median(values)), mean_ci95(values))
 
 
@@ -144,7 +144,7 @@ def mean_ci95(values: Sequence[float], *, resamples: int = RESAMPLES) -> tuple[f
     """95 % percentile bootstrap interval of the mean (Efron 1979). The same values always give the same interval."""
     sample = np.asarray(values, dtype=np.float64)
     draw = np.random.default_rng(0)
-    # A thousand at a time: all at once would be a [resamples, n] table.
+    # In blocks of 1000, because all resamples at once would need a [resamples, n] array.
     means = [draw.choice(sample, (min(1000, resamples - i), len(sample))).mean(1) for i in range(0, resamples, 1000)]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
@@ -156,12 +156,12 @@ def sequence_kl(logprobs: Sequence[float], reference_logprobs: Sequence[float]) 
 
 
 def perplexity(logprobs: Sequence[float], token_counts: Sequence[int]) -> float:
-    """exp(-sum_i log p(y_i) / sum_i |y_i|): every token counts the same, however long its response."""
+    """exp(-sum_i log p(y_i) / sum_i |y_i|): every token has the same weight."""
     return math.exp(-sum(logprobs) / sum(token_counts))
 
 
 def distinct(texts: Sequence[str]) -> int:
-    """Different texts; white space at the ends makes no difference."""
+    """Number of different texts, ignoring white space at the ends."""
     return len({text.strip() for text in texts})
 
 

@@ -1,4 +1,4 @@
-"""The README.md of a trained policy: what it is, how it was made, what came out."""
+"""The model card (README.md) of a trained policy: metadata, settings and results."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,13 @@ from plaudit.settings.ppo import PPOConfig
 
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
-    """Write `directory/README.md` with the metadata the hub reads in front.
+    """Write `directory/README.md`, with the hub's metadata in its front matter.
 
-    The trained weights are in `directory` already, and will be used from `config.output_dir`. Raises `NotWritten`.
+    The trained weights must be in `directory` already; the card refers to them by `config.output_dir`. Raises
+    `NotWritten`.
     """
     adapters = directory / "adapter_config.json"
-    # Of adapters that went on training it is the model that they were first put on.
+    # For adapters whose training was continued, this is the model that they were created for.
     base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapters.is_file() else None
     front = {
         "base_model": base or config.policy,

@@ -1,4 +1,4 @@
-"""What a run has come to, for people: one HTML file that needs nothing else, samples.csv, tables for the console."""
+"""Reports of a run: a self-contained HTML page, samples.csv, and tables for the console."""
 
 import base64
 import csv
@@ -39,12 +39,12 @@ class Sample:
 
     @property
     def change(self) -> float:
-        """What the reward has gained."""
+        """The difference of the rewards, after minus before."""
         return self.reward_after - self.reward_before
 
 
 def pair_samples(prompts: Sequence[str], before: Answers, after: Answers) -> list[Sample]:
-    """Row i is prompt i."""
+    """One sample per prompt, in order."""
     columns = (prompts, before.texts, after.texts, before.rewards, after.rewards)
     return [Sample(*row) for row in zip(*columns, strict=True)]
 
@@ -52,7 +52,7 @@ def pair_samples(prompts: Sequence[str], before: Answers, after: Answers) -> lis
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """samples.csv: query, response_before, response_after, reward_before, reward_after.
 
-    A text that a spreadsheet would run as a formula has an apostrophe in front.
+    Texts that a spreadsheet would run as formulas get a leading apostrophe.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -63,7 +63,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
 
 
 def _as_text(text: str) -> str:
-    """What a spreadsheet shows as it is."""
+    """The text, escaped so that a spreadsheet doesn't run it as a formula."""
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
@@ -75,10 +75,10 @@ def render_report(
     training: Sequence[Mapping[str, float]] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """The report as one HTML document that loads nothing from elsewhere.
+    """The report as a self-contained HTML document.
 
     Args:
-        training: the steps of metrics.jsonl; without any, the training curves are left out.
+        training: the steps of metrics.jsonl; without them the training curves are left out.
         settings: the configuration of each stage by the stage's name, as `config.to_dict` gives it.
     """
     curves = [row for row in training if REWARD_MEAN in row and KL in row]
@@ -112,7 +112,7 @@ def templates() -> "jinja2.Environment":
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """What the interval of the paired difference allows to say, in a sentence."""
+    """One sentence on whether the reward changed, based on the interval of the paired difference."""
     low, high = evaluation.reward.difference.ci95
     if low > 0:
         return "The reward rose: the whole 95 % interval of the paired difference lies above zero."
@@ -122,7 +122,7 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average without a bias towards its start: sum_i w^(t-i) x_i / sum_i w^(t-i), i = 0..t."""
+    """Bias-corrected exponential moving average: sum_i w^(t-i) x_i / sum_i w^(t-i), i = 0..t."""
     result = []
     total = norm = 0.0
     for value in values:
@@ -211,7 +211,7 @@ def samples_table(samples: Sequence[Sample], count: int = SAMPLES_ON_CONSOLE) ->
     for name in ("before", "after"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in samples[:count]:
-        # Text, not str: a response may hold what rich would take for markup.
+        # Text instead of str, because rich would interpret markup in a response.
         texts = (Text(" ".join(t.split())) for t in (row.query, row.response_before, row.response_after))
         table.add_row(*texts, as_number(row.reward_before), as_number(row.reward_after))
     return table
@@ -243,7 +243,7 @@ def data_uri(figure: "Figure") -> str:
 
 
 def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One level of groups: the settings that stand alone come first, under no name."""
+    """Settings in groups, one level deep. Ungrouped settings come first, in a group without a name."""
     groups: dict[str, dict[str, Any]] = {"": {}}
     for key, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,7 @@
-"""How well scores order answers as people did: accuracy, calibration, and what length has to do with it. numpy alone.
+"""Metrics of a reward model on people's preferences: accuracy, calibration and length bias. Needs only numpy.
 
-Every prompt weighs 1, and intervals are by bootstrap over prompts: pairs of one prompt share its answers. What would be
-wrong here: an accuracy told without what people's own disagreement allows, or one that a judge earns by counting
-letters.
+Every prompt has weight 1. Intervals are bootstraps over prompts, because pairs of one prompt share its answers. Failure
+modes: an accuracy reported without the ceiling set by people's disagreement; an accuracy due to a length bias.
 """
 
 import math
@@ -21,33 +20,33 @@ Interval: TypeAlias = tuple[float, float]
 BINS = 10
 RESAMPLES = 2_000
 FEWEST_PROMPTS = 5
-"""Of fewer, all may be right by chance once in 16 times or more often."""
+"""With fewer prompts, all are right by chance with a probability of 1/16 or more."""
 
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs whose more probable side has a probability in one tenth of [0.5, 1]."""
+    """One calibration bin: the pairs whose predicted probability falls into one tenth of [0.5, 1]."""
 
     confidence: float
     """The mean of these probabilities."""
     accuracy: float
-    """How often people called that side better."""
+    """How often people preferred the predicted answer."""
     share: float
-    """Of all pairs, each prompt weighing 1."""
+    """Share of all pairs, with weight 1 for each prompt."""
 
 
 @dataclass(frozen=True)
 class RankingFigures:
-    """How well scores order pairs of answers. `accuracy` counts what people said, ties left out."""
+    """How well scores order pairs of answers. `accuracy` is measured against people's preferences without ties."""
 
     prompts: int
     pairs: int
     accuracy: float
     accuracy_ci95: Interval
     agreement: float | None
-    """How often two people who both tell a pair apart agree about it; None where nobody shares a pair."""
+    """How often two people who both prefer one answer of a pair agree; None if no two people share a pair."""
     ceiling: float | None
-    """The accuracy of somebody who knows the better answer of each pair, where each person is right equally often."""
+    """The highest possible accuracy, assuming that all people are right equally often."""
     calibration_error: float
     """Expected calibration error of sigmoid(score difference) over ten bins; 0 is perfect."""
     calibration_ci95: Interval
@@ -55,11 +54,11 @@ class RankingFigures:
 
     @property
     def at_chance(self) -> bool:
-        """Whether it can't be told from guessing."""
+        """Whether the accuracy can't be distinguished from guessing."""
         return self.prompts < FEWEST_PROMPTS or self.accuracy_ci95[0] <= 0.5
 
     def line(self) -> str:
-        """For people."""
+        """The metrics in one line."""
         low, high = self.accuracy_ci95
         ceiling = (
             "no pair was told apart by two people, so nobody knows how much is possible"
@@ -75,17 +74,17 @@ class RankingFigures:
 
 @dataclass(frozen=True)
 class LengthBias:
-    """What the characters of an answer have to do with its score."""
+    """The relation between an answer's length in characters and its score."""
 
     better_is_longer: float | None
-    """The share of pairs whose better answer is the longer one, by what people said."""
+    """Share of pairs in which people preferred the longer answer."""
     accuracy_where_longer: float | None
-    """Where the better answer is the longer one; None where there is no such pair."""
+    """Accuracy on pairs whose better answer is the longer one; None if there are none."""
     accuracy_where_longer_ci95: Interval | None
     accuracy_where_shorter: float | None
     accuracy_where_shorter_ci95: Interval | None
     correlation: float | None
-    """Pearson's, of score and length, each less its mean over the prompt's answers."""
+    """Pearson correlation of score and length within prompts: both are centred on the prompt's mean."""
     correlation_ci95: Interval | None
 
 
@@ -96,10 +95,10 @@ def ranking_figures(
     scale: float = 1.0,
     agreement: float | None = None,
 ) -> RankingFigures:
-    """The figures of `scores`, one for each answer of each row.
+    """The metrics of `scores`, one score for each answer of each row.
 
-    `scale` is what scores were multiplied with after they were learnt; probabilities are of the scores before that.
-    `agreement` is that of a larger set of rankings than `rows`; without it, that of `rows`.
+    Scores are divided by `scale`, the factor applied after training, to compute probabilities. `agreement` may come
+    from a larger set of rankings; by default it is that of `rows`.
     """
     accuracies = [_accuracy(row.pairs, given) for row, given in zip(rows, scores, strict=True)]
     confidence, correct, weight = (np.zeros((len(rows), BINS)) for _ in range(3))
@@ -139,7 +138,7 @@ def ranking_figures(
 
 
 def length_bias(rows: Sequence[RankedPrompt], scores: Sequence[Sequence[float]]) -> LengthBias:
-    """What length has to do with `scores`, one for each answer of each row. Pairs that people split evenly are out."""
+    """The length bias of `scores`, one score for each answer of each row. Evenly split pairs are left out."""
     longer: list[float] = []
     where: dict[bool, list[float]] = {True: [], False: []}
     sums = np.zeros((len(rows), 3))
@@ -175,7 +174,7 @@ def length_bias(rows: Sequence[RankedPrompt], scores: Sequence[Sequence[float]])
 
 
 def pair_agreement(rows: Sequence[RankedPrompt]) -> float | None:
-    """How often two people agree about a pair that both tell apart; None where there is no such pair."""
+    """How often two people agree on a pair of which both prefer one answer; None if there is no such pair."""
     alike = together = 0
     for row in rows:
         for pair in row.pairs:
@@ -186,16 +185,16 @@ def pair_agreement(rows: Sequence[RankedPrompt]) -> float | None:
 
 
 def ceiling(agreement: float) -> float:
-    """How often somebody is right about a pair if all are right equally often and agree this often.
+    """The probability q that a person is right, if all are right equally often and agree with probability a.
 
-    Two agree when both are right or both are wrong: a = q^2 + (1 - q)^2, so q = (1 + sqrt(2 a - 1)) / 2. No model
-    predicts what people say more often than that. Below a = 1/2 there is nothing to know.
+    Two people agree if both are right or both are wrong: a = q^2 + (1 - q)^2, so q = (1 + sqrt(2 a - 1)) / 2. No model
+    predicts preferences with a higher accuracy. For a <= 1/2 the result is 1/2.
     """
     return (1 + math.sqrt(max(0.0, 2 * agreement - 1))) / 2
 
 
 def _accuracy(pairs: Sequence[Pair], scores: Sequence[float]) -> float:
-    """The mean over pairs of how often people said what the scores say. Equal scores are right half of the time."""
+    """The mean over pairs of how often people agree with the scores. Equal scores count 1/2."""
     shares = []
     for pair in pairs:
         difference = scores[pair.first] - scores[pair.second]
@@ -216,7 +215,7 @@ def _correlation(xy: float, xx: float, yy: float) -> float | None:
 
 
 def _resamples(n: int) -> Array:
-    """How often each of n prompts is drawn, [RESAMPLES, n]; the same for the same n."""
+    """How often each of n prompts is drawn, [RESAMPLES, n]. The result is fixed for each n."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
 
 

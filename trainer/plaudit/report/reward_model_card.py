@@ -1,4 +1,4 @@
-"""The README.md of a reward model: how it was made, how often it is right, and on which scale its scores are."""
+"""The model card (README.md) of a reward model: settings, accuracy, and the scale of its scores."""
 
 import yaml
 
@@ -8,7 +8,7 @@ from plaudit.settings.reward_model import RewardModelConfig
 
 
 def reward_model_card(config: RewardModelConfig, figures: RankingFigures, scale: float, prompts: int) -> str:
-    """The card of a model trained on ranked answers. `scale` is what its scores were multiplied with."""
+    """The card of a model trained on ranked answers. `scale` is the factor applied to its scores."""
     front = {
         "base_model": None if config.from_scratch else config.model,
         "library_name": "transformers",

@@ -1,7 +1,7 @@
-"""Rewards over HTTP. What fails is an exception, never a number: a made-up one trains a policy as a real one does.
+"""Rewards over HTTP. A failure is an exception, never a number, because a policy would train on a made-up reward too.
 
-`plaudit[client]` installs what this needs. The names below load on first use, so that settings can be read without an
-HTTP library.
+`plaudit[client]` installs the dependencies. The names below are imported on first use, so settings can be read without
+an HTTP library.
 """
 
 import importlib

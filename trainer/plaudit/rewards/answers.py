@@ -1,7 +1,7 @@
-"""What a server sends is not to be trusted: its size, its bytes that nobody asked for, and what it does to a terminal.
+"""Safe handling of untrusted answers: bounded decompression, extra bytes on a connection, secrets that servers echo.
 
-What would be wrong here: an answer to one request taken for the answer to another, a small answer that fills the memory
-when it is unpacked, or a server that writes to the clipboard of whoever reads the log.
+Failure modes: an answer to one request is taken for the answer to another; a small answer fills the memory when it is
+decompressed; a credential that a server echoes ends up in a log.
 """
 
 import zlib
@@ -15,15 +15,15 @@ SECRET = "[secret]"
 
 
 class Unreadable(Exception):
-    """The answer is packed in a way that isn't read here."""
+    """The answer is compressed with an unsupported encoding."""
 
 
 async def read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
-    """At most `limit` bytes of the body, unpacked, and whether that is all of it. Raises `Unreadable`.
+    """At most `limit` bytes of the decompressed body, and whether that is all of it. Raises `Unreadable`.
 
-    Bytes are unpacked as they come and never beyond the limit: 800 bytes of gzip in gzip hold a gigabyte.
+    Bytes are decompressed as they arrive and never beyond the limit: 800 bytes of nested gzip can hold a gigabyte.
     """
-    if response.is_stream_consumed:  # a test's transport has it whole
+    if response.is_stream_consumed:  # a test's transport holds the whole body
         return response.content[:limit], len(response.content) <= limit
     encodings = [name for name in response.headers.get("content-encoding", "").replace(" ", "").split(",") if name]
     packed = encodings in (["gzip"], ["x-gzip"])
@@ -46,11 +46,11 @@ async def read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
 
 
 async def break_if_more_came(response: httpx.Response) -> bool:
-    """Call with the body read. Closes the connection, and gives True, if bytes behind the answer have come with it.
+    """Close the connection and return True if extra bytes followed the answer. Call it after reading the body.
 
-    Nobody asked for them, and the next request on the connection would take them for its answer. (Bytes that come
-    later are seen by the connection pool before it uses the connection again.) Where the HTTP library keeps them out of
-    sight, the connection is closed to be sure.
+    The next request on the connection would take them for its answer. (The connection pool detects bytes that arrive
+    later, before it reuses the connection.) If the HTTP library doesn't expose extra bytes, the connection is closed in
+    any case.
     """
     network = response.extensions.get("network_stream")
     if network is None:
@@ -65,7 +65,7 @@ async def break_if_more_came(response: httpx.Response) -> bool:
 
 
 def without(text: str, secrets: Sequence[str]) -> str:
-    """The text with each of the secrets taken out, for servers that repeat what they were sent."""
+    """The text with each secret replaced by a placeholder, because servers may echo what they were sent."""
     for secret in secrets:
         text = text.replace(secret, SECRET)
     return text

@@ -1,4 +1,4 @@
-"""The trainer's side of the wire: futures and plain calls over one background thread with an event loop."""
+"""The reward client: futures and blocking calls on top of one background thread with an event loop."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of a list of responses, in its order."""
+    """The rewards of a list of responses, in the same order."""
 
     totals: list[float]
     """The weighted sum."""
@@ -44,10 +44,10 @@ class Scores:
 class RewardClient:
     """Scores completions over HTTP; use as a context manager.
 
-    `fields` names the columns that prompts will come with, so that `connect` can refuse a reward that asks for another
-    one; None where that isn't known yet. `on_wait` is told, from the client's own thread, what is being waited for, and
-    "" when the wait is over.
-    Raises `ConfigError` when there is nobody to ask, or a file or function that the settings name can't be had.
+    `fields` names the columns of the data, so that `connect` can refuse a reward that needs another one; None if they
+    are not known yet. `on_wait` is called from the client's thread with a description of what it waits for, and with ""
+    when the wait is over.
+    Raises `ConfigError` if there is no URL or function, or a file or function in the settings can't be loaded.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RewardClient:
             raise ConfigError(
                 "reward.url is empty: give the reward service's address, for example --reward.url http://127.0.0.1:8000"
             )
-        # The key in the environment was given for the first reward's URLs. Others are perhaps another company's.
+        # The key in the environment is meant for the first reward. Other URLs may belong to another organisation.
         self._clients = {
             c.name: _http_client(c, settings, os.environ.get(API_KEY_VARIABLE) if index == 0 else None)
             for index, c in enumerate(self._components)
@@ -97,7 +97,8 @@ class RewardClient:
 
     @property
     def revision(self) -> str:
-        """The reward model's revision; of several, `name=revision` of each. Raises `RuntimeError` before `connect`."""
+        """The reward model's revision; `name=revision` of each if there are several. `RuntimeError` before
+        `connect`."""
         revisions = {c.name: s.revision for c, s in zip(self._components, self._sources, strict=True)}
         if None in revisions.values():
             raise RuntimeError("the revision is not known before connect()")
@@ -106,14 +107,14 @@ class RewardClient:
         return ", ".join(f"{name}={revision}" for name, revision in revisions.items())
 
     def connect(self) -> ModelInfo:
-        """Wait until each reward has an endpoint that is ready; check labels and order. The first one's description.
+        """Wait until each reward has a ready endpoint, and check labels and order. Returns the first description.
 
-        Raises `RewardUnavailable` when patience runs out, `RewardRejected` when waiting won't help.
+        Raises `RewardUnavailable` after `patience_s`, and `RewardRejected` if waiting can't help.
         """
         return self.connecting().result()
 
     def connecting(self) -> Future[ModelInfo]:
-        """`connect` without waiting; bounded by the patience, and `cancel` gives it up."""
+        """`connect` without blocking. It takes at most `patience_s` and can be cancelled."""
 
         async def first() -> ModelInfo:
             return (await _all([source.connect() for source in self._sources]))[0]
@@ -123,13 +124,13 @@ class RewardClient:
     def submit(
         self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None
     ) -> Future[list[float]]:
-        """Ask for rewards without waiting: the future gives one for each response, in order, or raises `RewardError`.
+        """Request rewards without blocking: a future of one reward per response, in order, or of a `RewardError`.
 
-        A prompt is a text, or the messages that the response answers. `fields` are columns, each with a value for each
-        response; a reward gets those that it asks for, and one that lacks a value is refused (`RewardRejected`).
+        A prompt is a text, or the messages that the response answers. `fields` are columns with one value per response.
+        Each reward receives the columns that it asks for; a missing value is refused (`RewardRejected`). Several
+        rewards are combined to their weighted sum.
 
-        Its result is bounded by the patience and the time of a request; `cancel` takes the requests back. Of several
-        rewards it is the weighted sum.
+        The future takes at most `patience_s` plus the time of a request. `cancel` cancels the requests.
         """
         columns = self._checked(prompts, responses, fields)
 
@@ -141,16 +142,16 @@ class RewardClient:
     def submit_components(
         self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None
     ) -> Future[Scores]:
-        """`submit`, with each reward by its name as well."""
+        """`submit`, with the individual rewards in addition to the weighted sum."""
         columns = self._checked(prompts, responses, fields)
         return self._start(self._score(list(prompts), list(responses), columns))
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None) -> list[float]:
-        """`submit`, and wait for it."""
+        """`submit`, and wait for the result."""
         return self.submit(prompts, responses, fields).result()
 
     def close(self) -> None:
-        """Take back what is under way and end the thread; waits a few seconds at most."""
+        """Cancel pending requests and end the thread, within a few seconds."""
         if self._closed:
             return
         self._closed = True
@@ -172,7 +173,7 @@ class RewardClient:
         self.close()
 
     def _checked(self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None) -> Columns:
-        """The columns, as they are now. Raises `ValueError` where the counts differ."""
+        """A copy of the columns. Raises `ValueError` if the counts differ."""
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed")
         if any(source.revision is None for source in self._sources):
@@ -190,8 +191,8 @@ class RewardClient:
         )
 
     async def _shut(self) -> None:
-        # What was started has been cancelled, and cancels what it started itself: a library's own tasks are its own,
-        # until they are late.
+        # Our tasks have been cancelled and cancel their own subtasks. Libraries' tasks get some time to end by
+        # themselves.
         for grace_s in (CLOSE_TIMEOUT_S / 10, CLOSE_TIMEOUT_S / 4):
             late = asyncio.all_tasks() - {asyncio.current_task()}
             if late:
@@ -217,7 +218,7 @@ async def _in_chunks(source: Source | FunctionSource, rows: Sequence[Row]) -> li
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results in order; the first failure cancels the rest and is raised as it is."""
+    """The results in order. The first failure cancels the other tasks and is raised unchanged."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
@@ -229,14 +230,14 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
 def _http_client(component: RewardComponent, settings: RewardSettings, key: str | None) -> httpx.AsyncClient:
     in_flight = settings.max_in_flight * len(component.url)
     tls = _tls(component)
-    # Hedged chunks and descriptions may come on top of the chunks in flight.
+    # Hedged chunks and descriptions may be in flight in addition to the chunks.
     limits = httpx.Limits(max_connections=2 * in_flight, max_keepalive_connections=in_flight)
     return httpx.AsyncClient(
         headers=_headers(component, key),
         verify=tls,
         timeout=httpx.Timeout(settings.request_timeout_s, connect=settings.connect_timeout_s),
         limits=limits,
-        # httpx would read every proxy variable there is, and end on one that it can't use.
+        # With trust_env, httpx would read all proxy variables and fail on an invalid one.
         trust_env=False,
         mounts=_ways(component, tls, limits),
     )
@@ -245,7 +246,7 @@ def _http_client(component: RewardComponent, settings: RewardSettings, key: str 
 def _ways(
     component: RewardComponent, tls: ssl.SSLContext, limits: httpx.Limits
 ) -> dict[str, httpx.AsyncBaseTransport | None]:
-    """The way to each endpoint that has a proxy in front of it."""
+    """The transport for each endpoint behind a proxy."""
     ways: dict[str, httpx.AsyncBaseTransport | None] = {}
     for url in component.url:
         proxy = proxy_for(url, os.environ)
@@ -278,7 +279,7 @@ def _headers(component: RewardComponent, key: str | None) -> dict[str, str]:
 
 def _tls(component: RewardComponent) -> ssl.SSLContext:
     if not any(url.startswith("https:") for url in component.url):
-        # Trusts nobody and is never used: loading the system's authorities takes a fifth of a second.
+        # Never used. Loading the system's certificate authorities would take 0.2 s.
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         return ssl.create_default_context(cafile=component.ca_file)

@@ -1,4 +1,4 @@
-"""One endpoint: one request, one answer, and a verdict on what went wrong. It never waits and never tries again."""
+"""One endpoint: sends one request, reads one answer and classifies failures. It never waits and never retries."""
 
 import asyncio
 import json
@@ -36,19 +36,19 @@ from plaudit.wire import (
 log = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429})
-"""The refusals that pass with time. So does every 5xx but 501, 505 and those that say they don't."""
+"""4xx statuses that are retried. So is every 5xx except 501, 505 and permanent problem documents."""
 OWN_WRITING = frozenset({"plaudit", "chat-judge"})
-"""Kinds that write conversations out in the judge's own way, so that there is nothing to render wherever they can."""
+"""Protocols that render conversations on the server or in the question, so the client need not render them."""
 DESCRIBE_TIMEOUT_S = 10.0
 QUOTED_CHARS = 300
 MAX_NAME_CHARS = 1000
 SHORTEST_SECRET = 4
 MAX_ANSWER_BYTES = 16 * 2**20
-"""More than any answer to `wire.MAX_ITEMS_PER_REQUEST` texts needs; what is longer is not kept in memory."""
+"""More than any answer to `wire.MAX_ITEMS_PER_REQUEST` texts needs. Longer answers are not read into memory."""
 
 
 class Trouble(Exception):
-    """A failure that may pass: the same request can be sent again, here or elsewhere."""
+    """A transient failure: the request can be retried, on this endpoint or another one."""
 
     def __init__(
         self, message: str, *, retry_after_s: float | None = None, server_error: bool = False, exchange: Exchange
@@ -56,12 +56,12 @@ class Trouble(Exception):
         super().__init__(shown(message))
         self.retry_after_s = retry_after_s
         self.server_error = server_error
-        """The server took the request and failed on it (500): the request itself may be the reason."""
+        """The server failed on the request (500), so the request itself may be the cause."""
         self.exchange = exchange
 
 
 class Endpoint:
-    """A reward server at one URL, and how it has been doing."""
+    """A reward server at one URL, with its recent failures."""
 
     def __init__(
         self,
@@ -75,11 +75,11 @@ class Endpoint:
         rendering: Rendering | None = None,
     ) -> None:
         self.url = without_credentials(url).rstrip("/")
-        """As messages and files may show it."""
+        """Without credentials, for messages and files."""
         if component.kind == "chat-judge":
-            self.url = self.url.removesuffix("/v1")  # as the clients of that API are given it
+            self.url = self.url.removesuffix("/v1")  # clients of that API are configured with it
         self.places = asyncio.Semaphore(max_in_flight)
-        """One for each request that may be under way."""
+        """Limits the number of concurrent requests."""
         self.info: ModelInfo | None = None
         self.outstanding = 0
         self.failures = 0
@@ -98,7 +98,8 @@ class Endpoint:
         self._warned_of_age = False
 
     async def describe(self) -> ModelInfo:
-        """Ask which model answers. Raises `Trouble` while it isn't ready, `RewardRejected` when it won't ever be."""
+        """Request the model's description. Raises `Trouble` while it isn't ready, `RewardRejected` if it can't be
+        used."""
 
         ids: dict[str, str] = {}
 
@@ -143,29 +144,30 @@ class Endpoint:
 
     @property
     def needs(self) -> Sequence[str]:
-        """Names of the fields that it asks for; none before it has been described."""
+        """Names of the fields that it requires; none before `describe`."""
         return self._dialect.needs(self.info) if self._dialect is not None and self.info is not None else ()
 
     @property
     def takes(self) -> Sequence[str]:
-        """Names of the fields that it is sent where there are any."""
+        """Names of optional fields, sent if a row has them."""
         return self._dialect.takes(self.info) if self._dialect is not None and self.info is not None else ()
 
     @property
     def conversations_per_request(self) -> int | None:
-        """The most conversations that it takes in one request; None for no bound of their own."""
+        """Maximum number of conversations in one request; None if there is no separate limit."""
         if self._dialect is None or self._renders(self.info):
             return None
         return self._dialect.conversations_per_request
 
     def _renders(self, info: ModelInfo | None) -> bool:
-        """Whether conversations go there as texts: where they must, or the server's own template isn't wanted."""
+        """Whether the client renders conversations: the endpoint accepts only texts, or `render` is set."""
         assert self._dialect is not None
         asked = self._rendering is not None and self._dialect.name not in OWN_WRITING
         return asked or info is None or self._dialect.no_conversations(info) is not None
 
     def _sent(self, row: Row, info: ModelInfo) -> RewardItem:
-        """The row as this endpoint takes it. Raises `RewardRejected` for what it can't take, or lacks."""
+        """The row in this endpoint's form. Raises `RewardRejected` if it can't accept the row, or a field is
+        missing."""
         assert self._dialect is not None
         item = row.with_fields(self._dialect.needs(info), self._dialect.takes(info), self.url)
         if isinstance(item.prompt, str) or not self._renders(info):
@@ -179,7 +181,7 @@ class Endpoint:
         return self._rendering(item, first_token=not self._dialect.adds_first_token)
 
     async def score(self, rows: Sequence[Row]) -> tuple[RewardResponse, Exchange]:
-        """One finite reward for each row, in order, and how they came. Raises `Trouble` or `RewardRejected`."""
+        """One finite reward per row, in order, and the exchange. Raises `Trouble` or `RewardRejected`."""
         info = self.info or await self.describe()
         assert self._dialect is not None
         label = self._component.label
@@ -198,7 +200,7 @@ class Endpoint:
         except UnusableAnswer as error:
             raise RewardRejected(f"{self.url} answered something unusable: {error}", answered) from error
         if answer.request_id != request_id and (answer.request_id, info.request_id) != (None, None):
-            self.info = None  # it may have become an older service since it was asked
+            self.info = None  # it may have been replaced by an older version
             raise self._not_ours(answer.request_id, request_id, answered)
         if len(answer.rewards) != len(items):
             raise RewardRejected(
@@ -285,7 +287,7 @@ class Endpoint:
         raise RewardRejected(f"{exchange.url} {what}: {self._in_short(response, body)}{self._via}", exchange)
 
     def _answered(self, exchange: Exchange, status: int, headers: dict[str, str], body: bytes) -> Exchange:
-        """What came back, fit to be kept: without what the server repeats of our keys, and without its cookies."""
+        """The exchange with its answer, without echoed secrets and without cookies."""
         kept = {name: without(value, self._secrets) for name, value in headers.items() if name in KEPT_HEADERS}
         answer = without(body.decode(errors="replace"), self._secrets)
         return Exchange(exchange.method, exchange.url, exchange.request, status, kept, answer)
@@ -299,7 +301,7 @@ class Endpoint:
 
 
 def _basic_auth(url: str) -> httpx.BasicAuth | None:
-    """The name and password that stand in the URL; a bearer token is not sent then."""
+    """User name and password from the URL; they replace a bearer token."""
     parts = urlsplit(url)
     if parts.username is None:
         return None
@@ -307,7 +309,7 @@ def _basic_auth(url: str) -> httpx.BasicAuth | None:
 
 
 def _secrets(url: str, headers: httpx.Headers, component: RewardComponent) -> list[str]:
-    """What is sent that proves who we are, in the forms that a server may repeat it in."""
+    """All credentials that are sent, in the forms in which a server may echo them."""
     parts = urlsplit(url)
     sent = [headers.get("authorization", "").removeprefix("Bearer "), unquote(parts.password or "")]
     sent += [line.partition(":")[2].strip() for line in component.header]
@@ -316,7 +318,7 @@ def _secrets(url: str, headers: httpx.Headers, component: RewardComponent) -> li
 
 
 def _quote(body: bytes) -> str:
-    """What a person needs of an error's body: a problem document's detail, or the beginning of the text."""
+    """The part of an error's body to show: a problem document's detail, or the beginning of the text."""
     try:
         problem = Problem.model_validate_json(body)
     except ValidationError:
@@ -326,7 +328,7 @@ def _quote(body: bytes) -> str:
 
 
 def _no_use_in_another_try(body: bytes) -> bool:
-    """Whether this is a problem document of a kind that another try doesn't help against, whatever its status."""
+    """Whether this is a problem document of a permanent failure, whatever its status."""
     try:
         problem = Problem.model_validate_json(body)
     except ValidationError:
@@ -337,7 +339,7 @@ def _no_use_in_another_try(body: bytes) -> bool:
 def _retry_after_s(response: httpx.Response) -> float | None:
     """`Retry-After` in seconds, from either of its two forms (RFC 9110, 10.2.3).
 
-    A date counts from the answer's own `Date`, so that neither side's clock has to be right.
+    A date is relative to the answer's `Date` header, so clock differences don't matter.
     """
     value = response.headers.get("retry-after")
     if value is None:

@@ -1,4 +1,4 @@
-"""What can go wrong with a reward, sorted by what the caller can do about it."""
+"""Errors of the reward client, classified by what the caller can do about them."""
 
 import json
 import re
@@ -13,14 +13,14 @@ MAX_MESSAGE_CHARS = 4000
 KEPT_HEADERS = frozenset(
     ("content-encoding", "content-length", "content-type", "date", "location", "retry-after", "server", "x-request-id")
 )
-"""Of an answer's headers, what helps a person. Cookies and challenges are not among them."""
+"""Headers of an answer that are kept for diagnosis. Cookies and challenges are not among them."""
 TERMINAL_CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What JSON leaves as it is and a terminal doesn't. JSON itself escapes the controls below 32."""
+"""Control characters that JSON doesn't escape and a terminal would interpret. JSON escapes those below 32."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request and what came back, for a person to look into. Credentials are not in it."""
+    """One request and its answer, for diagnosis. It contains no credentials."""
 
     method: str
     url: str
@@ -31,21 +31,21 @@ class Exchange:
 
 
 class RewardError(PlauditError):
-    """No reward. The caller must not go on without one. The message is safe to print, whatever a server put into it."""
+    """There is no reward, and the caller must not continue without one. The message is safe to print in a terminal."""
 
     def __init__(self, message: str) -> None:
         super().__init__(shown(message))
 
 
 class RewardUnavailable(RewardError):
-    """Nobody answered within the patience. Save, stop, and start again when the service is back (exit 75)."""
+    """No endpoint answered within `patience_s`. Save, stop, and resume when the service is back (exit 75)."""
 
     exit_code = EXIT_UNAVAILABLE
     can_be_resumed = True
 
 
 class RewardRejected(RewardError):
-    """What was sent is refused, or what came back can't be used: waiting won't help (exit 65)."""
+    """The request was refused, or the answer can't be used: waiting won't help (exit 65)."""
 
     exit_code = EXIT_REJECTED
 
@@ -54,7 +54,7 @@ class RewardRejected(RewardError):
         self.exchange = exchange
 
     def leave_in(self, directory: Path) -> None:
-        """`save`, where there were a request and an answer, and say in a note where they are, or why they are not."""
+        """Save the exchange, if there is one, and add a note with its path or the reason why it couldn't be written."""
         if self.exchange is None:
             return
         try:
@@ -63,9 +63,9 @@ class RewardRejected(RewardError):
             self.add_note(f"the request and the answer could not be written to {directory}: {error.strerror}")
 
     def save(self, directory: Path) -> Path:
-        """Write the message, the request and the answer to `directory/rejected-reward.json`; gives its path.
+        """Write the message, the request and the answer to `directory/rejected-reward.json`; returns its path.
 
-        Only the file's owner may read it: it holds the run's texts.
+        Only the owner may read the file, because it contains the run's texts.
         """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "rejected-reward.json"
@@ -81,13 +81,13 @@ class RewardRejected(RewardError):
 
 
 class NoScore(RewardRejected):
-    """A judge answered and named no score. The source asks again, a bounded number of times."""
+    """A judge's answer contains no score. The source retries a limited number of times."""
 
 
 def shown(text: str) -> str:
-    """The text without control characters, so that no server clears the screen or fills the clipboard; and bounded.
+    """The text without control characters, which could manipulate a terminal, and cut to a maximum length.
 
-    Line ends stay: messages of our own have several lines.
+    Line breaks stay, because some of our messages have several lines.
     """
     cut = text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]}… ({len(text)} characters)"
     return "".join(

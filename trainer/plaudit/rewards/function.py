@@ -1,4 +1,4 @@
-"""A Python function as a reward: the same rules as for a server. What it raises is an error, never a number."""
+"""A Python function as a reward, with the same rules as for a server: an exception is an error, never a number."""
 
 import asyncio
 import hashlib
@@ -21,17 +21,17 @@ from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.wire import MAX_ITEMS_PER_REQUEST, MAX_TEXT_CHARS, ChatMessage, Limits, ModelInfo, RewardResponse
 
 Given = str | list[dict[str, str]]
-"""A prompt as functions get it."""
+"""A prompt as functions receive it."""
 
 
 class FunctionSource:
-    """Calls `module:name` with a chunk's prompts and responses. One call at a time: it may not be thread-safe.
+    """Calls `module:name` with a chunk's prompts and responses, one call at a time because it may not be thread-safe.
 
-    It also gets the columns that its further parameters name, or all of them if it takes any (`**columns`). A parameter
-    without a default must have a value in every row. Conversations come as lists of `{"role", "content"}`.
+    The function also receives the columns that its further parameters name, or all columns if it has `**columns`. A
+    parameter without a default needs a value in every row. Conversations are passed as lists of `{"role", "content"}`.
 
-    A plain function runs in a thread of its own. One that exceeds the timeout can't be ended; its answer is dropped.
-    Raises `ConfigError` when there is no such function.
+    A synchronous function runs in a separate thread. If it exceeds the timeout, it can't be stopped, but its result is
+    dropped. Raises `ConfigError` if there is no such function.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FunctionSource:
         self.revision: str | None = None
 
     async def connect(self) -> ModelInfo:
-        """Raises `RewardRejected` where the data is known to lack a column that the function needs."""
+        """Describe the function. Raises `RewardRejected` if the data is known to lack a column that it needs."""
         check_names(self._parameters.needed, self._fields, self._asked_by)
         limits = Limits(
             max_items=MAX_ITEMS_PER_REQUEST,
@@ -64,11 +64,11 @@ class FunctionSource:
         return f"the reward function {self._name}"
 
     def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """The rows as the calls get them."""
+        """The rows split into chunks, one for each call."""
         return [rows[start : start + self._chunk_size] for start in range(0, len(rows), self._chunk_size)]
 
     async def score(self, rows: Sequence[Row]) -> RewardResponse:
-        """The function's numbers. Raises `RewardRejected`, or `RewardUnavailable` when it takes too long."""
+        """The function's rewards. Raises `RewardRejected`, or `RewardUnavailable` after the timeout."""
         prompts = [_as_given(row.item.prompt) for row in rows]
         responses = [row.item.response for row in rows]
         columns = {name: [row.needed(name, self._asked_by) for row in rows] for name in self._parameters.needed}
@@ -92,7 +92,7 @@ class FunctionSource:
         answered = Exchange("CALL", self._name, exchange.request, answer=repr(answer))
         try:
             rewards = _numbers(answer)
-        except Exception as error:  # Of the function's own code too, if it gave a generator.
+        except Exception as error:  # A generator runs the function's own code here.
             raise RewardRejected(
                 f"the reward function {self._name} gave no list of numbers: {error}", answered
             ) from error
@@ -114,7 +114,7 @@ class FunctionSource:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """A function's parameters behind prompts and responses."""
+    """A function's parameters after prompts and responses."""
 
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ class _Parameters:
 def _further_parameters(function: Callable[..., Any]) -> _Parameters:
     try:
         parameters = list(inspect.signature(function).parameters.values())[2:]
-    except (TypeError, ValueError):  # of some functions in C nothing is known
+    except (TypeError, ValueError):  # some functions in C have no signature
         return _Parameters()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return _Parameters(
@@ -146,7 +146,7 @@ def _numbers(answer: Any) -> list[float]:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function `module:name`; the working directory is searched too. Raises `ConfigError`."""
+    """Import the function `module:name`, also from the working directory. Raises `ConfigError`."""
     module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -160,7 +160,7 @@ def load(name: str) -> Callable[..., Any]:
 
 
 def _revision(function: Callable[..., Any]) -> str:
-    """A hash of the file that the function is in, so that a resumed run notices another one."""
+    """A hash of the function's source file, so that a resumed run detects a change."""
     try:
         source = Path(inspect.getsourcefile(function) or "").read_bytes()
     except (OSError, TypeError):

@@ -1,8 +1,8 @@
-"""Which proxy a reward endpoint is asked through: the one the environment names, and none for this very machine.
+"""Select the proxy for a reward endpoint from the environment. Services on this machine never use a proxy.
 
-`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY` mean what they mean to curl, in small letters too. Each endpoint
-is looked at alone, so that a variable nobody needs can't stop anybody. Wrong here would be a local service asked by way
-of the company's proxy, or a run that ends on a variable it has no use for.
+`HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, also in lower case, work as in curl. Each endpoint is handled
+separately. Failure modes: a local service is reached through a company's proxy; a run fails on an invalid variable that
+it doesn't need.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ SOCKS = ("socks5", "socks5h")
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy's URL, and the variable that names it."""
+    """A proxy's URL, and the environment variable that sets it."""
 
     url: str
     variable: str
@@ -29,7 +29,7 @@ class Proxy:
 
 
 def proxy_for(url: str, environment: Mapping[str, str]) -> Proxy | None:
-    """The proxy for an endpoint. Raises `ConfigError` where the variable that names it can't be used."""
+    """The proxy for an endpoint, or None. Raises `ConfigError` if the variable's value is invalid."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if _is_this_machine(host):
@@ -50,17 +50,17 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _named(scheme: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    """The variable that counts, and its value. Small letters win, even if empty: that turns a proxy off."""
+    """The applicable variable and its value. Lower case takes precedence; an empty value turns the proxy off."""
     for name in (f"{scheme}_proxy", "all_proxy"):
         for variable in (name, name.upper()):
-            # A web server passes a request's "Proxy" header to its scripts as HTTP_PROXY.
+            # CGI scripts receive a request's "Proxy" header as HTTP_PROXY.
             if variable in environment and not (variable == "HTTP_PROXY" and "REQUEST_METHOD" in environment):
                 return variable, environment[variable].strip()
     return "", ""
 
 
 def _goes_around(host: str, port: int | None, environment: Mapping[str, str]) -> bool:
-    """Whether NO_PROXY names the host: as itself, by a domain it is in, by an address range, or by `*`."""
+    """Whether NO_PROXY covers the host: by name, domain, address range, or `*`."""
     listed = environment.get("no_proxy", environment.get("NO_PROXY", ""))
     address = _address(host)
     for entry in filter(None, (entry.strip().lower() for entry in listed.replace(" ", ",").split(","))):

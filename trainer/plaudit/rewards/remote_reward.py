@@ -1,4 +1,4 @@
-"""The reward service for TRL's own trainers: `RLOOTrainer(model, RemoteReward("http://127.0.0.1:8000"), ...)`."""
+"""Rewards for TRL's trainers: `RLOOTrainer(model, RemoteReward("http://127.0.0.1:8000"), ...)`."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ from plaudit.rewards.rows import Prompt, text_of
 from plaudit.rewards.settings import RewardSettings
 
 Text = str | list[dict[str, Any]]
-"""What TRL hands over: a text, or the messages of a conversation."""
+"""What TRL passes: a text, or the messages of a conversation."""
 
 
 def contents(messages: list[dict[str, Any]]) -> str:
-    """The contents of the messages, one below the other. Raises `RewardRejected` for what is no text."""
+    """The contents of the messages, joined by line breaks. Raises `RewardRejected` for content that is not text."""
     return "\n".join(text_of(message.get("content")) for message in messages)
 
 
 class RemoteReward:
     """An async callable with the signature of TRL's `reward_funcs`; a failed reward is an exception, never None.
 
-    `reward` is a URL or whole settings. Conversations go on as they are, to a reward that takes them, unless `render`
-    makes texts of them; so do the columns that a reward asks for. The client connects at the first call and serves
-    until `close`.
+    `reward` is a URL or complete settings. Conversations are passed on unchanged to a reward that accepts them, unless
+    `render` converts them to texts. A reward receives the columns that it asks for. The client connects at the first
+    call and stays connected until `close`.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class RemoteReward:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the client's thread and connections."""
+        """Close the client."""
         if self._client is not None:
             self._client.close()
 
     def _pair(self, prompt: Text, completion: Text) -> tuple[Prompt, str]:
-        """The prompt and the response that answers it: of a completion of several messages, the last one."""
+        """Prompt and response. The response is the completion's last message; earlier ones join the prompt."""
         if self._render is not None:
             return tuple(text if isinstance(text, str) else self._render(text) for text in (prompt, completion))  # type: ignore[return-value]
         if isinstance(completion, str):
@@ -75,7 +75,7 @@ class RemoteReward:
 
 
 def _of_rows(columns: Mapping[str, object], count: int) -> dict[str, Sequence[Any]]:
-    """Those of TRL's keyword arguments that are columns: it hands over its own state too."""
+    """The keyword arguments that are columns; TRL also passes its own state."""
     return {
         name: column
         for name, column in columns.items()

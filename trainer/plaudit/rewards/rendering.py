@@ -1,6 +1,6 @@
-"""Conversations as one text, for reward servers that take nothing else: `--reward.render MODEL_OR_TEMPLATE`.
+"""Render conversations to text for reward servers that accept only texts: `--reward.render MODEL_OR_TEMPLATE`.
 
-The template is the judge's, so this is asked for by name and never guessed.
+The template must be the reward model's, so it has to be named and is never guessed.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,16 @@ Messages = list[dict[str, str]]
 
 
 class Rendering(Protocol):
-    """Makes one text of a conversation's prompt and response."""
+    """Renders a conversation's prompt and response to text."""
 
     def __call__(self, item: RewardItem, *, first_token: bool) -> RewardItem:
-        """The item with texts. `first_token`: with the token that begins every text, where the server adds none."""
+        """The item as texts. `first_token`: keep the begin-of-text token, for servers that don't add it."""
 
 
 class ByTemplate:
-    """Renders by a tokenizer's chat template, or by a file that holds one. Raises `ConfigError`.
+    """Renders with a tokenizer's chat template, or with a template file. Raises `ConfigError`.
 
-    Needs transformers and jinja2 (`plaudit[render]`), which nothing else of the client does.
+    Needs transformers and jinja2 (`plaudit[render]`), unlike the rest of the client.
     """
 
     def __init__(self, named: str) -> None:
@@ -41,11 +41,11 @@ class ByTemplate:
         try:
             before = self._apply(prompt, True)
             whole = self._apply([*prompt, {"role": "assistant", "content": item.response}], False)
-        except Exception as error:  # whatever the template's own code does
+        except Exception as error:  # a template can raise anything
             raise RewardRejected(f"reward.render={self._named!r} can't write this conversation: {error}") from error
         if not first_token:
             before, whole = before.removeprefix(self._first_token), whole.removeprefix(self._first_token)
-        # Templates may write the past in another way than what is still to be answered.
+        # Templates may render a prompt differently once it has an answer.
         split = len(before) if whole.startswith(before) else 0
         try:
             return RewardItem(prompt=whole[:split], response=whole[split:], fields=item.fields)
@@ -93,7 +93,7 @@ class ByTemplate:
 
 
 def as_dicts(messages: list[ChatMessage]) -> Messages:
-    """The messages as templates and functions take them."""
+    """The messages as dicts, for templates and functions."""
     return [{"role": message.role, "content": message.content} for message in messages]
 
 

@@ -1,7 +1,7 @@
-"""What is to be judged: prompts that are texts or conversations, responses, and the columns that come with them.
+"""Rows to score: prompts (texts or conversations), responses, and their columns.
 
-A row keeps its place in its columns through chunks, retries and hedging. Wrong here would be a reward computed from
-another row's answer, or a value that a judge needs and nobody sent.
+A row keeps its index into the columns through chunking, retries and hedging. Failure modes: a reward computed from
+another row's values; a required value that is not sent.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,22 +17,22 @@ Message: TypeAlias = Mapping[str, Any] | ChatMessage
 Prompt: TypeAlias = str | Sequence[Message]
 """A text, or the messages of a conversation: mappings with `role` and `content`."""
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
-"""Each column by its name, with a value for each row."""
+"""Columns by name, with one value per row."""
 PLAIN_VALUES = 5
-"""Values and keys of an item with two texts: the object, two keys, two texts. A message has as many."""
+"""Number of JSON values and keys in an item with two texts: the object, two keys, two texts. A message has as many."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A prompt, its response, and where its values stand in the columns."""
+    """A prompt, its response, and its index into the columns."""
 
     item: RewardItem
-    """Prompt and response. Fields are added for whoever asks for them."""
+    """Prompt and response. `with_fields` adds the fields that a reward asks for."""
     columns: Columns
     place: int
 
     def with_fields(self, needed: Iterable[str], also: Iterable[str], asked_by: str) -> RewardItem:
-        """The item with the fields `needed`, and those of `also` that there are. Raises `RewardRejected`."""
+        """The item with the fields `needed`, and the existing ones of `also`. Raises `RewardRejected`."""
         fields = {name: plain(self.needed(name, asked_by)) for name in needed}
         fields |= {name: plain(self.columns[name][self.place]) for name in also if name in self.columns}
         if not fields:
@@ -44,7 +44,7 @@ class Row:
         return self.item.model_copy(update={"fields": checked})
 
     def needed(self, name: str, asked_by: str) -> Any:
-        """The value of a column that can't be done without. Raises `RewardRejected` where there is none, or None."""
+        """The value of a required column. Raises `RewardRejected` if it is missing or None."""
         value = self.columns[name][self.place] if name in self.columns else None
         if value is None:
             there_are = f"its columns are {', '.join(self.columns)}" if self.columns else "it has no columns"
@@ -55,14 +55,14 @@ class Row:
         return value
 
     def values(self, names: Iterable[str]) -> int:
-        """How many values and keys the row makes in a request with these fields."""
+        """Number of JSON values and keys that the row adds to a request with these fields."""
         prompt = self.item.prompt
         of_fields = sum(1 + _values(self.columns[name][self.place]) for name in names if name in self.columns)
         return PLAIN_VALUES * (1 if isinstance(prompt, str) else 1 + len(prompt)) + 2 + of_fields
 
 
 def rows_of(prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns) -> list[Row]:
-    """A row for each response. Raises `RewardRejected` for a text or a message that can't be sent."""
+    """One row per response. Raises `RewardRejected` for a text or message that can't be sent."""
     rows = []
     for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         try:
@@ -74,14 +74,14 @@ def rows_of(prompts: Sequence[Prompt], responses: Sequence[str], columns: Column
 
 
 def check_columns(columns: Columns, count: int) -> None:
-    """Raises `ValueError` for a column that hasn't one value a row."""
+    """Raises `ValueError` for a column without exactly one value per row."""
     for name, column in columns.items():
         if isinstance(column, str | bytes) or len(column) != count:
             raise ValueError(f"field {name!r} has {len(column)} values for {count} responses: one a response is needed")
 
 
 def check_names(needed: Iterable[str], names: Collection[str] | None, asked_by: str) -> None:
-    """Raises `RewardRejected` for a needed field that is not among the names of the columns, where these are known."""
+    """Raises `RewardRejected` if a required field is not a column. `names` is None if the columns are unknown."""
     missing = [name for name in needed if names is not None and name not in names]
     if missing:
         there_are = f"the data has the columns {', '.join(sorted(names or ()))}" if names else "the data has no columns"
@@ -89,7 +89,7 @@ def check_names(needed: Iterable[str], names: Collection[str] | None, asked_by: 
 
 
 def messages_of(messages: Sequence[Message]) -> list[ChatMessage]:
-    """The conversation as the wire has it. Raises `RewardRejected` for what is more than a role and a text."""
+    """The conversation as wire messages. Raises `RewardRejected` for messages with more than a role and a text."""
     return [message if isinstance(message, ChatMessage) else _message(message) for message in messages]
 
 
@@ -113,7 +113,7 @@ def text_of(content: object) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it, where it is a tuple, a mapping, or one of an array library's scalars and arrays."""
+    """The value converted to JSON types, from tuples, mappings, and numpy-like scalars and arrays."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where rewards come from, and how long to wait for them. Needs pydantic and the standard library only."""
+"""Settings of the reward client. Needs only pydantic and the standard library."""
 
 import dataclasses
 import math
@@ -28,35 +28,35 @@ EndpointKind = Literal[
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How a generative judge is asked, and how a number is read from its answer (`kind` chat-judge)."""
+    """The prompt of a generative judge, and how a number is read from its answer (`kind` chat-judge)."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     prompt: Path | None = None
-    """File with the question. {response} stands for what is judged, {conversation} for the prompt's messages, {prompt}
-    for the last of them, {fields.NAME} for a column, {fields} for those of `fields` as JSON."""
+    """File with the question. {response} stands for the response to judge, {conversation} for the prompt's messages,
+    {prompt} for the last of them, {fields.NAME} for a column, {fields} for the columns in `fields` as JSON."""
     answer: Literal["pattern", "json", "logprobs"] = "pattern"
-    """Where the score is: in what a pattern finds, in JSON after a schema (response_format), or in the probabilities of
-    the first token (top_logprobs)."""
+    """Source of the score: the match of a pattern, JSON that follows a schema (response_format), or the probabilities
+    of the first token (top_logprobs)."""
     pattern: str = r"[Ss]core:\s*\**\s*(-?\d+(?:\.\d+)?)"
-    """Regular expression whose first group is the score; of several places in the answer, the last."""
+    """Regular expression whose first group is the score. The last match in the answer counts."""
     schema: Path | None = None
-    """File with the JSON schema; one with a number `score` unless given."""
+    """File with the JSON schema. Default: an object with a number `score`."""
     key: str = "score"
-    """Where the score is in the JSON, with a dot for each object around it."""
+    """Path of the score in the JSON, for example result.score."""
     scores: tuple[str, ...] = ("1", "2", "3", "4", "5")
     """The tokens that are scores. The reward is their mean, weighted by their probabilities."""
     fields: tuple[str, ...] = ()
     """Columns that {fields} shows."""
     low: float | None = None
-    """The least score there is; an answer with another one is none."""
+    """The lowest valid score. Answers outside the range count as no score."""
     high: float | None = None
-    """The highest score there is."""
+    """The highest valid score."""
     tries: int = 3
-    """How often a judge whose answer names no score is asked before the run stops. At temperature 0 it may well say the
-    same again."""
+    """Maximum number of requests for an answer without a score before the run stops. At temperature 0 a judge may
+    repeat its answer."""
     max_tokens: int = 512
-    """Longest answer."""
+    """Maximum length of the judge's answer, in tokens."""
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
@@ -87,42 +87,42 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One reward: who computes it, and its weight in the sum."""
+    """One reward: its endpoints or function, and its weight in the sum."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
-    """For lists of these in preset files: a misspelt key is an error."""
+    """In lists of rewards in settings files, a misspelt key is an error."""
 
     name: str = "reward"
-    """What the metrics call it."""
+    """Name of the reward in the metrics."""
     weight: float = 1.0
     url: tuple[str, ...] = ()
-    """Base URL of a reward endpoint; several are used side by side."""
+    """Base URL of a reward endpoint. Several endpoints share the load."""
     kind: EndpointKind = "auto"
-    """The protocol that the endpoints speak; found out by asking them unless given."""
+    """Protocol of the endpoints. `auto` detects it by asking them."""
     label: str | None = "POSITIVE"
-    """Whose raw logit is the reward, by name."""
+    """Name of the label whose raw logit is the reward."""
     label_index: int | None = None
-    """Where the label's logit is, for protocols that don't name the labels (vllm, sglang, kserve)."""
+    """Index of the label's logit, for protocols that don't name the labels (vllm, sglang, kserve)."""
     model: str | None = None
-    """The model's name in requests, where one server has several (vllm, infinity, kserve)."""
+    """The model's name in requests, if a server has several models (vllm, infinity, kserve)."""
     accept_probabilities: bool = False
-    """Take probabilities where an endpoint gives no raw logits. They flatten the reward near 0 and 1."""
+    """Accept probabilities from endpoints that return no raw logits. They flatten the reward near 0 and 1."""
     render: str | None = None
-    """Make texts of conversations here, for endpoints that take nothing else: the judge's tokenizer (directory or hub
-    id), or a file with its chat template (jinja). Needs plaudit[render]."""
+    """Render conversations to texts in the client, for endpoints that accept only texts. Names the judge's tokenizer
+    (directory or hub id), or a Jinja file with its chat template. Needs plaudit[render]."""
     label_field: str = "label"
-    """Column that goes along as the row's label, for protocols that have a place for it (openrlhf, slime)."""
+    """Column sent as the row's label, for protocols with such a field (openrlhf, slime)."""
     judge: JudgeSettings = JudgeSettings()
     header: tuple[str, ...] = ()
-    """Further request header, for example "X-Tenant: blue"."""
+    """Additional request header, for example "X-Tenant: blue"."""
     api_key_file: Path | None = None
-    """File with the bearer token. For the first reward, PLAUDIT_REWARD_API_KEY in the environment is the other way; it
-    is sent to no other reward's URLs."""
+    """File with the bearer token. Alternative for the first reward: PLAUDIT_REWARD_API_KEY in the environment, which is
+    not sent to the URLs of other rewards."""
     ca_file: Path | None = None
-    """PEM file of the certificate authority that signed an https endpoint's certificate."""
+    """PEM file of the certificate authority for https endpoints."""
     function: str | None = None
-    """A Python function as a reward, `module:name`: prompts and responses in, one number for each out; may be async. It
-    gets the columns that its further parameters name."""
+    """A Python function as a reward, `module:name`. It takes prompts and responses and returns one number for each; it
+    may be async. It also receives the columns that its further parameters name."""
 
     def __post_init__(self) -> None:
         for url in self.url:
@@ -145,30 +145,31 @@ class RewardComponent:
 
     @property
     def says_whom_to_ask(self) -> bool:
-        """Whether there is a URL or a function. A settings file may leave that to the command line."""
+        """Whether there is a URL or a function. A settings file may leave both to the command line."""
         return bool(self.url or self.function)
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Where rewards come from, and how long to wait for them."""
+    """The rewards, their endpoints, and timeouts."""
 
     components: tuple[RewardComponent, ...] = ()
-    """The rewards to add up, each with a weight."""
+    """The rewards. Their weighted sum is used."""
     patience_s: float = 600.0
-    """How long an endpoint may stay unavailable before the run checkpoints and exits 75."""
+    """How long to retry without any usable answer before the run saves a checkpoint and exits with 75."""
     request_timeout_s: float = 60.0
     connect_timeout_s: float = 5.0
     chunk_size: int = 32
-    """Completions in one request."""
+    """Maximum number of completions in one request."""
     max_in_flight: int = 8
-    """Requests under way at once for each endpoint."""
+    """Maximum number of concurrent requests to each endpoint."""
     hedge_after_s: float | None = None
-    """With several endpoints: ask a second one when the first has not answered after so long; the faster one counts."""
+    """With several endpoints: send a request to a second one if the first has not answered by then. The first answer is
+    used."""
     check_order: bool = True
-    """At the start, score four texts together and one by one, to see that rewards come back in the texts' order."""
+    """At the start, score four texts together and one by one, to check that rewards come back in the texts' order."""
     allow_revision_change: bool = False
-    """Go on when the reward model changes in mid-run."""
+    """Continue if the reward model changes during the run."""
 
     def __post_init__(self) -> None:
         positive(
@@ -191,23 +192,23 @@ class RewardSettings:
 
     @property
     def says_whom_to_ask(self) -> bool:
-        """Whether any reward does."""
+        """Whether any reward has a URL or a function."""
         return any(component.says_whom_to_ask for component in self.components)
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Settings for one reward, from its own fields and the shared ones: `of(url=("http://…",), patience_s=60)`."""
+        """Settings for one reward, from its fields and the shared ones: `of(url=("http://…",), patience_s=60)`."""
         own = {f.name: values.pop(f.name) for f in dataclasses.fields(RewardComponent) if f.name in values}
         return cls((RewardComponent(**own),), **values)
 
     def asking(self, *urls: str) -> Self:
-        """The same with the first reward at these URLs."""
+        """These settings with other URLs for the first reward."""
         first, *others = self.components or (RewardComponent(),)
         return dataclasses.replace(self, components=(dataclasses.replace(first, url=urls), *others))
 
 
 def without_credentials(url: str) -> str:
-    """The URL without a name and password in it, for messages and files."""
+    """The URL without user name and password, for messages and files."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 

@@ -1,13 +1,13 @@
-"""One reward from one or several endpoints: which one is asked, how often, and when patience runs out.
+"""One reward from one or several endpoints: load balancing, circuit breaking, retries and hedging.
 
-A chunk goes to the endpoint with the least outstanding work. An endpoint that fails is set aside for a growing time and
-then probed by one request at a time; the chunk moves on at once if another endpoint is in good health, else it waits,
-with jitter, and no shorter than `Retry-After` asks. Patience is measured from the last usable answer, so it covers an
-endpoint's outage, not a long queue. With `hedge_after_s`, a slow chunk is also sent to a second healthy endpoint, one
-chunk at a time, and the faster answer counts: scoring a text twice changes nothing.
+A chunk goes to the endpoint with the least outstanding work. A failing endpoint is avoided for a growing time, then
+probed with one request at a time. Its chunk moves to a healthy endpoint at once; if there is none, it waits with
+exponential backoff and jitter, at least as long as `Retry-After` asks. `patience_s` counts from the last usable answer,
+so it limits outages, not long queues. With `hedge_after_s`, a slow chunk is also sent to a second healthy endpoint, one
+chunk at a time, and the first answer is used. Scoring a text twice is harmless.
 
-A 500 is retried too, because it comes in bursts when a server is short of memory or restarts. But a chunk that is
-answered with it `MAX_SERVER_ERRORS` times while other chunks get their rewards is itself the reason: it is rejected.
+A 500 is retried, because servers return bursts of them when they restart or run out of memory. A chunk that gets 500
+`MAX_SERVER_ERRORS` times while other chunks get their rewards is rejected, because it is likely the cause.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 MAX_SERVER_ERRORS = 5
 VALUES_BESIDE = 16
-"""Of a request, what is not its items."""
+"""JSON values of a request besides its items."""
 WAIT_INITIAL_S = 0.1
 WAIT_MAX_S = 5.0
 WAIT_JITTER_S = 0.5
@@ -42,11 +42,11 @@ ORDER_PROBES = [
     ("I", " hated it."),
 ]
 OPPOSITES = (1, 3)
-"""Two of them that have the same length and say the opposite."""
+"""Indices of two probes with the same length and opposite meaning."""
 
 
 class Source:
-    """A reward and its endpoints. Everything here runs on one event loop."""
+    """One reward and its endpoints. All methods run on one event loop."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Source:
         *,
         fields: Collection[str] | None = None,
     ) -> None:
-        """`fields`: names of the columns that rows will have, where they are known."""
+        """`fields`: names of the rows' columns, if known."""
         self.revision: str | None = None
         self._fields = fields
         self._component = component
@@ -71,7 +71,7 @@ class Source:
         self._hedging = asyncio.Lock()
 
     async def connect(self) -> ModelInfo:
-        """Wait until an endpoint is ready. Raises `RewardUnavailable`, or `RewardRejected` if one never will be."""
+        """Wait until an endpoint is ready. Raises `RewardUnavailable`, or `RewardRejected` if one can't be used."""
 
         async def attempt() -> ModelInfo:
             asked = [endpoint for endpoint in self._endpoints if endpoint.info is None]
@@ -93,7 +93,7 @@ class Source:
             return await self._until_scored(lambda: self._patiently(lambda: self._attempt(rows)))
 
     def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """The rows in pieces, each of which every endpoint takes in one request."""
+        """The rows in chunks that every endpoint accepts in one request."""
         sizes = [endpoint.info.limits.max_items for endpoint in self._endpoints if endpoint.info is not None]
         if not all(isinstance(row.item.prompt, str) for row in rows):
             sizes += [e.conversations_per_request for e in self._endpoints if e.conversations_per_request is not None]
@@ -117,7 +117,7 @@ class Source:
                 self._check_label(endpoint.url, info)
                 self._check_revision(endpoint.url, info.revision)
                 check_names(endpoint.needs, self._fields, endpoint.url)
-                # Who asks for fields can't judge probes, which have none; who takes one text at a time mixes none up.
+                # Probes have no fields, and an endpoint that takes one text per request can't mix up the order.
                 if self._settings.check_order and not endpoint.needs and info.limits.max_items > 1:
                     await _check_order(endpoint)
                 if self._component.kind == "chat-judge":
@@ -128,13 +128,13 @@ class Source:
             return info
 
     async def _probe(self, endpoint: Endpoint) -> None:
-        """A first question to a judge: its answer shows whether the server does what is asked of it. As `score`."""
+        """Ask a judge a test question, to check that the server supports the requested format. Raises like `score`."""
         prompt, response = ORDER_PROBES[0]
         probe = rows_of([prompt], [response], {name: ["none"] for name in endpoint.needs})
         await self._until_scored(lambda: endpoint.score(probe))
 
     async def _until_scored(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Ask again while a judge names no score. Raises `RewardRejected` after the tries that the settings give it."""
+        """Retry while a judge's answer has no score. Raises `RewardRejected` after `judge.tries` requests."""
         tries = 0
         while True:
             tries += 1
@@ -176,7 +176,8 @@ class Source:
         return answer
 
     def _choose(self) -> Endpoint:
-        """Least outstanding work among those not set aside; a failing one is probed by one request at a time."""
+        """The endpoint with the least outstanding work that is not avoided; a failing one gets one request at a
+        time."""
         now = asyncio.get_running_loop().time()
         fit = [e for e in self._endpoints if e.aside_until <= now and not (e.failures and e.outstanding)]
         return min(fit or self._endpoints, key=lambda endpoint: (endpoint.outstanding, endpoint.aside_until))
@@ -199,7 +200,7 @@ class Source:
             endpoint.outstanding -= 1
 
     async def _patiently(self, work: Callable[[], Awaitable[Result]]) -> Result:
-        """Do it until it succeeds, is rejected, or nothing has been answered for as long as patience lasts."""
+        """Retry `work` until it succeeds, is rejected, or there was no usable answer for `patience_s`."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         server_errors: list[float] = []
@@ -263,7 +264,7 @@ class Source:
 
     @contextlib.asynccontextmanager
     async def _turn_to_retry(self, deadline: float, last_trouble: Trouble) -> AsyncIterator[None]:
-        """The retry budget: one repeated request at a time for each endpoint, so that a storm does not feed itself."""
+        """The retry budget: one retry at a time per endpoint, which prevents retry storms."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._retries_in_flight.acquire()
@@ -303,16 +304,16 @@ class Source:
 
 
 def pause_after(failures: int) -> float:
-    """Seconds that an endpoint is set aside for after so many failures in a row: 0.2, 0.4, ... 30."""
+    """Seconds for which an endpoint is avoided after this many consecutive failures: 0.2, 0.4, ... 30."""
     return min(ASIDE_MAX_S, WAIT_INITIAL_S * 2.0 ** min(failures, 20))
 
 
 async def _check_order(endpoint: Endpoint) -> None:
-    """Raises `RewardRejected` if texts scored together get each other's rewards.
+    """Raises `RewardRejected` if the endpoint returns rewards in another order than the texts.
 
-    Scores may differ a little with the batch that they are computed in, so a reward is in its place within a tenth of
-    their spread. A judge that answers the same text differently each time passes. One that gives two
-    opposites the same reward is worth a warning and no more: a rule may have nothing to say about either.
+    Scores may depend slightly on their batch, so rewards are compared with a tolerance of a tenth of their range. A
+    judge with random answers passes. If two opposite texts get the same reward, there is only a warning, because a
+    rule-based reward may not distinguish them.
     """
     probes = rows_of([prompt for prompt, _ in ORDER_PROBES], [response for _, response in ORDER_PROBES], {})
     together, exchange = await endpoint.score(probes)

@@ -1,1 +1,1 @@
-"""How a run lives on disk and in its process."""
+"""Infrastructure of a run: checkpoints, metrics, files, signals, progress, and the ranking service's client."""

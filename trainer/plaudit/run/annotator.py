@@ -1,7 +1,7 @@
-"""Simulated people: a hidden judge's scores in, a ranking out, and a working day over the ranking service's routes.
+"""Simulated annotators: they rank answers by the scores of a judge, through the ranking service's HTTP routes.
 
-What a simulated person says about a task depends on the seed, the person and the task's texts alone: not on the order
-in which the answers are shown, nor on who else is at work. Who gets which task is the service's decision.
+A simulated ranking depends only on the seed, the annotator and the task's texts, not on the order of the answers or on
+other annotators. The service assigns the tasks.
 """
 
 import math
@@ -20,14 +20,14 @@ from plaudit.wire import rankings as wire
 
 Turn: TypeAlias = Literal["done", "idle", "finished"]
 Judge: TypeAlias = Callable[[str, Sequence[str]], list[float]]
-"""Scores of several answers to one prompt, higher is better. Called from several threads."""
+"""Scores several answers to one prompt; higher is better. Called from several threads."""
 LOOK_AGAIN_S = 0.25
-"""How often somebody without a task looks whether one has come free."""
+"""How often an annotator without a task asks for one."""
 
 
 @dataclass(frozen=True)
 class Habits:
-    """How one simulated person judges."""
+    """How one simulated annotator ranks."""
 
     temperature: float = 0.0
     """Scale of the Gumbel noise on the judge's scores."""
@@ -41,9 +41,9 @@ class Habits:
 def ranking(scores: Sequence[float], habits: Habits, draw: random.Random) -> list[int]:
     """A rank for each score, 1 for the best.
 
-    Each score gets Gumbel noise of scale `temperature`, and the order of the sums is a draw from the Plackett-Luce
-    model with weights exp(score / temperature) (Luce 1959; Yellott 1977). Sums at most `tie_margin` below the first of
-    their place share that place. A careless ranking is a random order.
+    Each score gets Gumbel noise of scale `temperature`. The order of the sums is a sample from the Plackett-Luce model
+    with weights exp(score / temperature) (Luce 1959; Yellott 1977). Sums at most `tie_margin` below the first one of a
+    rank share that rank. A careless ranking is a random order.
     """
     if draw.random() < habits.carelessness:
         return draw.sample(range(1, len(scores) + 1), len(scores))
@@ -58,16 +58,16 @@ def ranking(scores: Sequence[float], habits: Habits, draw: random.Random) -> lis
 
 
 def gumbel(draw: random.Random) -> float:
-    """A standard Gumbel number by inversion; `random` may give 0, whose logarithm isn't finite."""
+    """A standard Gumbel sample by inversion. `random` may return 0, whose logarithm isn't finite."""
     return -math.log(-math.log(max(draw.random(), 1e-300)))
 
 
 def decide(
     prompt: str, answers: Mapping[str, str], judge: Judge, habits: Habits, *, person: str
 ) -> dict[str, int] | None:
-    """What `person` says about answers, text by id: a rank by id, or None for a skip.
+    """The ranking of `answers` (texts by id) by `person`: ranks by id, or None for a skip.
 
-    Deterministic in its arguments; the order of `answers` makes no difference.
+    Deterministic, and independent of the order of `answers`.
     """
     ids = sorted(answers, key=lambda identity: (answers[identity], identity))
     texts = [answers[identity] for identity in ids]
@@ -78,13 +78,13 @@ def decide(
 
 
 class Annotator:
-    """One simulated person at work, a task at a time."""
+    """One simulated annotator, who does one task at a time."""
 
     def __init__(self, service: RankingPerson, judge: Judge, habits: Habits, *, person: str, limit: int | None) -> None:
         self.statuses: Counter[str] = Counter()
-        """Submissions by what became of them."""
+        """Number of submissions by status."""
         self.idle_since: float | None = None
-        """When they last began to find nothing but tasks that others hold."""
+        """Since when all remaining tasks have been leased to others; None while there is a task."""
         self._service = service
         self._judge = judge
         self._habits = habits
@@ -92,7 +92,7 @@ class Annotator:
         self._limit = limit
 
     def turn(self) -> Turn:
-        """Look for a task and say something about it."""
+        """Fetch one task and rank or skip it."""
         if self._limit is not None and self.statuses.total() >= self._limit:
             return "finished"
         task = self._service.next_task()
@@ -114,9 +114,10 @@ def all_at_work(
     patience_s: float,
     on_done: Callable[[], None] = lambda: None,
 ) -> int:
-    """Everybody ranks until nothing is left for them; they take turns, `concurrency` of them at once.
+    """Run all annotators until no tasks are left for them. They take turns, `concurrency` of them in parallel.
 
-    Tasks that others hold may come free: whoever finds nothing else for `patience_s` stops. How many did.
+    Tasks leased to others may become free again. An annotator who finds no other task for `patience_s` stops. Returns
+    the number of annotators who stopped this way.
     """
     queue: SimpleQueue[Annotator | None] = SimpleQueue()
     for annotator in annotators:
@@ -162,14 +163,14 @@ def all_at_work(
             for future in as_completed(futures):
                 future.result()
         finally:
-            # Of a worker that goes on after another has failed, the queue must end too.
+            # Also end the workers that continue after another one has failed.
             for _ in range(concurrency):
                 queue.put(None)
     return stopped
 
 
 def as_text(prompt: str | Sequence[wire.Turn]) -> str:
-    """A prompt as the judge gets it: a conversation becomes a line for each turn."""
+    """A prompt as text for the judge: a conversation becomes one line per turn."""
     if isinstance(prompt, str):
         return prompt
     return "".join(f"{turn.role}: {turn.content}\n" for turn in prompt)

@@ -1,7 +1,6 @@
-"""A run's numbers: one flat dict a step, to metrics.jsonl and TensorBoard. Names are those of the classic trainer.
+"""Metrics of a run: one flat dict per step, to metrics.jsonl and trackers. Names are those of the classic trainer.
 
-What would be wrong here: a line lost or torn by a crash that makes the rest unreadable, or a step that counts twice
-after a resumed run repeats it.
+Failure modes: a line cut off by a crash makes the rest unreadable; a step that a resumed run repeats counts twice.
 """
 
 import html
@@ -19,22 +18,22 @@ FILE_NAME = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 REWARD_MEAN = "env/reward_mean"
-"""Mean score of the step's responses, as the reward service gave it."""
+"""Mean score of the step's responses, as received from the reward service."""
 REWARD_STD = "env/reward_std"
 REWARD_COMPONENT = "rewards/{name}/{statistic}"
-"""Mean and std of one reward of several, before its weight, as the other trainers of the ecosystem name them."""
+"""Mean and standard deviation of one of several rewards, before its weight. Other trainers use the same names."""
 ENDED_SHARE = "response/ended_share"
-"""Share of the responses that ended by themselves: with an end token or a stop string."""
+"""Share of the responses that ended with an end token or a stop string."""
 KL = "objective/kl"
 """Mean over responses of the summed KL to the reference, in nats."""
 KL_COEF = "objective/kl_coef"
 
 
 class MetricsLog:
-    """Appends steps to `directory/metrics.jsonl`, each flushed when written, and to `directory/tensorboard`.
+    """Appends each step to `directory/metrics.jsonl`, flushed at once, and to `directory/tensorboard`.
 
-    A run that goes on from a checkpoint passes the first step it will write as `resume_from`: TensorBoard then hides
-    what an earlier process wrote beyond it, as `read_metrics` does. `trackers` are further ones (`open_tracker`).
+    A resumed run passes its first step as `resume_from`. TensorBoard then hides later steps of earlier processes, as
+    `read_metrics` does. `trackers` are additional ones (`open_tracker`).
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class MetricsLog:
         with writing(self._path):
             directory.mkdir(parents=True, exist_ok=True)
             torn = self._path.exists() and self._path.read_bytes()[-1:] not in (b"", b"\n")
-            # Unbuffered: a line that found no room is not kept to be tried again when the file is closed.
+            # Unbuffered, so that a line that failed to be written is not retried when the file is closed.
             self._file = self._path.open("ab", buffering=0)
             if torn:
                 self._append("\n")
@@ -62,7 +61,7 @@ class MetricsLog:
                 self._tensorboard = SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=resume_from)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One step's metrics. A number that is not finite is written as null: JSON has no NaN. Raises `NotWritten`."""
+        """Write one step's metrics. Non-finite numbers become null, because JSON has no NaN. Raises `NotWritten`."""
         numbers = {name: float(value) for name, value in metrics.items()}
         record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with writing(self._path):
@@ -81,9 +80,9 @@ class MetricsLog:
         samples: Sequence[tuple[str, str, float]],
         fields: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        """Some of the step's (prompt, response, reward), as a table for TensorBoard's text page and for trackers.
+        """Write some of the step's (prompt, response, reward) as a table, to TensorBoard and to trackers.
 
-        `fields` are further columns, with a value for each sample.
+        `fields` are additional columns with one value per sample.
         """
         names = ["prompt", "response", "reward", *(fields or {})]
         further = [_texts(values) for values in (fields or {}).values()]
@@ -105,7 +104,7 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Ends the file, TensorBoard and the trackers. Raises `NotWritten`."""
+        """Close the file, TensorBoard and the trackers. Raises `NotWritten`."""
         self._file.close()
         for tracker in self._trackers:
             tracker.finish()
@@ -128,10 +127,10 @@ class MetricsLog:
 
 
 def open_tracker(name: str, directory: Path, config: Mapping[str, Any]) -> Any:
-    """A started tracker of accelerate's, which knows the run's settings. Files it keeps go to `directory`.
+    """Start one of accelerate's trackers and log the run's settings. Its local files go to `directory`.
 
     Raises:
-        ConfigError: there is none of this name, or its package is not installed.
+        ConfigError: the name is unknown, or the tracker's package is not installed.
     """
     from accelerate import tracking
 
@@ -149,9 +148,9 @@ def open_tracker(name: str, directory: Path, config: Mapping[str, Any]) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The steps of a metrics.jsonl in order, each once: of a step that a resumed run repeated, the last record.
+    """The steps of a metrics.jsonl in order. For a step that a resumed run repeated, the last record counts.
 
-    Skips a line that a crash cut off, and leaves out numbers that were not finite.
+    Skips incomplete lines, and leaves out non-finite numbers.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -173,12 +172,12 @@ def _texts(values: Sequence[Any]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text in a Markdown table: on one line, and no character of it ends the cell or starts a tag."""
+    """Text escaped for one cell of a Markdown table."""
     return html.escape(" ".join(text.split())).replace("|", "&#124;")
 
 
 def forget_steps_after(path: Path, steps_done: int) -> None:
-    """Drop metrics of steps that the checkpoint doesn't include: they are about to happen again."""
+    """Remove metrics of steps after the checkpoint, because the run repeats these steps."""
     if not path.exists():
         return
     kept = [json.dumps(record) for record in read_metrics(path) if record["step"] < steps_done]

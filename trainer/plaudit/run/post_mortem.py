@@ -1,4 +1,4 @@
-"""What a run that went wrong leaves behind for a person to look into."""
+"""Diagnostic files of a failed run."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from plaudit.run.storage import NotWritten, write_text
 
 @contextmanager
 def keeping_non_finite_batch(collected: CollectedRollout, directory: Path, processes: Processes) -> Iterator[None]:
-    """Around an update on `collected`: if it fails with `NonFiniteUpdate`, the main process writes the samples.
+    """Around an update on `collected`: if it fails with `NonFiniteUpdate`, rank 0 writes the mini-batch's samples.
 
-    The error then says where they are.
+    A note on the error names the file.
     """
     try:
         yield
@@ -33,7 +33,7 @@ def keeping_non_finite_batch(collected: CollectedRollout, directory: Path, proce
 
 
 def save_non_finite_batch(error: NonFiniteUpdate, collected: CollectedRollout, directory: Path) -> Path:
-    """Writes the samples of the mini-batch that gave no finite loss or gradient. Raises `NotWritten`."""
+    """Write the samples of the mini-batch with the non-finite loss or gradient. Raises `NotWritten`."""
 
     def numbers(row: torch.Tensor) -> list[float | str]:
         return [value if math.isfinite(value) else str(value) for value in row.tolist()]

@@ -1,4 +1,4 @@
-"""Showing a long run to a person: a bar on a terminal, lines in a log file."""
+"""Progress of a long run: a bar on a terminal, or lines in a log file."""
 
 import sys
 import threading
@@ -20,7 +20,7 @@ LINE_EVERY_S = 10.0
 
 
 class WaitingLine:
-    """What is being waited for: one line that changes on a terminal, a line now and then in a log file."""
+    """Shows what the run waits for: one updating line on a terminal, or occasional lines in a log file."""
 
     def __init__(self) -> None:
         self._line_at = float("-inf")
@@ -36,7 +36,7 @@ class WaitingLine:
             self._status.stop()
 
     def __call__(self, what: str) -> None:
-        """Say it, "" when the wait is over. May be told so at every try, from any thread."""
+        """Show `what`, or "" when the wait is over. May be called for every retry, from any thread."""
         if self._status is not None:
             if what:
                 self._status.update(escape(what))
@@ -54,7 +54,7 @@ class WaitingLine:
 
 
 class _Bar(Progress):
-    """A progress bar, and below it what is waited for, however long that is to say."""
+    """A progress bar with a line below it for waits."""
 
     waits_for = ""
 
@@ -65,7 +65,7 @@ class _Bar(Progress):
 
 
 class StepProgress:
-    """Reward, KL and samples per second as they come. Before and after the bar, waits are told by `waiting_line`."""
+    """Shows reward, KL and samples per second of each step. While the bar is off, `waiting_line` shows waits."""
 
     def __init__(self, total: int, done: int, waiting_line: WaitingLine) -> None:
         self._total = total
@@ -94,7 +94,7 @@ class StepProgress:
                 yield self
 
     def step(self, metrics: Mapping[str, float]) -> None:
-        """One step is done."""
+        """Show a completed step."""
         self._done += 1
         rate = metrics["time/samples_per_second"]
         text = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {rate:.0f} samples/s"
@@ -105,7 +105,7 @@ class StepProgress:
             print(f"PPO step {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
-        """Say what the run waits for, "" when the wait is over."""
+        """Show what the run waits for, or "" when the wait is over."""
         if self._bar is not None and self._bar.live.is_started:
             self._bar.waits_for = what
             self._bar.refresh()
@@ -114,7 +114,7 @@ class StepProgress:
 
 
 class Counting:
-    """So many things done, perhaps of a known total: a bar on a terminal, a line now and then in a log file."""
+    """Counts completed items, optionally of a total: a bar on a terminal, or occasional lines in a log file."""
 
     def __init__(self, what: str, total: int | None = None, done: int = 0) -> None:
         self._what = what
@@ -141,7 +141,7 @@ class Counting:
             self._bar.stop()
 
     def add(self, count: int = 1) -> None:
-        """So many more are done. From any thread."""
+        """Count more completed items. May be called from any thread."""
         with self._lock:
             self._done += count
             if self._bar is not None:
@@ -153,7 +153,7 @@ class Counting:
                 print(f"{self._done}{of} {self._what}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
-        """Say what is waited for, "" when the wait is over."""
+        """Show what is waited for, or "" when the wait is over."""
         with self._lock:
             if self._bar is not None:
                 self._bar.waits_for = what

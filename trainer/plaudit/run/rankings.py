@@ -1,7 +1,7 @@
-"""The ranking service over HTTP: the administration's side (batches, invitations, rankings) and a person's side.
+"""Clients of the ranking service: for administrators (batches, invitations, rankings) and for annotators.
 
-What would be wrong here: a ranking that is sent twice and counts twice, or one that is lost because the service was
-away for a moment. Everything that is sent again carries the same key, or is harmless when repeated.
+Failure modes: a ranking that is sent twice counts twice; a ranking is lost during a short outage. Every retry carries
+the same idempotency key, or is harmless when repeated.
 """
 
 import json
@@ -28,25 +28,25 @@ REQUEST_TIMEOUT_S = 60.0
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Refusals that pass with time."""
+"""Statuses that are retried."""
 PAGE = 1000
 QUOTED_CHARS = 300
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-"""Where browsers send a Secure cookie over plain http as well."""
+"""Hosts to which browsers send Secure cookies over plain http."""
 
 M = TypeVar("M", bound=BaseModel)
 _BATCHES = TypeAdapter(list[wire.BatchProgress])
 
 
 class RankingsUnavailable(PlauditError):
-    """The ranking service did not answer within the patience, or people have not finished. Go on later (exit 75)."""
+    """The ranking service did not answer in time, or people have not finished. Continue later (exit 75)."""
 
     exit_code = EXIT_UNAVAILABLE
     can_be_resumed = True
 
 
 class RankingsRejected(PlauditError):
-    """The ranking service refuses what it is sent, or its answer can't be used: waiting won't help (exit 65)."""
+    """The ranking service refused a request, or its answer can't be used: waiting won't help (exit 65)."""
 
     exit_code = EXIT_REJECTED
 
@@ -56,7 +56,7 @@ class RankingsRejected(PlauditError):
 
 
 class _Service:
-    """Requests to one ranking service, sent again until they are answered or patience runs out."""
+    """Requests to one ranking service, retried until they are answered or `patience_s` is over."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class _Service:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = without_credentials(url).rstrip("/")
-        """As messages may show it."""
+        """Without credentials, for messages."""
         self._patience_s = patience_s
         self._on_wait = on_wait
         proxy = proxy_for(url, os.environ)
@@ -90,7 +90,7 @@ class _Service:
     def _ask(
         self, method: str, path: str, *, body: str | None = None, headers: dict[str, str] | None = None, **query: Any
     ) -> httpx.Response:
-        """The answer to a request that may be repeated. Raises `RankingsUnavailable` or `RankingsRejected`."""
+        """Send an idempotent request with retries. Raises `RankingsUnavailable` or `RankingsRejected`."""
         headers = {"accept": "application/json"} | (headers or {})
         if body is not None:
             headers["content-type"] = "application/json"
@@ -134,7 +134,7 @@ class _Service:
 
 
 class RankingAdmin(_Service):
-    """The administration's side, with a key. Use as a context manager.
+    """The administrator's client, with a key. Use it as a context manager.
 
     Raises `ConfigError` for a URL or a key file that can't be used.
     """
@@ -152,15 +152,15 @@ class RankingAdmin(_Service):
         self._http.headers["authorization"] = f"Bearer {read_key(api_key_file)}"
 
     def upload(self, upload: wire.BatchUpload) -> wire.BatchUploaded:
-        """Make the batch, or add rows to it. Rows that are there already change nothing."""
+        """Create the batch, or add rows to it. Existing rows are left unchanged."""
         return self._parsed(wire.BatchUploaded, self._ask("POST", wire.BATCHES_PATH, body=upload.model_dump_json()))
 
     def progress(self, batch: str) -> wire.BatchProgress:
-        """How far a batch is."""
+        """The progress of a batch."""
         return self._parsed(wire.BatchProgress, self._ask("GET", f"{wire.BATCHES_PATH}/{batch}"))
 
     def batches(self) -> list[wire.BatchProgress]:
-        """All batches that there are."""
+        """The progress of all batches."""
         answer = self._ask("GET", wire.BATCHES_PATH)
         try:
             return _BATCHES.validate_json(answer.content)
@@ -170,11 +170,11 @@ class RankingAdmin(_Service):
             ) from error
 
     def agreement(self, batch: str) -> wire.AgreementReport:
-        """How far people agree in a batch."""
+        """The agreement statistics of a batch."""
         return self._parsed(wire.AgreementReport, self._ask("GET", f"{wire.BATCHES_PATH}/{batch}/agreement"))
 
     def rankings(self, batch: str) -> list[wire.RankingRow]:
-        """What is in force in a batch: the newest version of each person's word on each task, in a fixed order."""
+        """The newest version of each annotator's ranking of each task in a batch, in a fixed order."""
         newest: dict[tuple[str, str], wire.RankingRow] = {}
         after, more = 0, True
         while more:
@@ -188,7 +188,7 @@ class RankingAdmin(_Service):
         return [newest[key] for key in sorted(newest)]
 
     def invitation(self, name: str) -> str:
-        """A link for the person of this name: a new one for somebody who is known, or for somebody new."""
+        """A new invitation link for the annotator of this name, who is created if unknown."""
         for info in json.loads(self._ask("GET", wire.ANNOTATORS_PATH).content):
             if info["name"] == name and not info["disabled"]:
                 return str(
@@ -199,10 +199,10 @@ class RankingAdmin(_Service):
 
 
 class RankingPerson(_Service):
-    """Somebody who ranks, by the routes that a browser uses: the invitation's link, a session cookie, a CSRF token.
+    """An annotator's client, which uses the browser's routes: invitation link, session cookie, CSRF token.
 
-    `link` is the invitation's; only its last part counts, so that a service may be reached by another address than the
-    one it gives to people. Use as a context manager.
+    Only the last part of the invitation `link` is used, so the service may be reached by another address than the one
+    in the link. Use it as a context manager.
     """
 
     def __init__(self, url: str, link: str, *, patience_s: float, transport: httpx.BaseTransport | None = None) -> None:
@@ -215,19 +215,19 @@ class RankingPerson(_Service):
         """Cookie and CSRF token of the session."""
 
     def next_task(self) -> wire.TaskView | wire.NoTask:
-        """The task to rank now. It stays this person's until they have said something about it."""
+        """The next task. It stays assigned to this annotator until it is ranked or skipped."""
         answer = self._signed_in("GET", "/")
         if json.loads(answer.content).get("assignment") is None:
             return self._parsed(wire.NoTask, answer)
         return self._parsed(wire.TaskView, answer)
 
     def rank(self, task: wire.TaskView, ranks: dict[str, int]) -> wire.Accepted:
-        """Submit a rank for each answer. Sent again, it carries the same key and is recorded once."""
+        """Submit a rank for each answer. Retries carry the same idempotency key."""
         message = wire.RankingSubmit(key=task.key, version=task.version, ranks=ranks)
         return self._submit(task, "ranking", message)
 
     def skip(self, task: wire.TaskView) -> wire.Accepted:
-        """Leave the task to somebody else."""
+        """Skip the task, so that another annotator gets it."""
         return self._submit(task, "skip", wire.SkipSubmit(key=task.key, version=task.version))
 
     def _submit(self, task: wire.TaskView, action: Literal["ranking", "skip"], message: BaseModel) -> wire.Accepted:
@@ -235,7 +235,7 @@ class RankingPerson(_Service):
         return self._parsed(wire.Accepted, self._signed_in("POST", path, message.model_dump_json()))
 
     def _signed_in(self, method: str, path: str, body: str | None = None) -> httpx.Response:
-        """Ask as this person. A session that has ended is begun again, once."""
+        """Send a request as this annotator. If the session has expired, sign in again once."""
         if not self._headers:
             self._sign_in()
         try:
@@ -255,7 +255,7 @@ class RankingPerson(_Service):
             raise RankingsRejected(
                 f"{self.url}: its sessions travel over https alone; use https, or start it with --no-secure-cookies"
             )
-        # By hand: Python's cookie jar sends no Secure cookie to http://localhost, and browsers do.
+        # Set by hand, because Python's cookie jar, unlike browsers, sends no Secure cookie to http://localhost.
         self._http.cookies.clear()
         headers = {"cookie": cookie.strip(), "origin": self._origin, "sec-fetch-site": "same-origin"}
         page = self._ask("GET", "/mine", headers=headers | {"accept": "text/html"})
@@ -266,7 +266,7 @@ class RankingPerson(_Service):
 
 
 def read_key(file: Path | None) -> str:
-    """The administration's key: the first line of the file, or the environment variable RANK_API_KEY."""
+    """The administrator's key: the first line of the file, or the environment variable RANK_API_KEY."""
     if file is None:
         key = os.environ.get(API_KEY_VARIABLE, "")
     else:
@@ -282,7 +282,7 @@ def read_key(file: Path | None) -> str:
 
 
 def answers_in_pieces(rows: Sequence[wire.AnswersRow], size: int = 500) -> list[list[wire.AnswersRow]]:
-    """Rows in uploads that any service takes."""
+    """The rows in chunks small enough for any service's upload limit."""
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 

@@ -1,4 +1,4 @@
-"""How a run lives in its process: signals that ask it to stop, and the lock on its output directory."""
+"""Signals that stop a run, and the lock on its output directory."""
 
 import signal
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from plaudit.run.storage import writing
 
 T = TypeVar("T")
 POLL_S = 0.2
-"""How often a wait looks whether the run was asked to stop."""
+"""How often a wait checks for a stop signal."""
 
 
 class StopRequested(PlauditError):
@@ -34,14 +34,14 @@ class StopRequested(PlauditError):
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that a step ends or is dropped in a place where nothing is half done."""
+    """Records SIGTERM and Ctrl-C for a graceful shutdown: the run finishes or abandons the step at a safe point."""
 
     def __init__(self) -> None:
         self._received: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Handle both signals inside the block. A second one acts at once, as it would without us."""
+        """Handle both signals inside the block. A second signal has its default effect."""
         previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield self
@@ -64,7 +64,7 @@ class StopSignal:
             raise StopRequested(self._received)
 
     def wait(self, future: "Future[T]") -> T:
-        """The future's result, or `StopRequested` soon after a signal. The future bounds the wait, not we."""
+        """The future's result. Raises `StopRequested` soon after a signal. There is no timeout of its own."""
         while True:
             self.check()
             try:
@@ -76,13 +76,13 @@ class StopSignal:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Hold `directory` for one run; the operating system lets go when the process dies, however it dies.
+    """Lock `directory` for one run. The operating system releases the lock when the process dies.
 
-    What a killed process has left of a replacement in it (`plaudit.atomic`) is finished first.
+    A replacement that a killed process left unfinished (`plaudit.atomic`) is completed first.
 
     Raises:
-        ConfigError: another run holds it.
-        NotWritten: there can be no such directory, or no file in it.
+        ConfigError: another run holds the lock.
+        NotWritten: the directory can't be created or written to.
     """
     lock = filelock.FileLock(directory / atomic.LOCK)
     with writing(directory):

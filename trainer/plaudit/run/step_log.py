@@ -1,4 +1,4 @@
-"""Where the metrics of a PPO run's steps go: files, TensorBoard, trackers, and a person who watches."""
+"""Logging of a PPO run's steps: files, TensorBoard, trackers, and progress on the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,19 +12,19 @@ from plaudit.settings.ppo import PPOConfig
 
 
 class StepLog:
-    """The log of a run's steps. All processes call it and only the main one writes; all raise what it fails with."""
+    """The log of a run's steps. All processes call it; only rank 0 writes, and all raise its errors."""
 
     def __init__(self, config: PPOConfig, processes: Processes, progress: StepProgress) -> None:
         self._config, self._processes, self._progress = config, processes, progress
         self._log: MetricsLog
-        """In the main process, once opened."""
+        """Set in rank 0 by `opened`."""
 
     @contextmanager
     def opened(self, steps_done: int) -> Iterator["StepLog"]:
-        """Opens files and trackers for the steps after `steps_done`, for the length of the block.
+        """Open files and trackers for the steps after `steps_done`, inside the block.
 
         Raises:
-            ConfigError: there is no tracker of this name, or its package is not installed.
+            ConfigError: a tracker's name is unknown, or its package is not installed.
             NotWritten: a file can't be written.
         """
         self._processes.on_main(self._open, steps_done)
@@ -35,11 +35,11 @@ class StepLog:
                 self._log.close()
 
     def showing(self) -> AbstractContextManager[object]:
-        """Shows progress for the length of the block, in the main process."""
+        """Show progress inside the block, in rank 0."""
         return self._progress.showing() if self._processes.is_main else nullcontext()
 
     def write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
-        """The metrics of one step, and now and then some of its samples.
+        """Write the metrics of one step, and every `log_samples_every` steps some of its samples.
 
         Raises:
             NotWritten: a file can't be written.

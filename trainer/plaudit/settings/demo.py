@@ -1,4 +1,4 @@
-"""The demo."""
+"""Settings of `plaudit demo`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +9,23 @@ from plaudit.checks import positive, require
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole of it on one machine: a reward service in its own process, PPO over HTTP, before and after."""
+    """Everything on one machine: a reward service in a separate process, PPO with its rewards, and an evaluation."""
 
     output_dir: Path = Path("runs/demo")
     preset: Path = Path("demo")
-    """Settings of the PPO stage, as `plaudit ppo --config` reads them."""
+    """Settings file or preset of the PPO stage, as for `plaudit ppo --config`."""
     reward_model: str = "imdb-distilbert-mini"
     """Directory or hub id of the classifier that the reward service loads."""
     stages: Literal["ppo", "all"] = "ppo"
     """`all` first trains a small language model and a small reward model from scratch."""
     from_scratch_steps: int = 300
-    """Optimizer steps of each of those two; the embedded models took about ten times as many."""
+    """Optimizer steps for each of these two models. The embedded models took about ten times as many."""
     steps: int | None = None
-    """PPO steps; not given means the preset's."""
+    """PPO steps. Default: the preset's."""
     n_prompts: int = 256
-    """Held-out prompts of the evaluation."""
+    """Number of held-out prompts in the evaluation."""
     reward_url: tuple[str, ...] = ()
-    """Reward services that run already; with one, the demo starts none, and the policy may be a hub id."""
+    """URLs of running reward services. The demo then starts none, and the policy may be a hub id."""
     ready_timeout_s: float = 120.0
     """How long the reward service may take to start."""
     seed: int = 0

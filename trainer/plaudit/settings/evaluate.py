@@ -1,4 +1,4 @@
-"""Judging a policy before and after."""
+"""Settings of `plaudit evaluate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,29 +12,29 @@ from plaudit.settings.policy import GenerationSettings
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Judge a policy before and after PPO on held-out prompts, with the same seeds."""
+    """Compare a policy before and after PPO on the same held-out prompts, with the same seeds."""
 
     after: str = "runs/ppo"
-    """The directory that `plaudit ppo` wrote, or that of a whole model."""
+    """The trained policy: an output directory of `plaudit ppo`, or a full model."""
     policy: str | None = None
-    """Before: a whole model, or what `plaudit ppo` wrote; also the reference of KL and perplexity. Not given means the
-    one that the adapters were trained on."""
+    """The policy before training: a full model, or an output directory of `plaudit ppo`. It is also the reference for
+    KL and perplexity. Default: the model that the adapters were trained on."""
     output_dir: Path = Path("runs/evaluation")
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     reward: RewardSettings = field(default_factory=RewardSettings)
     by_people: str | None = None
-    """A ranking service's address (http://…): people compare both answers there, blind, in place of a reward model."""
+    """Address of a ranking service (http://…). People compare both answers there, blind, instead of a reward model."""
     people: PeopleSettings = field(default_factory=PeopleSettings)
     people_patience_s: float = 3600.0
-    """How long to wait for people to finish before exiting with 75; the same command goes on then. 0 doesn't wait."""
+    """How long to wait for people before exiting with 75. The same command continues later. 0 means no waiting."""
     people_poll_s: float = 5.0
-    """How often to ask how far they are."""
+    """Interval between checks of the progress."""
     n_prompts: int = 256
-    """Held-out prompts to answer."""
+    """Number of held-out prompts."""
     device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:

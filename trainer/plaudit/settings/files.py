@@ -1,4 +1,4 @@
-"""Settings from a YAML file. A key that nothing reads, or a value of the wrong type, is an error that names it."""
+"""Read settings from a YAML file. Unknown keys and values of the wrong type are errors that name the key."""
 
 import dataclasses
 import difflib
@@ -12,13 +12,13 @@ from plaudit.errors import ConfigError
 from plaudit.rewards.settings import JudgeSettings, RewardComponent, RewardSettings
 
 OLD_REWARD_KEYS: dict[str, Any] = {"function_weight": float, "also": tuple[RewardComponent, ...]}
-"""What `reward.components` was written as before it was one list."""
+"""Keys of the older format, before `reward.components` was a single list."""
 
 T = TypeVar("T")
 
 
 def load(config_type: type[T], path: Path) -> T:
-    """The config that the file describes; what the file leaves out has its default."""
+    """The config in the file. Settings that the file omits have their defaults."""
     values = read(config_type, path)
     try:
         return _replaced(config_type(), values)
@@ -27,7 +27,7 @@ def load(config_type: type[T], path: Path) -> T:
 
 
 def from_dict(config_type: type[T], values: Mapping[str, Any], path: Path) -> T:
-    """The config that a run recorded as plain values (`settings.plain.to_dict`) in the file `path`."""
+    """The config that a run saved as plain values (`settings.plain.to_dict`). `path` names the file in errors."""
     try:
         return _replaced(config_type(), _section(config_type, values, path, prefix="", root=config_type))
     except ConfigError as error:
@@ -37,16 +37,16 @@ def from_dict(config_type: type[T], values: Mapping[str, Any], path: Path) -> T:
 def unchecked_defaults(config_type: type[T], path: Path) -> T:
     """The file's settings over the defaults, *not checked against each other*.
 
-    For the command line alone, which overrides some of them and checks the whole when it builds the config: a file's
-    `batch_size` may well clash with a default `mini_batch_size` that the command line is about to change.
+    Only for the command line, which overrides some settings and checks the result when it builds the config. A file's
+    `batch_size` may conflict with a default `mini_batch_size` that a flag then changes.
     """
     return _overlaid(config_type(), read(config_type, path))
 
 
 def read(config_type: type, path: Path) -> dict[str, Any]:
-    """The file's settings, nested as the dataclasses of `config_type` are, each value of its field's type.
+    """The file's settings, nested like the dataclasses of `config_type`, each converted to its field's type.
 
-    Raises `ConfigError` with the file, the key, the value, and the nearest valid key or the type wanted.
+    Raises `ConfigError` with the file, the key, the value, and the closest valid key or the expected type.
     """
     import yaml
 
@@ -83,7 +83,7 @@ def _section(config_type: type, values: object, path: Path, prefix: str, root: t
 
 
 def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Reward settings with `components` as their only list, whether the file has it, or one reward's keys beside it."""
+    """Reward settings in the current format, with all rewards in `components`; single-reward keys are converted."""
     own = {key: values.pop(key) for key in _types(RewardComponent) if key in values}
     also, function_weight = values.pop("also", ()), values.pop("function_weight", 1.0)
     if not own and not also:
@@ -142,7 +142,7 @@ def _dotted_keys(config_type: type, prefix: str = "") -> Iterator[str]:
 def _types(config_type: type) -> dict[str, Any]:
     types = typing.get_type_hints(config_type)
     if config_type is RewardSettings:
-        # One reward's keys may stand beside the shared ones.
+        # The keys of a single reward may appear next to the shared ones.
         types = typing.get_type_hints(RewardComponent) | types
     return {
         name: kind

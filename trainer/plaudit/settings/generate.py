@@ -1,4 +1,4 @@
-"""Answering prompts with what a run trained."""
+"""Settings of `plaudit generate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,37 +11,38 @@ from plaudit.checks import positive, require
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Answer prompts with what a run trained. Settings that aren't given are the run's own."""
+    """Answer prompts with a trained policy. Settings default to those of the training run."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = "runs/ppo"
-    """Directory of a run, its merged model, or one of its checkpoints; or any model or adapters."""
+    """Output directory of a run, its merged model, one of its checkpoints, or any model or adapters."""
     texts: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT ...")] = ()
-    """Prompts. With none here and no file, each line of the standard input is one."""
+    """Prompts. Without prompts and --file, each line of standard input is a prompt."""
     file: Path | None = None
-    """Prompts from a text file (one a line), or from a column of a CSV, JSONL or Parquet file."""
+    """Read prompts from a text file (one per line), or from a column of a CSV, JSONL or Parquet file."""
     column: str | None = None
     """The file's column of prompts."""
     messages_column: str | None = None
     """The file's column of conversations."""
     chat: bool | None = None
-    """Put each prompt into the chat template, as the user's message. Not given: where the run's prompts were
-    conversations; for a model without a run's settings, where it has a chat template."""
+    """Put each prompt into the chat template as the user's message. Default: if the run's prompts were conversations;
+    for a model without a run's settings, if it has a chat template."""
     system: str | None = None
-    """System message in front of each prompt that has none."""
+    """System message for each prompt without one."""
     chat_template: Path | None = None
-    """Jinja file in place of the chat template that the tokenizer has."""
+    """Jinja file that replaces the tokenizer's chat template."""
     max_new_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     stop: tuple[str, ...] | None = None
-    """Texts that end a response where they appear."""
+    """Stop strings."""
     json: bool = False
-    """One JSON object a line: prompt, response, and whether the response ended by itself."""
+    """Print one JSON object per line: prompt, response, and whether the response ended with an end token or stop
+    string."""
     batch_size: int = 32
-    """Prompts answered at once."""
+    """Prompts generated at once."""
     device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:

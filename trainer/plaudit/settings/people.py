@@ -1,4 +1,4 @@
-"""Where people rank answers, and what is asked of them."""
+"""Settings of the ranking service as the trainer uses it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +9,22 @@ from plaudit.wire.rankings import MAX_INSTRUCTIONS_CHARS
 
 @dataclass(frozen=True)
 class PeopleSettings:
-    """The ranking service, and what is asked of the people there."""
+    """The ranking service, and the tasks for its annotators."""
 
     batch: str | None = None
-    """The batch's name in the ranking service: letters, digits, dot, underscore, hyphen. Not given means one made from
-    the answers themselves."""
+    """The batch's name in the ranking service: letters, digits, dot, underscore, hyphen. Default: a name derived from
+    the round or the answers."""
     api_key_file: Path | None = None
-    """File with the ranking service's key; the environment variable RANK_API_KEY is the other way."""
+    """File with the ranking service's key. Alternative: RANK_API_KEY in the environment."""
     overlap: int = 3
-    """People who rank a task of those that agreement is measured on; one person ranks each other task."""
+    """Number of people who rank each task in the overlap, on which agreement is measured. All other tasks are ranked
+    once."""
     overlap_share: float = 0.2
-    """The share of tasks that agreement is measured on."""
+    """Share of tasks in the overlap."""
     instructions: str = ""
-    """What people are asked to look for, shown above every task."""
+    """Instructions for annotators, shown above every task."""
     patience_s: float = 600.0
-    """How long the ranking service may stay unavailable."""
+    """How long to retry while the ranking service is unavailable."""
 
     def __post_init__(self) -> None:
         positive(self, "patience_s")
@@ -37,7 +38,7 @@ class PeopleSettings:
 
 
 def check_batch(batch: str | None) -> None:
-    """Raises `ConfigError` for a name that the ranking service doesn't take."""
+    """Raises `ConfigError` for a batch name that the ranking service would refuse."""
     usable = batch is None or (
         0 < len(batch) <= 64
         and batch.isascii()
@@ -51,7 +52,7 @@ def check_batch(batch: str | None) -> None:
 
 
 def check_url(name: str, url: str) -> None:
-    """Raises `ConfigError` for what is no http address."""
+    """Raises `ConfigError` unless `url` is an http or https address."""
     require(
         url.startswith(("http://", "https://")) and len(url) > len("https://"),
         f"{name}={url!r} must start with http:// or https://, for example http://127.0.0.1:8100",

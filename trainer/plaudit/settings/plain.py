@@ -1,4 +1,4 @@
-"""Settings as plain values, for files."""
+"""Settings as plain JSON values, for files."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from plaudit.settings.data import OPENING_TOKENS
 
 
 def to_dict(config: object) -> dict[str, object]:
-    """A config as plain JSON values, nested as its dataclasses are; without passwords in URLs and headers' values."""
+    """The config as nested dicts of JSON values, without passwords in URLs and without the values of headers."""
 
     def plain(value: object) -> object:
         if isinstance(value, RewardComponent):
@@ -28,11 +28,11 @@ def to_dict(config: object) -> dict[str, object]:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by their dotted names, those of an earlier version as this one would write them."""
+    """Settings by their dotted names. Settings from earlier versions are converted to the current form."""
     flat = dict(_flat(config, ""))
     openings = flat.get("prompts.column") is None and flat.get("prompts.messages_column") is None
     if openings and "prompts.max_tokens" in flat:
-        # It was written out before a column of prompts could leave it open.
+        # Earlier versions saved the default of openings explicitly.
         flat["prompts.max_tokens"] = flat["prompts.max_tokens"] or OPENING_TOKENS
     return flat
 

@@ -1,4 +1,4 @@
-"""The policy: its adapters, how it is held and computed, how it samples."""
+"""Settings of the policy: adapters, precision and compilation, sampling."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ class LoraSettings:
     """Low-rank adapters on the model (peft.LoraConfig)."""
 
     enabled: bool = True
-    """Off trains every parameter; the reference of PPO is then a frozen second copy."""
+    """If off, all parameters are trained. PPO's reference is then a frozen second copy."""
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
-    """Of stages 1 and 2. PPO runs without dropout and records it alone: a ratio compares two scores of one network."""
+    """Used in stages 1 and 2. PPO only records it and runs without dropout, because its ratio needs a deterministic
+    network."""
     target_modules: tuple[str, ...] | None = None
-    """Module names to adapt; found by architecture when not given."""
+    """Names of the modules to adapt. Default: chosen by architecture."""
 
     def __post_init__(self) -> None:
         positive(self, "r", "alpha")
@@ -30,48 +31,49 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How the policy is held in memory and computed."""
+    """Precision, memory and compilation of the policy."""
 
     quantization: Quantization | None = None
-    """Base weights in 8 or 4 bits (bitsandbytes); adapters and value head stay in full precision."""
+    """Quantise the base weights to 8 or 4 bits (bitsandbytes). Adapters and value head stay in full precision."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass of updates: less memory, about a third more time."""
+    """Recompute activations in the backward pass of updates. Saves memory and takes about a third more time."""
     bf16: bool = False
     """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
     tf32: bool = False
-    """Multiply fp32 matrices with 10 bits of mantissa on GPUs that can: several times as fast, no longer exact fp32."""
+    """Use TF32 (10 bits of mantissa) for fp32 matrix products on GPUs that support it: several times as fast, less
+    exact."""
     compile: bool = False
-    """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, faster steps after."""
+    """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, then faster steps."""
     cuda_graphs: bool = True
-    """On a GPU, record the update of a whole mini-batch as one CUDA graph, where model and settings allow it."""
+    """On a GPU, capture the update of a whole mini-batch as one CUDA graph, if model and settings allow it."""
     separate_value_model: bool = False
-    """Values from a transformer of their own, which starts as a copy of the policy and learns whole."""
+    """Use a separate transformer for values. It starts as a copy of the policy, and all its parameters are trained."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How responses are sampled, and where they end: an end token, a stop string, or the longest that they may get."""
+    """Sampling of responses, which end with an end token, a stop string, or at the length limit."""
 
     min_new_tokens: int = 4
-    """Where lengths are drawn: the least that a response may be allowed."""
+    """With drawn lengths: the lower bound of a response's length limit."""
     max_new_tokens: int = 16
     draw_lengths: bool | None = None
-    """Each response draws how long it may get, between the two bounds. Not given: for openings of texts, as the
-    published recipe has it; answers to prompts of a column may have `max_new_tokens`."""
+    """Draw each response's length limit between min_new_tokens and max_new_tokens. Default: on for openings of texts,
+    as in the published recipe; off for prompts from a column, where the limit is max_new_tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response where they appear. PPO scores their tokens; the reward sees what stands before them."""
+    """Stop strings. PPO trains on their tokens; the reward sees only the text before them."""
     temperature: float = 1.0
     top_k: int = 0
-    """0 keeps the whole vocabulary. Log-probabilities are those of the distribution sampled from."""
+    """0 keeps the whole vocabulary. Log-probabilities are those of the truncated sampling distribution."""
     top_p: float = 1.0
     batch_size: int = 128
-    """Prompts generated at once; also the size of the chunks sent to the reward service."""
+    """Prompts generated at once. Also the size of the chunks passed to the reward client."""
     static_cache: bool | None = None
-    """Sample with CUDA graphs and a key-value cache of fixed size. By default on GPUs, where the model can; slower on
-    CPUs. `plaudit evaluate` does without."""
+    """Sample with CUDA graphs and a static key-value cache. Default: on for GPUs if the model supports it; slower on
+    CPUs. `plaudit evaluate` doesn't use it."""
 
     def answering(self, kind: PromptKind) -> "GenerationSettings":
-        """The same, with `draw_lengths` decided for prompts of this kind."""
+        """These settings with `draw_lengths` resolved for prompts of this kind."""
         return self if self.draw_lengths is not None else dataclasses.replace(self, draw_lengths=kind == "openings")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Stage 3."""
+"""Settings of stage 3, `plaudit ppo`."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,24 +16,24 @@ LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class PPOHyperparameters:
-    """The algorithm's constants, under the names that users of the classic trainer know."""
+    """Hyperparameters of PPO, under the names of TRL's classic trainer."""
 
     learning_rate: float = 1.41e-5
     batch_size: int = 128
     """Samples per step, over all processes."""
     mini_batch_size: int = 128
-    """Samples per optimizer step and gradient accumulation step."""
+    """Samples per gradient accumulation step."""
     gradient_accumulation_steps: int = 1
     micro_batch_size: int | None = None
-    """Samples that go through the model at once; not given means as many of a mini-batch as memory takes. Changes no
-    number."""
+    """Samples per forward pass in updates. Default: as many of a mini-batch as fit into memory. Does not affect
+    results."""
     ppo_epochs: int = 4
     adap_kl_ctrl: bool = True
     init_kl_coef: float = 0.2
     target: float = 6.0
-    """Summed KL per sample that the adaptive controller steers towards."""
+    """Target of the adaptive KL controller: KL summed over a response, mean over samples."""
     horizon: float = 10_000.0
-    """Samples over which the controller may change the coefficient by about a fifth."""
+    """Number of samples over which the controller may change the coefficient by about 20 %."""
     kl_penalty: KLPenalty = "kl"
     gamma: float = 1.0
     lam: float = 0.95
@@ -42,11 +42,11 @@ class PPOHyperparameters:
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     ratio_threshold: float = 10.0
-    """A mini-batch whose mean ratio exceeds this is skipped and no weight moves."""
+    """Mini-batches whose mean ratio exceeds this are skipped."""
     max_grad_norm: float | None = None
     early_stopping: bool = False
     target_kl: float = 1.0
-    """With early stopping: no further epoch after one that ends above 1.5 times this."""
+    """With early stopping: the update ends after an epoch whose KL exceeds 1.5 times this."""
     use_score_scaling: bool = False
     use_score_norm: bool = False
     score_clip: float | None = None
@@ -55,11 +55,11 @@ class PPOHyperparameters:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
-    """Learning rate of the value head where it differs from the policy's."""
+    """Learning rate of the value head and a separate value model. Default: the policy's."""
     lr_schedule: LearningRateSchedule = "constant"
-    """How the learning rate falls to 0 over the run's steps, once warmed up."""
+    """Decay of the learning rate to 0 over the run's steps, after the warm-up."""
     lr_warmup_steps: int = 0
-    """PPO steps over which the learning rate rises from 0."""
+    """PPO steps over which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
         positive(
@@ -98,12 +98,12 @@ class PPOHyperparameters:
 
 @dataclass(frozen=True)
 class PenaltySettings:
-    """What is taken off a response's reward before the update. All are off by default."""
+    """Penalties subtracted from a response's reward before the update. All are off by default."""
 
     missing_eos: float = 0.0
-    """Off a response that ran out of tokens before the end of text. Drawn lengths make that common."""
+    """Penalty for a response that reached its length limit before the end of text. Frequent with drawn lengths."""
     per_token: float = 0.0
-    """Off for each response token beyond the free ones."""
+    """Penalty for each response token beyond free_tokens."""
     free_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -114,12 +114,12 @@ class PenaltySettings:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Stage 3: PPO against a reward service."""
+    """Stage 3: PPO with rewards from a reward service."""
 
     policy: str = "lvwerra/gpt2-imdb"
     """Directory or hub id of the causal language model to train."""
     output_dir: Path = Path("runs/ppo")
-    """Where checkpoints, metrics and the trained policy go; one run's, and nobody else's while it lasts."""
+    """Directory for checkpoints, metrics and the trained policy. The run locks it."""
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -129,25 +129,27 @@ class PPOConfig:
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
     check: bool = False
-    """Train nothing: load everything, take one step in memory, and say what a run would do and take."""
+    """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
+    needs."""
     steps: int | None = None
-    """PPO steps; not given means one pass over the prompts."""
+    """PPO steps. Default: one pass over the prompts."""
     resume: str | None = None
-    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 50
-    """Steps between checkpoints. One is also written when the run is stopped or runs out of patience."""
+    """Steps between checkpoints. A checkpoint is also saved when the run is stopped or rewards stay unavailable."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     log_samples_every: int = 10
-    """Steps between tables of sampled responses in TensorBoard; 0 turns them off."""
+    """Steps between tables of sampled responses in the trackers; 0 turns them off."""
     merge: bool = False
-    """Also write OUTPUT_DIR/merged: the adapters folded into the model, for plain transformers."""
+    """Also write OUTPUT_DIR/merged, the model with merged adapters, for plain transformers."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... as accelerate names them."""
+    """Trackers for metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... (accelerate's
+    names)."""
     device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     collective_timeout_s: float = 600.0
-    """With several processes: how long one waits for another, beyond what waiting for rewards may take."""
+    """With several processes: timeout of collective operations, in addition to the time that rewards may take."""
     seed: int = 0
 
     def __post_init__(self) -> None:

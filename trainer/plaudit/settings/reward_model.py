@@ -1,4 +1,4 @@
-"""Stage 2."""
+"""Settings of stage 2, `plaudit reward-model`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,65 +13,67 @@ from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 
 @dataclass(frozen=True)
 class RewardModelConfig:
-    """Stage 2: a reward model, from labelled texts (classifier) or ranked answers (pairwise)."""
+    """Stage 2: train a reward model from labelled texts (classifier) or ranked answers (pairwise)."""
 
     kind: Literal["classifier", "pairwise"] = "classifier"
-    """`classifier` learns labels with cross-entropy; `pairwise` learns one score with the Bradley-Terry loss."""
+    """`classifier` trains on labels with cross-entropy; `pairwise` trains one score with the Bradley-Terry loss."""
     model: str = "distilbert-base-uncased"
-    """Directory or hub id to start from: a classifier, or any encoder or language model, which gets a new head."""
+    """Directory or hub id of the initial model: a classifier, or any encoder or language model, which gets a new
+    head."""
     from_scratch: bool = False
     """Train a new model of `sizes` instead, with a tokenizer trained on the same texts."""
     sizes: ModelSizes = field(default_factory=lambda: ModelSizes("distilbert", 8192, 128, 2, 2, 256))
     output_dir: Path = Path("runs/reward-model")
     dataset: Data = field(default_factory=DataSettings)
     label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
-    """The labels' names, in the order of the head, as the reward service offers them. The data's labels may be these
-    names, or numbers that count them from 0."""
+    """Names of the labels in the head's order, as the reward service lists them. The data may contain these names, or
+    their indices from 0."""
     ranked: str | None = None
-    """Pairwise: a file or hub id of rankings, or the address of a ranking service (http://…). Rows are {"prompt",
-    "answers"} (best first, or with "ranks"), chosen and rejected with or without a prompt and a margin, or what the
-    ranking service exports. Prompts may be texts or conversations."""
+    """Pairwise: file or hub id of rankings, or the address of a ranking service (http://…). Rows are {"prompt",
+    "answers"} (best first, or with "ranks"), chosen and rejected (optionally with a prompt and a margin), or exports of
+    the ranking service. Prompts may be texts or conversations."""
     batches: tuple[str, ...] = ()
-    """Of a ranking service: which batches to learn from; all that are made for training unless given."""
+    """Batches of the ranking service to train on. Default: all training batches."""
     api_key_file: Path | None = None
-    """File with the ranking service's key; the environment variable RANK_API_KEY is the other way."""
+    """File with the ranking service's key. Alternative: RANK_API_KEY in the environment."""
     patience_s: float = 600.0
-    """How long the ranking service may stay unavailable."""
+    """How long to retry while the ranking service is unavailable."""
     weights: Literal["equal", "reliability"] = "equal"
-    """Pairwise: what a person's word is worth. `reliability` takes the ranking service's estimates, for people who
-    share 30 tasks or more with others."""
+    """Pairwise: weights of the annotators. `reliability` uses the ranking service's estimates, for people with 30 tasks
+    or more in common with others."""
     center_rewards_coefficient: float = 0.0
-    """Pairwise: pull scores towards 0 on average with this coefficient on (r_i + r_j)^2; 0.01 is usual."""
+    """Pairwise: coefficient of (r_i + r_j)^2 in the loss, which pulls scores towards a mean of 0. A usual value is
+    0.01."""
     scale_on: str = "training"
-    """Pairwise: scale the scores to standard deviation 1 on these answers: `training` for those trained on, `none`, or
-    a file of answers (as `plaudit sample` writes it, or prompt and completion). The factor goes into the head."""
+    """Pairwise: scale scores to standard deviation 1 on these answers: `training` (the training answers), `none`, or a
+    file of answers (from `plaudit sample`, or prompt and completion). The head's weights absorb the factor."""
     scale_policy: str | None = None
-    """Of these answers, only those of this policy, as `plaudit sample` names it: PPO's reference."""
+    """Scale only on answers of this policy, as `plaudit sample` names it. Use PPO's reference."""
     allow_chance: bool = False
-    """Pairwise: save the model even if its accuracy on held-out pairs can't be told from guessing."""
+    """Pairwise: save the model even if its accuracy on held-out pairs can't be distinguished from guessing."""
     chat_template: str | None = None
-    """Jinja file with the chat template for prompts that are conversations, where the tokenizer has none; saved with
-    it."""
+    """Jinja file with a chat template for prompts that are conversations, if the tokenizer has none. It is saved with
+    the tokenizer."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
-    """Train low-rank adapters in place of all parameters (--lora.enabled); they are folded into the model that is
-    saved."""
+    """Train low-rank adapters instead of all parameters (--lora.enabled). They are merged into the saved model."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
     max_length: int = 256
     crop_fraction: float = 0.5
-    """Classifier: share of training batches that are cut to random short passages, since short texts are what the
-    reward model will judge. 0 turns it off."""
+    """Classifier: share of training batches cropped to short random passages, because the reward model will judge short
+    texts. 0 turns it off."""
     crop_min_tokens: int = 8
     crop_max_tokens: int = 64
     short_words: int = 20
-    """Held-out accuracy is also told on the first so many words of each text."""
+    """The held-out accuracy is also measured on this many leading words of each text."""
     eval_examples: int | None = None
-    """Measure on the first so many held-out texts or prompts; on all unless given."""
+    """Maximum number of held-out texts or prompts in the evaluation. Default: all."""
     half_precision: bool = False
     """Save the weights in float16."""
     resume: str | None = None
-    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 500
-    """Optimizer steps between checkpoints. One is also written when the run is stopped, and they go when it is done."""
+    """Optimizer steps between checkpoints. A checkpoint is also saved when the run is stopped. All are deleted at the
+    end."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -118,5 +120,5 @@ class RewardModelConfig:
 
     @property
     def ranked_is_service(self) -> bool:
-        """Whether the rankings are asked for over HTTP."""
+        """Whether the rankings come from a ranking service."""
         return self.ranked is not None and self.ranked.startswith(("http://", "https://"))

@@ -1,4 +1,4 @@
-"""Answers for people to rank."""
+"""Settings of `plaudit sample`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,28 +12,28 @@ from plaudit.wire.rankings import MAX_ANSWERS, MAX_NUMBER
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Several answers of a policy to each prompt, for people to rank."""
+    """Sample several answers of a policy to each prompt, for people to rank."""
 
     policy: str = "runs/sft"
-    """Directory or hub id of a causal language model, or a directory of adapters that `plaudit ppo` wrote."""
+    """Directory or hub id of a causal language model, or of adapters from `plaudit ppo`."""
     to: str = "runs/sample/answers.jsonl"
-    """Where the answers go: a file of JSON lines, or the ranking service's address (http://…)."""
+    """Destination of the answers: a JSON lines file, or the ranking service's address (http://…)."""
     output_dir: Path = Path("runs/sample")
-    """Where the answers are kept as well if they go to a ranking service, so that a run that stopped goes on."""
+    """Directory for a local copy of answers sent to a ranking service, from which an interrupted run continues."""
     k: int = 4
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     n: int = 256
-    """Different prompts, from texts of the training split alone."""
+    """Number of distinct prompts, all from the training split."""
     skip: int = 0
-    """Prompts to pass over first: those that earlier rounds have asked about, with the same seed."""
+    """Number of prompts to leave out first: those that earlier rounds have asked about, with the same seed."""
     round: int = 0
-    """Which round of training asks: recorded with the batch."""
+    """Number of the training round, recorded with the batch."""
     people: PeopleSettings = field(default_factory=PeopleSettings)
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     device: str | None = None
-    """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
+    """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,10 +54,10 @@ class SampleConfig:
 
     @property
     def file(self) -> Path:
-        """The file of answers, which is there either way."""
+        """The local file of answers, written in both cases."""
         return self.output_dir / "answers.jsonl" if self.to_service else Path(self.to)
 
     @property
     def batch(self) -> str:
-        """The batch that the rows belong to."""
+        """The name of the rows' batch."""
         return self.people.batch or f"round-{self.round}"

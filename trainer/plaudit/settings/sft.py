@@ -1,4 +1,4 @@
-"""Stage 1."""
+"""Settings of stage 1, `plaudit sft`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,39 +15,40 @@ class SFTConfig:
     """Stage 1: supervised fine-tuning of a language model on texts, conversations, or prompts with completions."""
 
     model: str = "gpt2"
-    """Directory or hub id to fine-tune."""
+    """Directory or hub id of the model to fine-tune."""
     from_scratch: bool = False
     """Train a new model of `sizes` instead, with a byte-level BPE tokenizer trained on the same texts."""
     sizes: ModelSizes = field(default_factory=lambda: ModelSizes("gpt2"))
     output_dir: Path = Path("runs/sft")
     dataset: Data = field(default_factory=DataSettings)
     data_format: Literal["auto", "text", "messages", "prompt-completion"] = "auto"
-    """What the data are. `auto` goes by the columns: messages, else prompt and completion, else text."""
+    """Format of the data. `auto` decides by the columns: messages, else prompt and completion, else text."""
     messages_column: str = "messages"
-    """Conversations: lists of {"role", "content"}. The loss is on what the assistant writes, with the token that ends
-    each turn."""
+    """Column of conversations, lists of {"role", "content"}. The loss covers the assistant's turns with their end
+    tokens."""
     prompt_column: str = "prompt"
-    """Prompts, as texts or as conversations. The loss is not on them."""
+    """Column of prompts, texts or conversations. They are masked from the loss."""
     completion_column: str = "completion"
-    """What follows on each prompt. The loss is on all of it, and on the end-of-text token behind a text."""
+    """Column of completions. The loss covers them, and the end-of-text token after a text."""
     chat_template: str | None = None
-    """Jinja file with the chat template, for a tokenizer that has none; saved with it."""
+    """Jinja file with a chat template, if the tokenizer has none. It is saved with the tokenizer."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
-    """Train low-rank adapters in place of all parameters (--lora.enabled)."""
+    """Train low-rank adapters instead of all parameters (--lora.enabled)."""
     merge: bool = True
-    """With adapters: save the model with them folded in. Off saves the adapters alone, which belong to `model`."""
+    """With adapters: save the merged model. If off, save only the adapters, which need `model` as their base."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 128
-    """Tokens in one training row. Texts are cut into rows of this length; the first starts where the text does. What is
-    longer of a conversation or a completion is left out."""
+    """Tokens in one training row. Texts are split into rows of this length, starting at the text's beginning.
+    Conversations and completions are truncated to it."""
     eval_texts: int = 1000
-    """Held-out texts or conversations that the perplexity is measured on."""
+    """Number of held-out texts or conversations for the perplexity."""
     half_precision: bool = False
     """Save the weights in float16."""
     resume: str | None = None
-    """`auto` goes on from the newest checkpoint in output_dir, if there is one; or a checkpoint's directory."""
+    """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 500
-    """Optimizer steps between checkpoints. One is also written when the run is stopped, and they go when it is done."""
+    """Optimizer steps between checkpoints. A checkpoint is also saved when the run is stopped. All are deleted at the
+    end."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,5 +65,5 @@ class SFTConfig:
 
     @property
     def saves_adapters(self) -> bool:
-        """Whether the output directory holds adapters and no whole model."""
+        """Whether the output directory holds adapters instead of a full model."""
         return self.lora.enabled and not self.merge

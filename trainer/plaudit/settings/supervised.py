@@ -1,4 +1,4 @@
-"""What stages 1 and 2 share: the shape of a model from scratch, and the optimizer."""
+"""Settings shared by stages 1 and 2: the sizes of a model trained from scratch, and the optimizer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from plaudit.checks import fraction, positive, require
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Shape of a model trained from scratch. Head size is `hidden_size / heads`."""
+    """Sizes of a model trained from scratch. The head size is `hidden_size / heads`."""
 
     model_type: str
     """A `model_type` that transformers knows: gpt2, llama, distilbert, ..."""
@@ -23,23 +23,23 @@ class ModelSizes:
         require(
             self.hidden_size % self.heads == 0, f"heads={self.heads} does not divide hidden_size={self.hidden_size}"
         )
-        # 256 bytes and the special tokens are in every vocabulary that the byte-level BPE trainer makes.
+        # Every byte-level BPE vocabulary contains 256 bytes and the special tokens.
         require(self.vocab_size >= 264, f"vocab_size={self.vocab_size} must be at least 264")
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How stages 1 and 2 learn."""
+    """Optimizer and schedule of stages 1 and 2."""
 
     learning_rate: float = 5e-5
-    """AdamW's."""
+    """AdamW's learning rate."""
     muon_learning_rate: float | None = None
-    """When given, torch.optim.Muon with this rate learns the weight matrices, AdamW the rest. Helps from scratch."""
+    """If given, torch.optim.Muon with this rate trains the weight matrices, and AdamW the rest. Helps from scratch."""
     weight_decay: float = 0.0
     batch_size: int = 32
     epochs: float = 1.0
     max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Maximum number of optimizer steps; overrides `epochs`."""
     warmup_fraction: float = 0.03
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_grad_norm: float = 1.0

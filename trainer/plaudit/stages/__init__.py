@@ -1,1 +1,1 @@
-"""One module a stage, each readable from top to bottom."""
+"""The stages, one module for each command."""

@@ -1,4 +1,4 @@
-"""Simulated annotators in a real ranking service, by the routes that people's browsers use."""
+"""Simulated annotators, who use a real ranking service through the same routes as browsers."""
 
 import threading
 from collections import Counter
@@ -26,24 +26,24 @@ RANKED = ("counted", "surplus", "late")
 
 @dataclass(frozen=True)
 class AnnotateResult:
-    """What the annotators did."""
+    """Statistics of an annotation run."""
 
     annotators: int
     statuses: Counter[str]
-    """Submissions by what became of them: counted, surplus, late, skipped."""
+    """Number of submissions by status: counted, surplus, late, skipped."""
     waiting: int
-    """Annotators who stopped while others still held tasks."""
+    """Number of annotators who stopped while the remaining tasks were leased to others."""
 
     @property
     def ranked(self) -> int:
-        """Rankings submitted."""
+        """Number of rankings submitted."""
         return sum(self.statuses[status] for status in RANKED)
 
 
 def run(config: AnnotateConfig) -> AnnotateResult:
-    """Invite the annotators, let them rank until nothing is left for them, and say how many rankings they made.
+    """Invite the annotators, let them rank until no tasks are left for them, and print the number of rankings.
 
-    The same seed invites the same people again, so that a second run goes on where the first one stopped.
+    The same seed gives the same annotators, so a second run continues where the first one stopped.
     """
     with Counting("rankings") as counting, judging(config) as judge:
         with RankingAdmin(
@@ -72,19 +72,19 @@ def run(config: AnnotateConfig) -> AnnotateResult:
 
 
 def name_of(config: AnnotateConfig, index: int) -> str:
-    """The name of one annotator, which the service's administration sees."""
+    """The name of one annotator, as administrators of the service see it."""
     return f"simulated {config.seed}.{index}"
 
 
 def habits_of(config: AnnotateConfig, index: int) -> Habits:
-    """How one annotator judges."""
+    """The noise settings of one annotator."""
     names = ("temperature", "tie_margin", "carelessness", "skips")
     return Habits(**{name: config.of(name, index) for name in names})
 
 
 @contextmanager
 def judging(config: AnnotateConfig) -> Iterator[Judge]:
-    """The hidden judge: a classifier in this process, or the reward endpoints."""
+    """The judge behind the annotators: a classifier in this process, or the reward endpoints."""
     if config.judge is not None:
         yield _Classifier(config.judge, config.label, config.device)
         return
@@ -98,7 +98,7 @@ def judging(config: AnnotateConfig) -> Iterator[Judge]:
 
 
 class _Classifier:
-    """Raw logits of prompt and answer as one text. One thread at a time."""
+    """Raw logits of prompt and answer joined to one text. A lock admits one thread at a time."""
 
     def __init__(self, path: str, label: str, device: str | None) -> None:
         try:

@@ -1,8 +1,7 @@
-"""Before against after, by people: they see both answers to a held-out prompt and not which policy wrote which.
+"""Evaluation by people: a blind comparison of the answers before and after training on held-out prompts.
 
-What would be wrong here: figures over prompts that only some people got to, told as if they were all; or answers that
-are generated anew, and differ, when the command goes on. The answers are therefore written to disk before anybody is
-asked.
+Failure modes: results of a partial evaluation are reported as complete; answers are generated again, and differ, when
+the command continues. Answers are therefore saved before people are asked.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ BEFORE, AFTER = "before", "after"
 
 @dataclass(frozen=True)
 class BothAnswers:
-    """A held-out prompt, the text it is the opening of, and what both policies answered."""
+    """A held-out prompt, its source text, and both policies' answers."""
 
     prompt: str
     source: str
@@ -46,32 +45,32 @@ class BothAnswers:
 
 @dataclass(frozen=True)
 class PeopleResult:
-    """What people.json holds, field for field."""
+    """The content of people.json."""
 
     batch: str
     prompts: int
-    """Prompts in the evaluation."""
+    """Number of prompts in the evaluation."""
     identical: int
-    """Prompts with the same answer before and after: nobody is asked, and they count as ties."""
+    """Prompts with identical answers, which count as ties without asking people."""
     unjudged: int
-    """Prompts that nobody ranked because people skipped or flagged them, or the batch was closed: left out."""
+    """Prompts without a ranking (skipped, flagged, or the batch was closed); they are left out."""
     rankings: int
     annotators: int
     win_rate: WinRate
-    """After against before."""
+    """The policy after training against the one before."""
     tied_rankings: float
-    """Share of the rankings that call both answers equally good."""
+    """Share of the rankings that tie both answers."""
     agreement: dict[str, Any]
-    """How far people agree where several ranked the same prompt, with intervals: as the ranking service reports it."""
+    """The ranking service's agreement statistics, over prompts ranked by several people."""
 
 
 def run(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> PeopleResult:
-    """Ask people in the ranking service, wait for them, and say how often after beats before.
+    """Upload the tasks, wait for people, and report how often the trained policy wins.
 
-    `answer` is called unless an earlier run has left the answers in the output directory.
+    `answer` is called unless an earlier run has saved the answers in the output directory.
 
     Raises:
-        RankingsUnavailable: people have not finished within the patience. The same command goes on.
+        RankingsUnavailable: people have not finished in time. The same command continues.
     """
     assert config.by_people is not None
     rows = _rows(config, answer)
@@ -101,13 +100,13 @@ def run(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> Peop
 def judge(
     rows: Sequence[wire.AnswersRow], rankings: Sequence[wire.RankingRow], agreement: wire.AgreementReport
 ) -> PeopleResult:
-    """The figures of an evaluation.
+    """The results of an evaluation.
 
     Raises:
-        RankingsRejected: nobody has ranked anything, so there are none.
+        RankingsRejected: there are no rankings.
     """
     known = {row.id for row in rows}
-    # A surplus ranking is a person's word like any other: the intervals are over prompts.
+    # Surplus rankings count like any other: the intervals are over prompts.
     said = [row for row in rankings if row.status in ("counted", "surplus") and row.task in known]
     if all(row.answers[0].text == row.answers[1].text for row in rows):
         raise RankingsRejected(
@@ -136,12 +135,12 @@ def judge(
 
 
 def _prompt(row: wire.AnswersRow | wire.RankingRow) -> str:
-    """What the bootstrap draws: two texts may begin the same."""
+    """The unit of the bootstrap; two texts may have the same opening."""
     return wire.content_hash(wire.as_json(row.prompt))
 
 
 def _rows(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> list[wire.AnswersRow]:
-    """The tasks for people: those of an earlier run with the same settings, or new ones, which are written down."""
+    """The tasks for people: those of an earlier run with the same settings, or new ones, which are saved."""
     directory = config.output_dir
     answers_file, settings_file = directory / ANSWERS_FILE, directory / SETTINGS_FILE
     settings = _settings(config)
@@ -171,14 +170,14 @@ def _rows(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> li
 
 
 def write_answers(directory: Path, rows: Sequence[wire.AnswersRow], settings: Mapping[str, Any]) -> None:
-    """The tasks for people, and what they depend on: both or neither. Raises `NotWritten`."""
+    """Write the tasks and the settings that they depend on, atomically. Raises `NotWritten`."""
     with replaced_files(directory, "people-answers", last=SETTINGS_FILE) as beside:
         (beside / ANSWERS_FILE).write_text("".join(row.model_dump_json() + "\n" for row in rows), encoding="utf-8")
         (beside / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_figures(directory: Path, rankings: Sequence[wire.RankingRow], result: PeopleResult) -> None:
-    """What people said, and the figures from it: both or neither. Raises `NotWritten`."""
+    """Write the rankings and the results, atomically. Raises `NotWritten`."""
     figures = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
     with replaced_files(directory, "people", last=FIGURES_FILE) as beside:
         lines = "".join(row.model_dump_json() + "\n" for row in rankings)
@@ -187,7 +186,7 @@ def write_figures(directory: Path, rankings: Sequence[wire.RankingRow], result: 
 
 
 def _settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the answers depend on."""
+    """The settings that the answers depend on."""
     settings = to_dict(config)
     for free in ("output_dir", "reward", "by_people", "people_patience_s", "people_poll_s", "device"):
         settings.pop(free)
@@ -199,7 +198,7 @@ def _settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _revisions(config: EvaluateConfig) -> tuple[str, str]:
-    """Hashes of the weights before and after, where they are on this machine."""
+    """Hashes of the weights before and after, if they are local directories."""
     before, after = (
         Path(demo_models.resolve(name)) if name is not None else None for name in (config.policy, config.after)
     )
@@ -219,7 +218,7 @@ def _upload(admin: RankingAdmin, config: EvaluateConfig, rows: list[wire.Answers
             )
         )
     except RankingsRejected:
-        # A batch that somebody has closed takes no rows, and needs none: its people are done.
+        # A closed batch accepts no rows and needs none.
         if admin.progress(rows[0].batch).closed_at is None:
             raise
 

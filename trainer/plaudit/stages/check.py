@@ -1,7 +1,7 @@
-"""What `plaudit ppo --check` tells before anything is trained: a prompt, rewards, time, memory and disk.
+"""The dry run `plaudit ppo --check`: it reports a prompt, rewards, time, memory and disk space.
 
-What would be wrong here: an estimate from anything else than a real step, or a trial that leaves something behind. The
-step is taken in memory, and its files are written into a directory of its own beside the run's, which is deleted.
+Failure modes: an estimate that is not based on a real step; a trial that leaves files behind. The step is taken in
+memory, and its files go to a temporary directory next to the run's, which is deleted.
 """
 
 import os
@@ -31,10 +31,10 @@ SHOWN_TOKENS = 64
 
 @contextmanager
 def tried_out(config: PPOConfig) -> Iterator[Training]:
-    """The run of `config`, set up with a directory of its own for as long as the block lasts.
+    """The run of `config`, set up with a temporary directory inside the block.
 
     Raises:
-        ConfigError: as `set_up` does; or the run's own directory is in use, or holds another run.
+        ConfigError: as `set_up` does; or the run's own directory is in use, or contains another run.
     """
     if world_size() > 1:
         raise ConfigError(f"--check runs in one process, and a launcher started {world_size()}: start it without one")
@@ -57,7 +57,7 @@ def tried_out(config: PPOConfig) -> Iterator[Training]:
                 )
             )
     except RewardRejected as error:
-        # What was written went with the trial's directory.
+        # The written files were deleted with the temporary directory.
         vars(error).pop("__notes__", None)
         error.leave_in(config.output_dir)
         raise
@@ -67,7 +67,7 @@ def tried_out(config: PPOConfig) -> Iterator[Training]:
 
 
 def tell_prompt(training: Training) -> None:
-    """The first prompt of the next step: as text, and token by token as the policy sees it."""
+    """Print the first prompt of the next step, as text and as tokens."""
     prompts = training.rollouts.schedule.batch(training.stepper.steps_done).rows(0, 1)
     tokenizer, ids = training.rollouts.tokenizer, prompts.token_ids[0]
     print(f"a prompt, {len(ids)} tokens: {decode(tokenizer, [ids])[0]!r}")
@@ -79,7 +79,7 @@ def tell_prompt(training: Training) -> None:
 
 
 def tell_rewards(collected: CollectedRollout) -> None:
-    """One batch's rewards, and the first response with its own."""
+    """Print a batch's rewards, and the first response with its reward."""
     scores = collected.rollout.scores.tolist()
     print(f"a response: {collected.responses[0]!r}, reward {scores[0]:.3f}")
     print(
@@ -91,10 +91,10 @@ def tell_rewards(collected: CollectedRollout) -> None:
 
 
 def tell_estimates(config: PPOConfig, training: Training, metrics: Mapping[str, float], *, steps: int) -> None:
-    """What the whole run takes, by one step and one checkpoint of it.
+    """Print the whole run's estimated time, memory and disk space, based on one step and one checkpoint.
 
     Raises:
-        NotWritten: the disk has too little room.
+        NotWritten: the disk has too little free space.
     """
     step_s = metrics["time/step_s"]
     print(
@@ -110,7 +110,7 @@ def tell_estimates(config: PPOConfig, training: Training, metrics: Mapping[str, 
     if config.merge:
         model = training.stepper.policy.language_model
         results += sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-    # While one is written, those that it replaces are still there.
+    # While a checkpoint is written, the ones that it replaces still exist.
     needed = (config.keep_checkpoints + 1) * checkpoint + results
     free = shutil.disk_usage(config.output_dir).free / MIB
     print(f"disk: {checkpoint:,.1f} MiB a checkpoint, {needed:,.1f} MiB in all; {free:,.0f} MiB are free")

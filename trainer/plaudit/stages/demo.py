@@ -1,4 +1,4 @@
-"""The whole of it on one machine: a reward service in its own process, PPO over HTTP, before against after."""
+"""The demo: a reward service in a separate process, PPO with its rewards over HTTP, and an evaluation."""
 
 import dataclasses
 import time
@@ -20,7 +20,7 @@ from plaudit.stages import evaluate, ppo
 
 
 def run(config: DemoConfig) -> None:
-    """Train, judge, report; with `stages=all` after training both models from scratch."""
+    """Train, evaluate and report. `stages=all` first trains both models from scratch."""
     began = time.monotonic()
     training = files.load(PPOConfig, config.preset)
     policy, reward_model = training.policy, config.reward_model
@@ -35,7 +35,7 @@ def run(config: DemoConfig) -> None:
             policy=policy,
             output_dir=config.output_dir / "ppo",
             steps=config.steps or training.steps,
-            # A stopped demo goes on. One from scratch has new models, for which old checkpoints are no use.
+            # An interrupted demo continues. With new models from scratch, old checkpoints are useless.
             resume="auto" if config.stages == "ppo" else None,
             reward=training.reward.asking(*urls),
             seed=config.seed,
@@ -67,7 +67,7 @@ def _require_models(**directories: str) -> None:
 
 @contextmanager
 def _reward_urls(config: DemoConfig, reward_model: str) -> Iterator[tuple[str, ...]]:
-    """The services that were named, else one that lives as long as the block."""
+    """The given services, or one that is started for the block."""
     if config.reward_url:
         yield config.reward_url
         return
@@ -78,7 +78,7 @@ def _reward_urls(config: DemoConfig, reward_model: str) -> Iterator[tuple[str, .
 
 
 def _train_models(config: DemoConfig) -> tuple[str, str]:
-    """Stages 1 and 2 in minutes instead of hours: the embedded models' presets with fewer steps."""
+    """Run stages 1 and 2 in minutes: the embedded models' presets with fewer steps."""
     from plaudit.stages import reward_model, sft
 
     sft_config = files.load(SFTConfig, Path("imdb-gpt2-mini"))

@@ -1,4 +1,4 @@
-"""Before against after: both policies answer the same held-out prompts with the same random numbers."""
+"""Compare a policy before and after training on the same held-out prompts, with the same random numbers."""
 
 import functools
 import json
@@ -61,14 +61,14 @@ REPORT_FILE = "report.html"
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The figures, and every prompt with both answers."""
+    """The metrics, and every prompt with both answers."""
 
     evaluation: Evaluation
     samples: list[Sample]
 
 
 def run(config: EvaluateConfig) -> EvaluationResult | PeopleResult:
-    """Judge by rewards, or by people where the settings name a ranking service."""
+    """Evaluate by rewards, or by people if the settings name a ranking service."""
     if config.by_people is None:
         return by_rewards(config)
     settle_arithmetic()
@@ -78,7 +78,7 @@ def run(config: EvaluateConfig) -> EvaluationResult | PeopleResult:
 
 
 def by_rewards(config: EvaluateConfig) -> EvaluationResult:
-    """Answer, judge, compare; writes evaluation.json, samples.csv and report.html, and prints the tables."""
+    """Generate, score and compare; write evaluation.json, samples.csv and report.html, and print the tables."""
     settle_arithmetic()
     console = Console()
     # Tried before the first answer: figures that can't be written would be lost with all the work.
@@ -109,10 +109,10 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
 
 
 def load_pair(config: EvaluateConfig) -> tuple[Policy, Tokenizer]:
-    """The policy after PPO, whose reference is the policy before, and their tokenizer.
+    """The policy after PPO, with the policy before as its reference, and their tokenizer.
 
-    Either may be a whole model or adapters. Adapters on the policy before itself are switched off to get it; any other
-    pair is two models.
+    Either may be a full model or adapters. If the adapters' base is the policy before, it is obtained by disabling the
+    adapters. Otherwise two models are loaded.
     """
     before = _before(config)
     with reading(config.after), reading(before):
@@ -141,7 +141,7 @@ def _load_pair(after: str, before: str, device: torch.device) -> tuple[Policy, T
 
 
 def _before(config: EvaluateConfig) -> str:
-    """The policy to compare with: the one that was named, else the one that the adapters were trained on."""
+    """The policy to compare with: the one in the settings, or the one that the adapters were trained on."""
     if not is_adapters(config.after) and not (Path(demo_models.resolve(config.after)) / "config.json").is_file():
         raise ConfigError(f"after={config.after!r} holds neither adapters nor a model: name what `plaudit ppo` wrote")
     if config.policy is not None:
@@ -152,7 +152,7 @@ def _before(config: EvaluateConfig) -> str:
 
 
 def _adapters_before(after: str) -> str | None:
-    """The adapters of stage 1 that PPO went on training, if it began with some: its reference has them folded in."""
+    """The adapters of stage 1 that PPO continued to train, if any; the reference contains them merged."""
     file = Path(demo_models.resolve(after)) / CONFIG_FILE
     policy = json.loads(file.read_text(encoding="utf-8")).get("policy") if file.is_file() else None
     if not isinstance(policy, str) or not is_adapters(policy):
@@ -161,7 +161,7 @@ def _adapters_before(after: str) -> str | None:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names mean one model."""
+    """Whether two names refer to the same model."""
     paths = [Path(demo_models.resolve(name)) for name in (one, other)]
     return paths[0] == paths[1] or (paths[0].exists() and paths[1].exists() and paths[0].samefile(paths[1]))
 
@@ -177,7 +177,7 @@ def _with_adapters(model: PreTrainedModel, adapters: str) -> peft.PeftModel:
 
 
 def _tokenizer_of(before: str, after: str) -> Tokenizer:
-    """The tokenizer of both. Raises `ConfigError` where they differ: token by token there is nothing to compare."""
+    """The common tokenizer. Raises `ConfigError` if they differ, because token log-probabilities aren't comparable."""
     one, other = load_tokenizer(before), load_tokenizer(after, setting="after")
     if one.get_vocab() != other.get_vocab():
         raise ConfigError(
@@ -188,7 +188,7 @@ def _tokenizer_of(before: str, after: str) -> Tokenizer:
 
 
 def _check(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts: Prompts) -> bool:
-    """Tries both policies; whether both sample with their cache."""
+    """Check both policies. Returns whether both can sample with their cache."""
     check_tokenizer_fits(tokenizer, policy.language_model, config.after, prompts.texts, setting="after")
     cached = check_policy(policy, config.after)
     for reference in policy.transformers[1:]:
@@ -198,7 +198,7 @@ def _check(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts
 
 
 def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, prompts: Prompts) -> bool:
-    """`_check`, and whether every prompt and its answer fit into both policies."""
+    """`_check`, and check that every prompt and its answer fit into both policies."""
     cached = _check(config, policy, tokenizer, prompts)
     for model, source in ((policy.language_model, config.after), (policy.transformers[-1], _before(config))):
         check_prompts(tokenizer, model, prompts.token_ids, config.generation, source)
@@ -206,12 +206,12 @@ def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, pro
 
 
 def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> Prompts:
-    """As many as were asked for. Raises `ConfigError` if there are fewer."""
+    """`n_prompts` held-out prompts. Raises `ConfigError` if there are fewer."""
     return held_out_sources(config, policy, tokenizer)[0]
 
 
 def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> tuple[Prompts, list[str]]:
-    """`held_out_prompts`, and the text that each comes from."""
+    """`held_out_prompts`, and each prompt's source text."""
     room = room_for_prompts(policy.language_model, config.generation)
     prompts, sources = load_sourced_prompts(
         config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts, room=room
@@ -225,7 +225,7 @@ def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenize
 
 
 def both_answers(config: EvaluateConfig) -> list[BothAnswers]:
-    """Each held-out prompt with both policies' answers to it, from the same random numbers."""
+    """Each held-out prompt with both policies' answers, from the same random numbers."""
     policy, tokenizer = load_pair(config)
     prompts, sources = held_out_sources(config, policy, tokenizer)
     cached = _check_all(config, policy, tokenizer, prompts)
@@ -264,7 +264,7 @@ def _answer(
     as_reference: bool,
     cached: bool,
 ) -> Answers:
-    """Answers of the policy, or of its reference. A chunk is judged while the next one is generated."""
+    """Answers of the policy, or of its reference. A chunk is scored while the next one is generated."""
     draw = generate if cached else generate_uncached
     texts: list[str] = []
     pending, scored = [], []
@@ -294,10 +294,10 @@ def _answer(
 def _logprobs(
     policy: Policy, samples: Samples, settings: GenerationSettings, *, as_reference: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed log-probabilities, each [B]: of the writer, of the reference, of the plain reference; and token counts."""
+    """Summed log-probabilities [B] of the writer, the reference and the plain reference; and token counts [B]."""
     plain = policy.reference_logprobs(samples).sum(1)
     if as_reference:
-        # The reference against itself: both terms of its KL are whatever they are, and cancel.
+        # The reference compared with itself: both terms of the KL cancel.
         return plain, plain, plain, samples.response_lengths
     if settings.temperature == 1 and settings.top_k == 0 and settings.top_p == 1:
         return policy(samples).logprobs.sum(1), plain, plain, samples.response_lengths
@@ -327,7 +327,7 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
 
 
 def write_evaluation(directory: Path, result: EvaluationResult, report: str) -> None:
-    """The figures, the samples and the report of one evaluation, all three or none. Raises `NotWritten`."""
+    """Write metrics, samples and report of one evaluation, atomically. Raises `NotWritten`."""
     figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
     with replaced_files(directory, "evaluation", last=EVALUATION_FILE) as beside:
         write_samples(beside / SAMPLES_FILE, result.samples)

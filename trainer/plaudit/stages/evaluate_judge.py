@@ -1,7 +1,6 @@
-"""A reward model judged by preferences, wherever it is served: accuracy, calibration, length bias.
+"""Evaluate a reward model, wherever it is served, on preferences: accuracy, calibration, length bias.
 
-What would be wrong here: figures over the prompts that were scored before the service went away, or over those that the
-model was trained on.
+Failure modes: metrics over only the prompts that were scored before an outage, or over training prompts.
 """
 
 import dataclasses
@@ -28,25 +27,25 @@ from plaudit.settings.plain import to_dict
 FIGURES_FILE = "judge.json"
 SCORES_FILE = "judge-scores.jsonl"
 PROMPTS_AT_ONCE = 64
-"""Whose answers are asked for together; so many more are on their way meanwhile."""
+"""Prompts whose answers are submitted together. As many again are in flight meanwhile."""
 
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What judge.json holds, field for field, with the settings."""
+    """The content of judge.json, besides the settings."""
 
     revision: str
-    """Of the reward model, as its service names it."""
+    """The reward model's revision, as reported by its service."""
     figures: RankingFigures
     length: LengthBias
 
 
 def run(config: JudgeConfig) -> JudgeResult:
-    """Score every answer, compare with what people said; writes judge.json and judge-scores.jsonl, and prints a table.
+    """Score every answer and compare with people's preferences; write judge.json and judge-scores.jsonl, print a table.
 
     Raises:
-        ConfigError: there are no preferences, or nobody to ask.
-        RewardUnavailable, RewardRejected: of the reward service.
+        ConfigError: there are no preferences, or no reward endpoint.
+        RewardUnavailable, RewardRejected: from the reward service.
     """
     if not config.preferences:
         raise ConfigError("preferences is missing: name a file of preferences with --preferences")
@@ -54,7 +53,7 @@ def run(config: JudgeConfig) -> JudgeResult:
     rows = preferences_of(config, left_out)
     for line in left_out.lines():
         print(f"preferences={config.preferences}: {line}")
-    # Tried before the first score: figures that can't be written would be lost with all the work.
+    # Checked before the first score, because results that can't be written would be lost.
     with exclusive(config.output_dir):
         revision, scores = _scores(config, rows)
         result = JudgeResult(
@@ -71,7 +70,7 @@ def run(config: JudgeConfig) -> JudgeResult:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         write_text(config.output_dir / SCORES_FILE, text)
-        # Last: whoever finds the figures finds the rest.
+        # Written last: if it exists, so do the other files.
         figures = {**dataclasses.asdict(result), "left_out": left_out.counts, "config": to_dict(config)}
         write_text(config.output_dir / FIGURES_FILE, json.dumps(figures, indent=2, allow_nan=False) + "\n")
     _say(config, result)
@@ -79,7 +78,7 @@ def run(config: JudgeConfig) -> JudgeResult:
 
 
 def preferences_of(config: JudgeConfig, left_out: LeftOut) -> list[RankedPrompt]:
-    """The prompts to judge by, in an order that depends on them alone. Raises `ConfigError` if there are none."""
+    """The prompts, in an order that depends only on their texts. Raises `ConfigError` if there are none."""
     rows = merged(load_opinions(config.preferences, left_out), left_out)
     if config.split == "held_out":
         rows = split(rows, config.held_out_fraction, LeftOut())[1]
@@ -93,7 +92,7 @@ def preferences_of(config: JudgeConfig, left_out: LeftOut) -> list[RankedPrompt]
 
 
 def _scores(config: JudgeConfig, rows: Sequence[RankedPrompt]) -> tuple[str, list[list[float]]]:
-    """The revision that judged, and the scores of every row's answers."""
+    """The reward model's revision, and the scores of every row's answers."""
     scores: list[list[float]] = []
     pending: list[tuple[Sequence[RankedPrompt], Future[list[float]]]] = []
 
@@ -111,7 +110,7 @@ def _scores(config: JudgeConfig, rows: Sequence[RankedPrompt]) -> tuple[str, lis
             client.connect()
             for start in range(0, len(rows), PROMPTS_AT_ONCE):
                 part = rows[start : start + PROMPTS_AT_ONCE]
-                # A prompt that is a conversation is the client's to refuse or to send.
+                # The reward client decides whether a conversation can be sent.
                 prompts = [cast("Any", row.prompt) for row in part for _ in row.answers]
                 pending.append((part, client.submit(prompts, [answer for row in part for answer in row.answers])))
                 if len(pending) > 1:

@@ -1,7 +1,6 @@
-"""Prompts in, answers out, by the policy that a run trained: its adapters, its merged model, or one of its checkpoints.
+"""Answer prompts with a trained policy: a run's adapters, its merged model, or one of its checkpoints.
 
-What would be wrong here: an answer to another prompt than the run trained on: without its chat template, its system
-message or its stop strings.
+Failure mode: prompts are prepared differently from training, without its chat template, system message or stop strings.
 """
 
 import dataclasses
@@ -47,11 +46,11 @@ class Answer:
     prompt: Prompt
     response: str
     ended: bool
-    """Whether it ended by itself, and not because it had all the tokens that it may have."""
+    """Whether it ended with an end token or a stop string, not at the length limit."""
 
 
 def run(config: GenerateConfig) -> list[Answer]:
-    """Answers every prompt, and prints the answers as they come."""
+    """Answer every prompt, and print the answers as they are generated."""
     settle_arithmetic()
     trained = settings_of(config.run)
     writer = _writer(config, trained)
@@ -67,10 +66,10 @@ def run(config: GenerateConfig) -> list[Answer]:
 
 
 def settings_of(directory: str) -> PPOConfig | None:
-    """The settings of the run that wrote this directory; None where none says so.
+    """The settings of the run that wrote this directory; None if it contains none.
 
     Raises:
-        ConfigError: they are there and can't be read.
+        ConfigError: the settings can't be read.
     """
     path = Path(directory)
     if (path / checkpoints.MANIFEST).is_file():
@@ -104,10 +103,10 @@ def _writer(config: GenerateConfig, trained: PPOConfig | None) -> Writer:
 
 
 def prompts_of(config: GenerateConfig, trained: PPOConfig | None) -> list[Prompt]:
-    """The prompts: the arguments, the file's, or the lines of the standard input.
+    """The prompts, from the arguments, the file, or standard input.
 
     Raises:
-        DataError: there is none, the file can't be read, or a row holds no prompt.
+        DataError: there are none, the file can't be read, or a row contains no prompt.
     """
     prompts: list[Prompt]
     if config.file is not None:
@@ -157,7 +156,7 @@ def _in_file(config: GenerateConfig, trained: PPOConfig | None, table: Table) ->
 def _tokens(
     config: GenerateConfig, trained: PPOConfig | None, writer: Writer, prompts: Sequence[Prompt]
 ) -> list[list[int]]:
-    """The prompts as the run's policy saw its own."""
+    """The prompts prepared as in the run's training."""
     tokenizer = writer.tokenizer
     of_run = trained.prompts if trained is not None else None
     template = config.chat_template or (of_run.chat_template if of_run is not None else None)
@@ -183,7 +182,7 @@ def _tokens(
 
 
 def _generation(config: GenerateConfig, trained: PPOConfig | None) -> GenerationSettings:
-    """The run's settings, less the drawing of lengths, with what was given here."""
+    """The run's settings without drawn lengths, overridden by the settings given here."""
     base = GenerationSettings() if trained is None else trained.generation
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "stop")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}

@@ -1,7 +1,7 @@
-"""A sequence classifier as stage 2 trains it: where it starts from, its adapters, its scores, and how it is saved.
+"""The sequence classifier of stage 2: loading, adapters, scoring and saving.
 
-What would be wrong here: a head that was never trained, a text that is read otherwise than by the reward service, or
-scores that come out on another scale than the one that was recorded.
+Failure modes: an untrained head; texts that are tokenised differently from the reward service; scores on another scale
+than the recorded one.
 """
 
 import contextlib
@@ -41,17 +41,17 @@ CHARS_PER_TOKEN = 16
 Saved = TypeVar("Saved")
 BATCH_SIZE = 64
 SHOWN_FROM = 512
-"""Texts: so many take long enough to show how far it is."""
+"""Number of texts from which on progress is shown."""
 
 
 def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
-    """A model to start from with a head for the labels that `settings` describe, and its tokenizer.
+    """The initial model with a head for the labels in `settings`, and its tokenizer.
 
-    In fp32 whatever its files hold: in half precision, small updates vanish and large ones overflow. Of a language
-    model, or of adapters on one, it takes everything but the head, which is new.
+    The weights are converted to fp32, because small updates vanish and large ones overflow in half precision. A
+    language model, or adapters on one, gets a new head.
 
     Raises:
-        ConfigError: it is no model that can be a classifier, or adapters of another kind.
+        ConfigError: the model can't be a classifier, or the adapters have another type.
     """
     adapters = is_adapters(source)
     if adapters and _adapters_task(source) != "CAUSAL_LM":
@@ -77,7 +77,7 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
         body = load_whole_causal_lm(source, setting="model").base_model
         model.base_model.load_state_dict(body.state_dict())
     model.config.problem_type = settings["problem_type"]
-    vars(model.config).pop("score_scale", None)  # of the model that it starts from
+    vars(model.config).pop("score_scale", None)  # it belongs to the initial model
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -85,7 +85,7 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Sequence[str]) -> None:
-    """Tries the model on a short text and one as long as texts may be: alone and together they must be judged alike."""
+    """Check that a short text and one of maximum length get the same scores alone and together."""
     name = f"model={config.model!r}" if not config.from_scratch else f"sizes.model_type={config.sizes.model_type!r}"
     check_tokenizer_fits(tokenizer, model, config.model, texts, setting="model")
     was_training, probe = model.training, ["good film", "a good film " * config.max_length]
@@ -115,9 +115,9 @@ def _adapters_task(source: str) -> Any:
 
 
 def with_adapters(model: Any, lora: LoraSettings) -> Any:
-    """The model with fresh adapters on its body; its head, which may be new, learns whole. As it is where they are off.
+    """The model with new adapters on its body and a fully trained head; unchanged if adapters are off.
 
-    What learns is folded into the model before it is saved (`without_adapters`): any server can serve that.
+    The adapters are merged before the model is saved (`without_adapters`), so any server can load it.
     """
     if not lora.enabled:
         return model
@@ -127,7 +127,7 @@ def with_adapters(model: Any, lora: LoraSettings) -> Any:
 
 
 def without_adapters(model: Any) -> Any:
-    """The model with its adapters folded into its weights."""
+    """The model with its adapters merged."""
     return model.merge_and_unload().requires_grad_(True) if hasattr(model, "merge_and_unload") else model
 
 
@@ -137,7 +137,7 @@ def _learns(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def scale_scores(model: Any, factor: float) -> None:
-    """Multiplies every score of a model of one score by `factor`, in the weights of its head.
+    """Multiply the head's weights by `factor`, which scales every score of a model with one score.
 
     Raises:
         ConfigError: its head does not end in a linear layer.
@@ -168,11 +168,10 @@ def save_classifier(
     figures: Callable[[Any, Any], Tensor],
     finish: Callable[[Any, Path], Saved],
 ) -> Saved:
-    """Saves the model, proves that it can be loaded again, and gives what `finish` gives.
+    """Save the model, check that it can be loaded again, and return the result of `finish`.
 
-    `figures` gives some logits of a model and tokenizer, which must be the same before and after. `finish` gets the
-    model in fp32, with the numbers as they were saved, and the directory to write the stage's figures into
-    (`write_report`).
+    `figures` computes some logits of a model and tokenizer, which must be the same before and after. `finish` receives
+    the model in fp32 with the saved weights, and the directory for the stage's report (`write_report`).
     """
 
     def reproduces(directory: Path) -> None:
@@ -189,14 +188,14 @@ def save_classifier(
 
 
 def write_report(directory: Path, config: RewardModelConfig, held_out: Mapping[str, Any], **more: Any) -> None:
-    """reward_model.json: settings and held-out figures."""
+    """Write reward_model.json: settings and held-out metrics."""
     figures = {name: asdict(judged) for name, judged in held_out.items()}
     report = {"stage": "reward-model", "config": to_dict(config), "held_out": figures, **more}
     write_text(directory / "reward_model.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """Token ids and attention mask, [B, T], of texts cut to `max_length` tokens."""
+    """Token ids and attention mask, [B, T], of texts truncated to `max_length` tokens."""
     cut = [text[: CHARS_PER_TOKEN * max_length] for text in texts]
     batch = tokenizer(cut, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -204,7 +203,7 @@ def encode(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, T
 
 @torch.no_grad()
 def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = BATCH_SIZE) -> Tensor:
-    """Raw logits [N, labels] of texts in their order, computed in batches of like length."""
+    """Raw logits [N, labels] of texts in their order, computed in batches of similar length."""
     return _in_batches(
         model,
         [len(text) for text in texts],
@@ -215,7 +214,7 @@ def logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int, ba
 
 @torch.no_grad()
 def scores(model: Any, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], max_length: int) -> Tensor:
-    """The scores [N] of answers to prompts by a model of one score, in their order."""
+    """The scores [N] of answers to prompts, in their order, by a model with one score."""
     ids = judged_ids(tokenizer, prompts, answers, max_length)
     return _in_batches(
         model, [len(row) for row in ids], lambda chosen: padded(tokenizer, [ids[i] for i in chosen]), BATCH_SIZE
@@ -225,7 +224,7 @@ def scores(model: Any, tokenizer: Any, prompts: Sequence[Prompt], answers: Seque
 def _in_batches(
     model: Any, lengths: Sequence[int], batch_of: Callable[[Sequence[int]], dict[str, Tensor]], batch_size: int
 ) -> Tensor:
-    """Logits of N rows in their order, from batches of like length. Shows how far it is, if there are many."""
+    """Logits of N rows in their order, computed in batches of similar length. Shows progress for many rows."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     found = []
     with Counting("texts scored", len(order)) if len(order) > SHOWN_FROM else contextlib.nullcontext() as counting:

@@ -1,6 +1,6 @@
-"""Stage 3: PPO. A policy, prompts and reward endpoints in; adapters, value head, metrics and a model card out.
+"""Stage 3: PPO. It trains a policy on prompts with rewards, and writes adapters, value head, metrics and a model card.
 
-`set_up` makes everything ready, `train` takes the steps, `take_step` is the algorithm from prompts to metrics.
+`set_up` prepares the run, `train` takes the steps, and `take_step` is one step from prompts to metrics.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from plaudit.stages.ppo_setup import Training, set_up
 
 @dataclass(frozen=True)
 class PPOResult:
-    """Where the trained policy is, and the last step's metrics."""
+    """The directory of the trained policy, and the last step's metrics."""
 
     output_dir: Path
     steps: int
@@ -36,12 +36,12 @@ class PPOResult:
 
 
 def run(config: PPOConfig) -> PPOResult:
-    """Trains from the start or from a checkpoint, and writes everything to `config.output_dir`.
+    """Train from the start or from a checkpoint, and write all results to `config.output_dir`.
 
     With `config.check` nothing is trained (see `check`).
 
     Raises:
-        PlauditError: the exception says what to do, and whether `--resume auto` goes on from a checkpoint.
+        PlauditError: the message says what to do, and whether `--resume auto` can continue.
     """
     if config.check:
         return check(config)
@@ -52,9 +52,9 @@ def run(config: PPOConfig) -> PPOResult:
 
 
 def train(training: Training) -> dict[str, float]:
-    """Takes steps until all are done; returns the last one's metrics.
+    """Take all remaining steps; return the last one's metrics.
 
-    Whatever ends the run early leaves a checkpoint of the last whole step, and the error says where it is.
+    If the run ends early, it saves a checkpoint of the last complete step, and the error names it.
     """
     config, stepper = training.config, training.stepper
     metrics: dict[str, float] = {}
@@ -78,10 +78,10 @@ def train(training: Training) -> dict[str, float]:
 
 
 def check(config: PPOConfig) -> PPOResult:
-    """Takes one step in memory and throws it away: says what a run would do, and what it would take.
+    """Dry run: take one step in memory, discard it, and report what a run would do and need.
 
     Raises:
-        PlauditError: what `run` would raise before its second step, or too little room on the disk.
+        PlauditError: any error that `run` would raise before its second step, or too little disk space.
     """
     with tried_out(config) as training:
         tell_prompt(training)
@@ -127,7 +127,7 @@ def take_step(training: Training) -> dict[str, float]:
 
 
 def penalised(rollout: Rollout, penalties: PenaltySettings, ended: Sequence[bool]) -> Rollout:
-    """The rollout, its scores less the penalties: for length, and for each response that has not `ended` by itself."""
+    """The rollout with penalties subtracted from its scores: for length, and for responses that have not `ended`."""
     samples = rollout.samples
     by_themselves = torch.tensor(ended, device=rollout.scores.device)
     scores = penalise_missing_eos(rollout.scores, by_themselves, penalties.missing_eos)
@@ -141,7 +141,7 @@ def penalised(rollout: Rollout, penalties: PenaltySettings, ended: Sequence[bool
 
 
 def reward_statistics(scores: torch.Tensor, components: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean and standard deviation of the scores [B], as they came; and of each reward, if there are several."""
+    """Mean and standard deviation of the scores [B] as received, and of each reward if there are several."""
     result = {REWARD_MEAN: scores.mean().item(), REWARD_STD: std_or_zero(scores)}
     for name, parts in components.items() if len(components) > 1 else ():
         result[REWARD_COMPONENT.format(name=name, statistic="mean")] = statistics.fmean(parts)
@@ -150,11 +150,11 @@ def reward_statistics(scores: torch.Tensor, components: Mapping[str, Sequence[fl
 
 
 def save_results(training: Training) -> None:
-    """Writes what a finished run leaves beside its metrics and checkpoints. All processes call this.
+    """Write the results of a finished run, besides its metrics and checkpoints. All processes call this.
 
     Raises:
         NotWritten: a file can't be written.
-        NotFinite, NotAsSaved: the policy is not finite, or its files, read again, hold something else.
+        NotFinite, NotAsSaved: the policy is not finite, or its files read back differently.
     """
     config = training.config
     policy, processes, tokenizer = training.stepper.policy, training.stepper.processes, training.rollouts.tokenizer

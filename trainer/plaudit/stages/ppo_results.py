@@ -1,7 +1,7 @@
-"""What a finished PPO run leaves: the trained policy, its value head, tokenizer and model card, and a merged model.
+"""Results of a finished PPO run: the trained policy, value head, tokenizer, model card, and a merged model.
 
-What would be wrong here: adapters of one run beside the value head of another, or adapters beside a whole model that a
-loader takes for their base.
+Failure modes: adapters of one run next to the value head of another; adapters next to a full model that a loader takes
+for their base.
 """
 
 from plaudit.errors import ConfigError
@@ -23,9 +23,10 @@ def write_results(
     reward_revision: str,
     weights: PolicyWeights | None = None,
 ) -> None:
-    """Replaces what an earlier run left in `config.output_dir`, all at once, by what is read again and is as saved.
+    """Write the results, check that they read back correctly, and replace earlier ones in `config.output_dir`
+    atomically.
 
-    The run's metrics are there already. `weights` are the policy's where it holds only a part of each.
+    The run's metrics must exist already. `weights` are the gathered weights if the policy is sharded.
 
     Raises:
         NotFinite: a weight is not finite.

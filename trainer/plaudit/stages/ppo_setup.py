@@ -1,7 +1,7 @@
-"""What stage 3 sets up before its first step, and how it continues from a checkpoint.
+"""Set-up of stage 3 before its first step, and resuming from a checkpoint.
 
-What would be wrong here: a run that finds a mistake in its settings, or a policy that can't be trained, after the first
-step; or one that overwrites another run.
+Failure modes: a mistake in the settings, or a policy that can't be trained, is found only after the first step; a run
+overwrites another one.
 """
 
 import json
@@ -41,7 +41,7 @@ CONFIG_FILE = "run.json"
 
 @dataclass(frozen=True)
 class Training:
-    """A run of stage 3 that is ready for its next step. Policy and processes are the stepper's."""
+    """A run of stage 3, ready for its next step. Policy and processes are attributes of the stepper."""
 
     config: PPOConfig
     total_steps: int
@@ -51,10 +51,10 @@ class Training:
     log: StepLog
     stop: StopSignal
     inputs: Mapping[str, str]
-    """Fingerprints of what the run reads, for its checkpoints."""
+    """Fingerprints of the run's inputs, for its checkpoints."""
 
     def save_checkpoint(self) -> checkpoints.Checkpoint:
-        """Writes the state after the last whole step. All processes call this. Raises `NotWritten`."""
+        """Save the state after the last complete step. All processes call this. Raises `NotWritten`."""
         return checkpoints.save_checkpoint(
             self.config.output_dir / CHECKPOINTS,
             self.stepper.policy,
@@ -68,11 +68,12 @@ class Training:
 
 @contextmanager
 def set_up(config: PPOConfig) -> Iterator[Training]:
-    """Everything that a step needs, for the length of the block: checked, loaded, connected, and resumed if asked for.
+    """Check the settings, load the model, connect to the rewards, and resume if requested. The run is open in the
+    block.
 
     Raises:
-        ConfigError: settings, model, tokenizer, prompts and checkpoint don't go together.
-        RewardUnavailable, RewardRejected: the reward service does not answer, or not as it should.
+        ConfigError: settings, model, tokenizer, prompts and checkpoint don't match.
+        RewardUnavailable, RewardRejected: the reward service does not answer, or its answer can't be used.
         NotWritten: a file can't be written; with a note on the newest checkpoint.
         ProcessLost: another process of the run has died.
     """
@@ -132,7 +133,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
 
 @contextmanager
 def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
-    """Adds to a failed write what is left of the run."""
+    """Add a note with the newest checkpoint to a `NotWritten` error."""
     try:
         yield
     except NotWritten as error:
@@ -143,7 +144,7 @@ def _naming_the_newest_checkpoint(root: Path) -> Iterator[None]:
 
 
 def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint | None:
-    """Locks the output directory against other runs; returns the checkpoint to continue from."""
+    """Lock the output directory; return the checkpoint to continue from."""
     held.enter_context(exclusive(config.output_dir))
     require_same_kind(config)
     root = config.output_dir / CHECKPOINTS
@@ -168,7 +169,7 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
 
 
 def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Prompts:
-    """The prompts to train on, all of which the policy can read and respond to."""
+    """The training prompts, checked against the policy's vocabulary and context length."""
     model = policy.language_model
     room = room_for_prompts(model, config.generation)
     prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed, room=room)
@@ -185,7 +186,7 @@ def _fingerprints(prompts: Prompts, policy: Policy) -> dict[str, str]:
 
 
 def _distribute_weights(policy: Policy, processes: Processes) -> None:
-    """Gives all processes the same weights to train (a value head starts at random), and shards them if asked for."""
+    """Give all processes the same trainable weights, and shard them if requested."""
     processes.broadcast(parameter for parameter in policy.parameters() if parameter.requires_grad)
     processes.shard(policy)
     if processes.is_main and processes.is_sharded:
@@ -199,7 +200,7 @@ def _connect(
     stop: StopSignal,
     processes: Processes,
 ) -> None:
-    """Waits for the reward service, and makes sure that all processes and the checkpoint have the same reward model."""
+    """Wait for the reward service; check that all processes and the checkpoint use the same reward model."""
 
     def revision() -> str:
         try:
@@ -221,7 +222,7 @@ def _connect(
 
 
 def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
-    """Writes the settings of this run, and drops what is there of steps that it is about to take."""
+    """Save the run's settings, and delete metrics and checkpoints of steps that it will repeat."""
     directory = config.output_dir
     write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     forget_steps_after(directory / FILE_NAME, steps_done)

@@ -1,8 +1,7 @@
-"""Stage 2 on ranked answers: all pairs of a prompt are one example, and each answer goes through the model once.
+"""Stage 2 on ranked answers: all pairs of a prompt form one example, and each answer passes through the model once.
 
-What would be wrong here: pairs shuffled over the data set, which show an answer several times an epoch and overfit; a
-held-out text that is trained on; a model that learnt nothing and is used; or scores without a scale, which leave PPO's
-KL coefficient without a meaning.
+Failure modes: pairs shuffled over the data set, which repeat answers within an epoch and overfit; training on held-out
+texts; use of a model that learnt nothing; scores without a fixed scale, on which PPO's KL coefficient depends.
 """
 
 import dataclasses
@@ -55,25 +54,25 @@ from plaudit.stages.supervised import BatchShape, Run, resumable, train, trainin
 from plaudit.wire import rankings as wire
 
 RANKINGS_FILE = "rankings.jsonl"
-"""What a ranking service gave, so that a run that goes on learns from the same."""
+"""Rankings from a ranking service, saved so that a resumed run uses the same ones."""
 WEIGHTS_FILE = "weights.json"
 SCALE_ANSWERS = 4096
-"""Of more answers, so many are enough to know a standard deviation to 1 %."""
+"""Maximum number of answers for the scale: enough to estimate a standard deviation to 1 %."""
 
 
 class AtChance(PlauditError):
-    """A reward model orders held-out answers no better than guessing: PPO would follow noise (exit 65)."""
+    """A reward model's held-out accuracy is no better than guessing, so PPO would optimise noise (exit 65)."""
 
     exit_code = EXIT_REJECTED
 
 
 def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
-    """Train, judge on held-out prompts, scale and save. The held-out figures.
+    """Train, evaluate on held-out prompts, scale and save. Returns the held-out metrics.
 
     Raises:
-        AtChance: the held-out accuracy can't be told from guessing. Nothing is saved but the last checkpoint.
-        ConfigError: there is too little to train on or to judge with.
-        RankingsUnavailable, RankingsRejected: of the ranking service.
+        AtChance: the held-out accuracy can't be distinguished from guessing. Only the last checkpoint is kept.
+        ConfigError: there are too few rankings to train on or to evaluate with.
+        RankingsUnavailable, RankingsRejected: from the ranking service.
     """
     left_out = LeftOut()
     opinions, weights = _opinions(config, run, left_out)
@@ -99,7 +98,7 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
         f"{sum(len(element['first']) for element in elements)} pairs of {sum(map(_answers, elements))} answers"
     )
 
-    from datasets import Dataset  # seconds to import; wrong data should be told before
+    from datasets import Dataset  # takes seconds to import; data errors should come first
 
     trainer = resumable(RankingTrainer, EXAMPLES)(
         model=model,
@@ -135,7 +134,7 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
 
 
 def _opinions(config: RewardModelConfig, run: Run, left_out: LeftOut) -> tuple[list[Opinion], dict[str, float]]:
-    """What people said, and what each one's word is worth where that isn't 1."""
+    """The opinions, and the annotators' weights where they differ from 1."""
     assert config.ranked is not None  # RewardModelConfig checks it
     if not config.ranked_is_service:
         return load_opinions(config.ranked, left_out), {}
@@ -172,10 +171,10 @@ def _from_service(config: RewardModelConfig) -> tuple[list[wire.RankingRow], dic
 
 
 def reliability_weights(reports: Sequence[wire.AgreementReport]) -> dict[str, float]:
-    """What each person's word is worth, by the ranking service's estimates; a mean over batches by shared tasks.
+    """Annotators' weights from the ranking service's estimates, averaged over batches by the number of shared tasks.
 
     Raises:
-        ConfigError: somebody shares fewer than `MIN_OVERLAP` tasks with others, so that nobody knows.
+        ConfigError: an annotator has fewer than `MIN_OVERLAP` tasks in common with others.
     """
     shared: dict[str, int] = {}
     points: dict[str, float] = {}
@@ -205,7 +204,7 @@ def _tell(config: RewardModelConfig, left_out: LeftOut) -> None:
 
 
 def _start(config: RewardModelConfig, rows: Sequence[RankedPrompt]) -> tuple[Any, Any]:
-    """The model to train, with adapters if there are to be some, and its tokenizer."""
+    """The model to train, with adapters if the settings enable them, and its tokenizer."""
     if config.from_scratch:
         texts = [text for row in rows for text in (*_texts(row.prompt), *row.answers)]
         if all(isinstance(row.prompt, str) for row in rows):
@@ -219,7 +218,7 @@ def _start(config: RewardModelConfig, rows: Sequence[RankedPrompt]) -> tuple[Any
     if config.chat_template is not None or not all(isinstance(row.prompt, str) for row in rows):
         use_chat_template(tokenizer, config.chat_template, config.model)
     check_start(config, model, tokenizer, [text for row in rows for text in (*_texts(row.prompt), *row.answers)])
-    # Two answers are compared under one network, as the classic reward models were trained.
+    # No dropout: two answers must be compared under the same network.
     disable_dropout(model)
     return with_adapters(model, config.lora), tokenizer
 
@@ -231,7 +230,7 @@ def _texts(prompt: Prompt) -> list[str]:
 def _elements(
     tokenizer: Any, rows: Sequence[RankedPrompt], max_length: int, left_out: LeftOut
 ) -> list[dict[str, list[Any]]]:
-    """Each prompt as token rows of its answers and its pairs. Pairs that are equal once they are cut are left out."""
+    """Each prompt as token rows of its answers, with its pairs. Pairs that are equal after truncation are left out."""
     prompts = [row.prompt for row in rows for _ in row.answers]
     ids = iter(judged_ids(tokenizer, prompts, [answer for row in rows for answer in row.answers], max_length))
     elements: list[dict[str, list[Any]]] = []
@@ -261,7 +260,7 @@ def _answers(element: Mapping[str, list[Any]]) -> int:
 
 
 class Collator:
-    """Prompts into one batch: all answers as padded rows [N, T], all pairs [P] by the rows of their answers."""
+    """Collates prompts: all answers as padded rows [N, T], all pairs [P] as indices of their answers' rows."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -289,7 +288,7 @@ class Collator:
 
 
 def _part(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """The batch of prompts `start` to `stop` of a batch."""
+    """The part of a batch with the prompts `start` to `stop`."""
     answers, pairs = inputs["answers"].tolist(), inputs["pairs"].tolist()
     rows = slice(sum(answers[:start]), sum(answers[:stop]))
     of_pairs = slice(sum(pairs[:start]), sum(pairs[:stop]))
@@ -303,7 +302,7 @@ EXAMPLES = BatchShape(size=lambda inputs: len(inputs["answers"]), part=_part)
 
 
 class RankingTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the loss of ranked answers."""
+    """transformers' Trainer with the ranking loss."""
 
     def __init__(self, *args: Any, centring: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -353,13 +352,13 @@ def _require_above_chance(config: RewardModelConfig, figures: RankingFigures) ->
 
 @dataclass(frozen=True)
 class Scaling:
-    """What every score was multiplied with, in the weights of the head."""
+    """The factor applied to the head's weights."""
 
     factor: float
     answers: int
-    """Answers that the standard deviation was measured on; 0 where scores were left as they were learnt."""
+    """Number of answers used to measure the standard deviation; 0 if scores are not scaled."""
     mean: float
-    """Of the scores of these answers as they are saved."""
+    """Of these answers' scores after scaling."""
 
     def line(self) -> str:
         """For people."""
@@ -372,7 +371,7 @@ class Scaling:
 
 
 def _scale(config: RewardModelConfig, model: Any, tokenizer: Any, training: Sequence[RankedPrompt]) -> Scaling:
-    """Scales the model's scores to standard deviation 1 on the answers that the settings name."""
+    """Scale the model's scores to standard deviation 1 on the answers in the settings."""
     if config.scale_on == "none":
         return Scaling(1.0, 0, 0.0)
     answers = (
@@ -407,11 +406,11 @@ def _scale(config: RewardModelConfig, model: Any, tokenizer: Any, training: Sequ
 
 
 def answers_in(source: str) -> list[tuple[Prompt, str, str]]:
-    """Prompt, answer and policy ("" if unknown) of each answer in a file that `plaudit sample` wrote, or in one with
+    """Prompt, answer and policy ("" if unknown) of each answer in a file from `plaudit sample`, or in a file with the
     columns prompt and completion.
 
     Raises:
-        DataError: it can't be read, or has other columns.
+        DataError: the file can't be read, or has other columns.
     """
     table = load_table(source)
     column = next((name for name in ("answers", "completion") if name in table.columns), None)

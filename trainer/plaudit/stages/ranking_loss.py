@@ -1,4 +1,4 @@
-"""The loss that ranked answers are learnt with. Pure functions of tensors."""
+"""The loss for ranked answers, as a pure function of tensors."""
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ def ranking_loss(
 
         1 / B sum_b 1 / |P_b| sum_(i, j in P_b) [ CE(p_ij, sigmoid(r_i - r_j - m_ij)) + c (r_i + r_j)^2 ]
 
-    `scores` r are [N], one for each answer of the batch. `first`, `second` [P] are the places in it of each pair's
-    answers, `target` p [P] how often the first was called better (a tie counts 1/2), `margin` m [P] by how much it
-    should win. `weight` [P] is 1 / |P_b|, one over the pairs of the pair's prompt, so that each of the B `prompts`
-    weighs 1 however many answers it has. `centring` c pulls the scores towards 0 on average (Eisenstein et al. 2023,
-    "Helping or herding?", as TRL's `center_rewards_coefficient`).
+    `scores` r [N] are the scores of the batch's answers. `first` and `second` [P] are the indices of each pair's
+    answers. `target` p [P] is how often people preferred the first (a tie counts 1/2), and `margin` m [P] by how much
+    it should win. `weight` [P] is 1 / |P_b|, so that each of the B `prompts` has weight 1 however many answers it has.
+    `centring` c pulls the mean score towards 0 (Eisenstein et al. 2023, "Helping or herding?"; TRL's
+    `center_rewards_coefficient`).
 
-    With two answers to each prompt, targets of 1 and no margin it is the loss of Ouyang et al. 2022, eq. 1.
+    With two answers per prompt, targets of 1 and no margin, this is the loss of Ouyang et al. 2022, eq. 1.
     """
     better, worse = scores[first], scores[second]
     loss = binary_cross_entropy_with_logits(better - worse - margin, target, reduction="none")

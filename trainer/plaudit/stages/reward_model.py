@@ -1,4 +1,5 @@
-"""Stage 2: a reward model. Labelled texts or ranked answers in, a Hugging Face classifier directory out."""
+"""Stage 2: train a reward model from labelled texts or ranked answers, and write a Hugging Face classifier
+directory."""
 
 import re
 from collections import Counter
@@ -32,7 +33,7 @@ from plaudit.stages.supervised import Drawing, Run, begun, forget_checkpoints, r
 
 @dataclass(frozen=True)
 class Judgement:
-    """How well a reward model judges held-out examples."""
+    """Held-out metrics of a classifier."""
 
     n: int
     accuracy: float
@@ -45,7 +46,8 @@ class Judgement:
 
 
 def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFigures]:
-    """Train, judge on held-out examples, save to `config.output_dir`. Returns a judgement for each kind of example."""
+    """Train, evaluate on held-out examples, save to `config.output_dir`. Returns the metrics for each kind of
+    example."""
     with begun(config) as run:
         set_seed(config.seed)
         measured: dict[str, Judgement] | dict[str, RankingFigures]
@@ -80,7 +82,7 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
             config.model,
             id2label=names,
             label2id={name: i for i, name in names.items()},
-            # Whatever the start model was for: its loss, and how its files are read, depend on it.
+            # Set whatever the initial model was for, because the loss and loaders depend on it.
             problem_type="single_label_classification",
         )
     check_start(config, model, tokenizer, texts.texts)
@@ -125,10 +127,10 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
 
 
 class CroppingCollator(Drawing):
-    """Texts and labels into padded tensors; a share of the batches is cut to one random short length.
+    """Collates texts and labels to padded tensors; a share of the batches is cropped to a random short length.
 
-    Half of those texts keep their opening, which is what will be judged; the others start at a random word, since every
-    passage of a review says something about its label and openings alone are soon learnt by heart.
+    Half of the cropped texts keep their opening, as in the texts that the model will judge. The others start at a
+    random word, because every passage of a review is informative, and openings alone lead to overfitting.
     """
 
     def __init__(self, tokenizer: Any, config: RewardModelConfig) -> None:
@@ -154,15 +156,15 @@ class CroppingCollator(Drawing):
 
 @dataclass(frozen=True)
 class LabelReading:
-    """Which label name each value of a label column means."""
+    """The mapping from values of a label column to label names."""
 
     names: tuple[str, ...]
     index: Mapping[str, int]
-    """By the value as it is spelled (see `spelled`)."""
+    """Keys are values as text (see `spelled`)."""
     class_names: tuple[str, ...] | None = None
 
     def lines(self, labels: Sequence[Label]) -> list[str]:
-        """For people: each value with its name and how many rows have it, and the names that no row has."""
+        """A summary for people: each value with its name and number of rows, and names without rows."""
         counts = Counter(spelled(label) for label in labels)
         lines = []
         for value, i in sorted(self.index.items(), key=lambda entry: (entry[1], entry[0])):
@@ -183,10 +185,10 @@ def spelled(label: Label) -> str:
 def read_labels(
     labels: Sequence[Label], names: Sequence[str], class_names: Sequence[str] | None = None
 ) -> LabelReading:
-    """What the labels mean: the names themselves, or numbers that count the names from 0.
+    """The meaning of the labels: names, or indices of names from 0.
 
-    Where they could be either, and differ, they are the names if they are nothing but names. `class_names` is what the
-    source itself calls 0, 1, ...; names that are the same words in another order are matched by word, not by position.
+    If they could be either, they are names if all of them are. `class_names` are the source's own names of 0, 1, ...;
+    if they are the same words in another order, they are matched by word, not by position.
 
     Raises:
         ConfigError: a label is neither; some are names and all of them could be numbers; or there is only one.

@@ -1,8 +1,8 @@
-"""Several answers of a policy to each prompt, for people to rank: into a file, or straight into the ranking service.
+"""Sample several answers of a policy to each prompt, for people to rank, to a file or to the ranking service.
 
-What would be wrong here: a prompt from a text that some stage holds out, or answers that change when a run that stopped
-goes on. Prompts therefore come from the training split with the hash of their source text, and every answer has random
-numbers of its own, drawn from the seed, the prompt's place and the answer's.
+Failure modes: a prompt from a held-out text; answers that change when an interrupted run continues. Prompts therefore
+come from the training split and carry the hash of their source text, and each answer's random numbers depend only on
+the seed, the prompt's index and the answer's index.
 """
 
 import json
@@ -33,28 +33,28 @@ from plaudit.settings.sample import SampleConfig
 from plaudit.wire import rankings as wire
 
 MAX_NAME_CHARS = 256
-"""What an answer may hold of its policy's name."""
+"""Maximum length of the policy's name in an answer."""
 Sink = Callable[[Sequence[wire.AnswersRow]], None]
-"""Takes rows as they are complete; the same rows may come again."""
+"""Receives completed rows, possibly more than once."""
 
 
 @dataclass(frozen=True)
 class SampleResult:
-    """What was written, and what was merged."""
+    """Statistics of a sampling run."""
 
     file: Path
     batch: str
     prompts: int
     generated: int
-    """Prompts answered by this run; the others were in the file."""
+    """Number of prompts answered by this run; the others were already in the file."""
     merged_prompts: int
-    """Texts passed over because an earlier one gave the same prompt."""
+    """Number of texts skipped because an earlier one gave the same prompt."""
     same_answers: int
-    """Answers with the same text as another one to their prompt: people see them once."""
+    """Number of duplicate answers within prompts; people see them once."""
 
 
 def run(config: SampleConfig) -> SampleResult:
-    """Answer every prompt that the file doesn't hold yet. Rows go to the file, and to the service if one is named."""
+    """Answer every prompt that is not in the file yet. Rows go to the file, and to the service if one is given."""
     settle_arithmetic()
     if not config.to_service:
         return sample(config, lambda rows: None)
@@ -72,13 +72,13 @@ def run(config: SampleConfig) -> SampleResult:
             for piece in answers_in_pieces(rows):
                 admin.upload(upload_of(config, piece))
 
-        # Before anything is generated: a wrong key or address shows now, and the batch is there.
+        # Before generation, so that a wrong key or address is reported at once and the batch exists.
         admin.upload(upload_of(config, []))
         return sample(config, upload)
 
 
 def upload_of(config: SampleConfig, rows: Sequence[wire.AnswersRow]) -> wire.BatchUpload:
-    """Rows as the ranking service takes them."""
+    """Rows in the ranking service's format."""
     return wire.BatchUpload(
         id=config.batch,
         round=config.round,
@@ -91,7 +91,7 @@ def upload_of(config: SampleConfig, rows: Sequence[wire.AnswersRow]) -> wire.Bat
 
 
 def sample(config: SampleConfig, sink: Sink) -> SampleResult:
-    """The rows of `config`, each handed to `sink` once it is in the file."""
+    """Write the rows of `config`; pass each to `sink` once it is in the file."""
     with writing(config.file):
         config.file.parent.mkdir(parents=True, exist_ok=True)
     with _alone_with(config.file):
@@ -145,10 +145,11 @@ def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
 
 
 def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, list[str], int]:
-    """`n` different prompts of the training split after `skip`; the group of each; and how many texts repeated one.
+    """`n` distinct prompts of the training split after the first `skip`, their groups, and the number of texts with a
+    repeated prompt.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer than `n`.
     """
     room = room_for_prompts(writer.model, config.generation)
     found, sources = load_sourced_prompts(
@@ -175,7 +176,7 @@ def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, lis
 def answers_to(
     writer: Writer, prompts: Prompts, settings: GenerationSettings, k: int, seed: int, *, first: int = 0
 ) -> list[list[str]]:
-    """`k` answers to each prompt, all at once. `first` is the place of the first prompt among all."""
+    """`k` answers to each prompt, generated in one batch. `first` is the index of the first prompt."""
     places = [(first + p, j) for p in range(len(prompts)) for j in range(k)]
     drawn = [Draws.of(settings, 1, seed=seed, step=p * wire.MAX_ANSWERS + j) for p, j in places]
     draws = Draws(torch.cat([draw.lengths for draw in drawn]), torch.cat([draw.uniforms for draw in drawn]))
@@ -185,12 +186,12 @@ def answers_to(
 
 
 def number_of(seed: int, prompt: int, answer: int) -> int:
-    """What an answer records as its seed: the run's seed, and which random numbers of it were the answer's."""
+    """The seed recorded with an answer, derived from the run's seed and the answer's index."""
     return (seed << 32) + prompt * wire.MAX_ANSWERS + answer
 
 
 def _name_of(config: SampleConfig) -> str:
-    """The policy as answers record it: of a long path, the end."""
+    """The policy's name as recorded with answers; long paths are cut to their end."""
     return config.policy[-MAX_NAME_CHARS:]
 
 
@@ -199,10 +200,10 @@ def _same_answers(row: wire.AnswersRow) -> int:
 
 
 def _rows_in(file: Path) -> list[wire.AnswersRow]:
-    """The rows that are there. A last line that was cut off is taken out of the file.
+    """The existing rows. An incomplete last line is removed from the file.
 
     Raises:
-        DataError: a line before the last is no row of answers.
+        DataError: a line before the last one is not a row of answers.
     """
     if not file.is_file():
         return []
@@ -226,7 +227,7 @@ def _rows_in(file: Path) -> list[wire.AnswersRow]:
 def _require_same(
     config: SampleConfig, writer: Writer, number: int, row: wire.AnswersRow, prompt: str, group: str
 ) -> None:
-    """Raises `ConfigError` for a row that this run would not have written, whatever its answers say."""
+    """Raises `ConfigError` for an existing row that this run would not have written."""
     seeds = [number_of(config.seed, config.skip + number - 1, j) for j in range(config.k)]
     for name, found, expected in (
         ("batch", row.batch, config.batch),
@@ -245,7 +246,7 @@ def _require_same(
 
 
 def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
-    """Where the settings are recorded, and what they are. Raises `ConfigError` if others are recorded there."""
+    """The path of the recorded settings, and the settings. Raises `ConfigError` if others are recorded."""
     path = config.file.with_name(f"{config.file.name}.settings.json")
     fixed = to_dict(config)
     for free in ("to", "output_dir", "n", "device", "people", "round"):
@@ -253,11 +254,11 @@ def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
     fixed |= {"revision": writer.revision, "batch": config.batch}
     generation = fixed["generation"]
     assert isinstance(generation, dict)
-    # No answer depends on these.
+    # Answers don't depend on these.
     fixed["generation"] = {name: v for name, v in generation.items() if name not in ("batch_size", "static_cache")}
     if path.is_file() and config.file.is_file() and config.file.stat().st_size:
         recorded = json.loads(path.read_text(encoding="utf-8"))
-        # A setting that is younger than the file had its default.
+        # A setting added after the file was written had its default.
         default = comparable(to_dict(SampleConfig()))
         then, now = default | comparable(recorded), default | comparable(fixed)
         for name, value in now.items():
@@ -271,7 +272,7 @@ def _settings_file(config: SampleConfig, writer: Writer) -> tuple[Path, str]:
 
 @contextmanager
 def _alone_with(file: Path) -> Iterator[None]:
-    """Hold the file for one run; the operating system lets go when the process dies. Raises `ConfigError`."""
+    """Lock the file for one run. The operating system releases the lock when the process dies. Raises `ConfigError`."""
     lock = filelock.FileLock(file.with_name(f".{file.name}.lock"))
     with writing(file):
         try:
@@ -286,7 +287,7 @@ def _alone_with(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _appending(path: Path) -> Iterator[Sink]:
-    """Rows to the end of a file, on the disk when the call returns."""
+    """Append rows to a file and flush them to disk."""
     with writing(path):
         file = path.open("a", encoding="utf-8", newline="")
 

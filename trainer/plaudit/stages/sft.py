@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning. A base model (or sizes) and texts or conversations in, a model directory out."""
+"""Stage 1: supervised fine-tuning of a model on texts or conversations; the result is a model directory."""
 
 import json
 import math
@@ -44,21 +44,21 @@ from plaudit.stages.supervised import (
 )
 
 NEW_TOKENS = 36
-"""Of a sample, at most."""
+"""Maximum length of a sample."""
 
 
 @dataclass(frozen=True)
 class SFTResult:
-    """What stage 1 measured on held-out texts."""
+    """Held-out metrics of stage 1."""
 
     held_out_loss: float
-    """Mean negative log-likelihood of a token, in nats."""
+    """Mean negative log-likelihood per token, in nats."""
     perplexity: float
     samples: list[str]
 
 
 def run(config: SFTConfig) -> SFTResult:
-    """Train, measure on held-out texts, save to `config.output_dir`."""
+    """Train, evaluate on held-out texts, save to `config.output_dir`."""
     with begun(config) as run:
         return _run(config, run)
 
@@ -70,7 +70,7 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     held_out = load_examples(config, "held_out")[0][: config.eval_texts]
     model, tokenizer = _start(config, examples)
 
-    # Only now: these take seconds to import, and wrong data should be told before.
+    # Imported late: they take seconds, and data errors should come first.
     from datasets import Dataset
     from trl import SFTConfig as TrlSFTConfig
     from trl import SFTTrainer
@@ -106,9 +106,9 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
 
 
 def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Example], *, train_rows: int) -> SFTResult:
-    """Saves the model or its adapters with sft.json, what is measured on `held_out`, once it is proven on some of it.
+    """Save the model or its adapters, and sft.json with metrics on `held_out`, after checking that they load correctly.
 
-    It is measured in fp32 with the numbers as they were saved. Raises as `saved_model` does.
+    The metrics are computed in fp32 with the saved weights. Raises like `saved_model`.
     """
     few = held_out[:8]
 
@@ -142,7 +142,7 @@ def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Examp
 
 
 def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
-    """The model to train, with adapters if there are to be some, and its tokenizer."""
+    """The model to train, with adapters if the settings enable them, and its tokenizer."""
     texts = [text for example in examples for text in example.texts()]
     if config.from_scratch:
         tokenizer: Any = train_tokenizer(
@@ -150,7 +150,7 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
         )
         model = new_causal_lm(config.sizes, tokenizer)
     elif config.saves_adapters and is_adapters(config.model):
-        # Folded into their base they would be nowhere on a disk, and new ones on top of them would have no base.
+        # New adapters need a base on disk, which merged adapters don't have.
         model = peft.PeftModel.from_pretrained(
             load_causal_lm(base_of(config.model), setting="model"), config.model, is_trainable=True
         )
@@ -169,7 +169,7 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
 
 
 def _end_turns(model: Any, tokenizer: Any, rows: Rows) -> None:
-    """Has the model stop, here and in PPO, at the tokens that end the assistant's turns in the data."""
+    """Make the tokens that end the assistant's turns in the data end tokens of the model, here and in PPO."""
     known = end_tokens(model, tokenizer)
     new = sorted(rows.ends - set(known))
     if new:
@@ -178,12 +178,12 @@ def _end_turns(model: Any, tokenizer: Any, rows: Rows) -> None:
 
 
 def _base(config: SFTConfig) -> str:
-    """The model that saved adapters belong to."""
+    """The base model of saved adapters."""
     return base_of(config.model) if is_adapters(config.model) else config.model
 
 
 def _rows(config: SFTConfig, tokenizer: Any, examples: Sequence[Example], held_out: Sequence[Example]) -> Rows:
-    """Token rows to train on. Says what was cut, and raises `ConfigError` where nothing is left."""
+    """Token rows to train on. Prints what was truncated; raises `ConfigError` if nothing is left."""
     taken = rows_of(tokenizer, examples, config.max_length)
     measured_on = rows_of(tokenizer, held_out, config.max_length)
     for line in taken.lines(config.max_length):
@@ -217,7 +217,7 @@ def held_out_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) of the tokens of `rows` after each row's first.
 
-    With `labels`, of those tokens alone whose label is not `IGNORED`.
+    With `labels`, only tokens whose label is not `IGNORED` count.
     """
     total, count = 0.0, 0
     ordered = sorted(zip(rows, rows if labels is None else labels, strict=True), key=lambda pair: len(pair[0]))
@@ -240,8 +240,8 @@ def held_out_loss(
 def sample(
     model: Any, tokenizer: Any, examples: Sequence[Example], *, seed: int, max_length: int, count: int = 8
 ) -> list[str]:
-    """What the model makes of the first four tokens of held-out texts, or of held-out prompts; up to 36 tokens in all,
-    or 36 new ones."""
+    """Samples that continue the first four tokens of held-out texts, or answer held-out prompts: up to 36 tokens in
+    all, or 36 new ones."""
     torch.manual_seed(seed)
     in_front = tokens_in_front(tokenizer)
     drawn = []

@@ -1,8 +1,8 @@
-"""What stages 1 and 2 share: a training that can be stopped and gone on with, and a model directory that is proven.
+"""Shared by stages 1 and 2: training that can be stopped and resumed, and a verified model directory.
 
-What would be wrong here: hours of training whose result finds no place, weights that are not finite, or a directory
-that says "saved" and can't be loaded. So the directory is tried first, every gradient is looked at before it moves a
-weight, and what was written is loaded again and must give its own figures before anybody is told.
+Failure modes: hours of training whose result can't be written; non-finite weights; a saved directory that can't be
+loaded. The directory is therefore checked first, every gradient is checked before an optimizer step, and the saved
+model is loaded again and must give the same metrics.
 """
 
 import random
@@ -34,18 +34,18 @@ from plaudit.settings.supervised import OptimizerSettings
 
 CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
-"""In a checkpoint: from where the epoch's order was drawn, and the state of a collator that draws."""
+"""File in a checkpoint with the generator states of the epoch's order and of a random collator."""
 FREE_TO_CHANGE = (
     *("output_dir", "resume", "checkpoint_every", "allow_chance"),
-    *("ranked", "api_key_file", "patience_s"),  # what a run learns from is compared itself
+    *("ranked", "api_key_file", "patience_s"),  # the rankings themselves are compared
 )
 RandomState: TypeAlias = tuple[Any, ...]
-"""Of Python's generator: version, numbers, and a number left over from `gauss`."""
+"""State of Python's generator: version, numbers, and a cached number from `gauss`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stage that has begun: its directory is held, and signals are remembered."""
+    """A running stage: its directory is locked, and stop signals are recorded."""
 
     config: SFTConfig | RewardModelConfig
     stop: StopSignal
@@ -59,12 +59,12 @@ class Run:
 
 @contextmanager
 def begun(config: SFTConfig | RewardModelConfig) -> Iterator[Run]:
-    """Tries and holds the output directory, finds where to go on, and listens to signals, for the length of the block.
+    """Check and lock the output directory, find the checkpoint to resume, and handle stop signals inside the block.
 
     Raises:
-        ConfigError: another run holds the directory, it has an unfinished run, or several processes were started.
-        NotWritten: the directory can't be written to; or later, what did not find room, and where to go on from.
-        StopRequested: after a signal, with the checkpoint that was written.
+        ConfigError: another run holds the lock, there is an unfinished run, or several processes were started.
+        NotWritten: a file can't be written; the message names the checkpoint to resume from.
+        StopRequested: after a signal; the message names the saved checkpoint.
     """
     count = world_size()
     if count > 1:
@@ -116,7 +116,7 @@ def _checkpoint_to_resume(config: SFTConfig | RewardModelConfig, root: Path) -> 
 
 
 def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
-    """The settings of transformers' TrainingArguments that both stages use."""
+    """The TrainingArguments of transformers that both stages use."""
     optimizer: OptimizerSettings = config.optimizer
     return {
         "output_dir": str(config.output_dir / CHECKPOINTS),
@@ -128,7 +128,7 @@ def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
         "warmup_steps": optimizer.warmup_fraction,
         "max_grad_norm": optimizer.max_grad_norm,
         "logging_steps": 50,
-        # It would show the average of earlier losses in place of one that is not finite.
+        # It would replace a non-finite loss by the average of earlier ones.
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.checkpoint_every,
@@ -141,11 +141,11 @@ def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
 
 
 def train(trainer: Trainer, run: Run, inputs: Mapping[str, str], collator: "Drawing | None" = None) -> PreTrainedModel:
-    """Trains, from the checkpoint to resume if there is one, and gives the model. `trainer` is one of `resumable`.
+    """Train, from the checkpoint if there is one, and return the model. `trainer` comes from `resumable`.
 
     Raises:
-        StopRequested: after a signal; the checkpoint of the last step is written.
-        NotFinite: a gradient is not finite. No weight has seen it.
+        StopRequested: after a signal; a checkpoint of the last step is saved.
+        NotFinite: a gradient is not finite. No weight has changed.
         ConfigError: the data have changed since the checkpoint.
     """
     if run.resumed is not None:
@@ -157,7 +157,7 @@ def train(trainer: Trainer, run: Run, inputs: Mapping[str, str], collator: "Draw
     if run.resumed is not None:
         trainer.keeper.restore(run.resumed)
     if run.resumed is not None and run.resumed.inputs.get("steps") == str(run.resumed.step):
-        trainer._load_from_checkpoint(directory)  # it had done its last step
+        trainer._load_from_checkpoint(directory)  # all steps were done
     else:
         try:
             trainer.train(resume_from_checkpoint=directory)
@@ -170,9 +170,9 @@ def train(trainer: Trainer, run: Run, inputs: Mapping[str, str], collator: "Draw
 
 
 class Drawing:
-    """Something that draws random numbers for every batch; a checkpoint keeps from where.
+    """A source of random numbers for every batch, whose state is part of a checkpoint.
 
-    Batches are made ahead of the steps that take them, so a few earlier states are remembered.
+    Batches are prepared before the steps that use them, so the last few states are kept.
     """
 
     def __init__(self, seed: int) -> None:
@@ -181,13 +181,13 @@ class Drawing:
         self._states: dict[int, RandomState] = {}
 
     def next_batch(self) -> None:
-        """Call this before anything is drawn for a batch."""
+        """Call this before drawing numbers for a batch."""
         self._states[self._batches] = self.random.getstate()
         self._states.pop(self._batches - 8, None)
         self._batches += 1
 
     def state_after(self, batches: int) -> RandomState:
-        """The state before anything was drawn for batch number `batches`, counted from 0."""
+        """The state before batch number `batches`, counted from 0."""
         return self._states.get(batches, self.random.getstate())
 
     def restore(self, batches: int, state: RandomState) -> None:
@@ -198,7 +198,7 @@ class Drawing:
 
 
 class _SameOrder(Sampler[int]):
-    """A sampler that draws its order from torch's global generator, and can draw that of an epoch again."""
+    """A sampler that uses torch's global generator and can reproduce the order of an epoch."""
 
     def __init__(self, inner: LengthGroupedSampler) -> None:
         self.inner = inner
@@ -217,17 +217,17 @@ class _SameOrder(Sampler[int]):
 
 
 class _Keeper:
-    """Writes a run's checkpoints, in transformers' layout and with our manifest, and puts back what that leaves out."""
+    """Writes checkpoints in transformers' layout with a manifest, and restores the states that transformers doesn't."""
 
     def __init__(self, run: Run, inputs: Mapping[str, str], collator: Drawing | None) -> None:
         self._run, self._inputs, self._collator = run, inputs, collator
         self.sampler: _SameOrder | None = None
         self._order: torch.Tensor | None = None
         self.random_states: dict[str, Any] = {}
-        """As they were when the step under way began."""
+        """The states at the beginning of the current step."""
 
     def save(self, trainer: Trainer, *, after_failure: bool = False) -> None:
-        """A checkpoint of the last whole step."""
+        """A checkpoint of the last complete step."""
         step, config = trainer.state.global_step, self._run.config
         # What a step needs and what it had drawn before it failed.
         states = self.random_states if after_failure else _random_states()
@@ -263,7 +263,7 @@ class _Keeper:
             print(f"{error}; the model itself is written next", flush=True)
 
     def restore(self, checkpoint: checkpoints.Checkpoint) -> None:
-        """What was drawn for the batches that a checkpoint has not yet seen."""
+        """The generator states of batches after the checkpoint."""
         order = torch.load(checkpoint.directory / ORDER, weights_only=True)
         self._order = order["sampler"]
         if self._collator is not None and order["collator"] is not None:
@@ -279,7 +279,7 @@ class _Keeper:
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Looks at every step: a signal, a gradient that is not finite."""
+    """Checks every step for a stop signal and a non-finite gradient."""
 
     def __init__(self, stop: StopSignal, trainer: Trainer) -> None:
         self._stop, self._trainer = stop, trainer
@@ -308,7 +308,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a batch falls into examples: how many there are, and the batch of some consecutive ones."""
+    """The structure of a batch: its number of examples, and how to take a part of it."""
 
     size: Callable[[Mapping[str, Any]], int]
     part: Callable[[Mapping[str, Any], int, int], dict[str, Any]]
@@ -324,7 +324,7 @@ ROWS = BatchShape(
 
 
 def resumable(trainer_type: type[Trainer], shape: BatchShape = ROWS) -> Any:
-    """That trainer with checkpoints of ours, and batches that are halved when they don't fit into memory."""
+    """The trainer class extended by our checkpoints and by halving batches that don't fit into memory."""
 
     class Resumable(trainer_type):  # type: ignore[misc]
         keeper: _Keeper
@@ -351,7 +351,7 @@ def resumable(trainer_type: type[Trainer], shape: BatchShape = ROWS) -> Any:
         def training_step(
             self, model: PreTrainedModel, inputs: Mapping[str, Any], num_items_in_batch: Any = None
         ) -> torch.Tensor:
-            """One batch's gradient; as several smaller ones that add up to it, where it does not fit into memory."""
+            """One batch's gradient, accumulated over smaller parts if the batch does not fit into memory."""
             examples = shape.size(inputs)
 
             def in_parts(size: int) -> torch.Tensor:
@@ -382,7 +382,7 @@ def resumable(trainer_type: type[Trainer], shape: BatchShape = ROWS) -> Any:
 
 
 def _items(inputs: Mapping[str, Any], shape: BatchShape) -> int:
-    """What a batch's mean loss is a mean over: the tokens that are predicted, or the examples."""
+    """The divisor of a batch's mean loss: the number of predicted tokens, or of examples."""
     labels = inputs.get("labels")
     if labels is not None and labels.ndim == 2:
         return int((labels[:, 1:] != -100).sum())
@@ -398,7 +398,7 @@ def _random_states() -> dict[str, Any]:
 
 
 def _save(value: object, path: Path) -> None:
-    # By way of a Python file: torch's own writer keeps the operating system's reason to itself.
+    # Through a Python file object, because torch's own writer drops the operating system's error.
     with path.open("wb") as file:
         torch.save(value, file)
 
@@ -412,15 +412,15 @@ def saved_model(
     half_precision: bool,
     reproduces: Callable[[Path], None],
 ) -> Iterator[tuple[PreTrainedModel, Path]]:
-    """Saves a plain Hugging Face directory: config, safetensors, tokenizer, and what the block adds to it.
+    """Save a plain Hugging Face directory: config, safetensors, tokenizer, and files that the block adds.
 
-    Gives the model in fp32, with the numbers as they were saved, and the directory to write the stage's figures into.
-    All of it replaces what is in `directory` when the block ends, and only if it ends well.
+    Yields the model in fp32 with the saved weights, and the directory for the stage's report. If the block succeeds,
+    everything replaces the previous result in `directory` atomically.
 
-    `reproduces` is given the new files before that, and raises unless they can be loaded and give the model's figures.
+    Before that, `reproduces` receives the new files, and raises unless they load and give the model's metrics.
 
     Raises:
-        NotFinite: a weight is not finite, or not in float16.
+        NotFinite: a weight is not finite, or overflows in float16.
         NotWritten: the disk is full, or can't be written to.
     """
     model = model.to(torch.float16 if half_precision else torch.float32)
@@ -434,7 +434,7 @@ def saved_model(
 
 
 def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -> None:
-    """Raises `NotFinite` or `NotAsSaved` where a model that was saved and loaded again computes something else."""
+    """Raises `NotFinite` or `NotAsSaved` if a saved and reloaded model gives other results."""
     if not bool(expected.isfinite().all()):
         raise NotFinite(f"the model is not saved: {what} is not finite")
     worst = (expected - got).abs().max().item() if expected.shape == got.shape else float("inf")
@@ -443,7 +443,7 @@ def require_same_figures(what: str, expected: torch.Tensor, got: torch.Tensor) -
 
 
 def forget_checkpoints(run: Run) -> None:
-    """A finished stage needs none; its model is in its directory."""
+    """Delete the checkpoints of a finished stage."""
     for checkpoint in checkpoints.list_checkpoints(run.checkpoints):
         atomic.remove_directory(checkpoint.directory, marker=checkpoints.MANIFEST)
     atomic.remove_directory(run.checkpoints)

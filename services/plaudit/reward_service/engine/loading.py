@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from plaudit.reward_service.engine.model_files import (
     WEIGHTS_LIKE,
@@ -32,6 +37,8 @@ NO_LIMIT = 1_000_000
 """transformers writes a limit above this where there is none."""
 UNUSED_BUFFERS = ("position_ids", "inv_freq", "masked_bias", "attn.bias", "attention.bias", "num_batches_tracked")
 """Suffixes of buffers that older files hold and newer classes compute."""
+MERGED_WITHIN = 1e-3
+"""How far adapters may move a logit by being added to the weights: rounding is a thousandth of that."""
 LONGEST_QUOTE = 200
 """Characters quoted of another library's message."""
 HOW_TO_SAVE_A_TOKENIZER = "copy the files of the tokenizer that the model was trained with (save_pretrained) there"
@@ -103,6 +110,11 @@ def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> 
     try:
         # No code from the directory is run. Without this argument, transformers asks for permission at the terminal.
         config = config or AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise ModelError(
+                f"{name} is of the family {config.model_type}, of which transformers has no sequence classifier; train "
+                "a judge of another family with `plaudit reward-model`"
+            )
         model, report = AutoModelForSequenceClassification.from_pretrained(
             directory,
             config=config,
@@ -111,6 +123,8 @@ def _from_files(name: str, directory: Path, config: Any, dtype: torch.dtype) -> 
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"{name} is not a sequence classifier that can be loaded: {one_line(error)}; train one with "
@@ -176,14 +190,32 @@ def _with_adapters(source: ModelSource, settings: Settings) -> Any:
         lacking = sorted(get_peft_model_state_dict(adapted).keys() - saved.keys())
         if lacking:
             raise ValueError(f"the adapters' file lacks {', '.join(lacking[:3])}")
+        before = _probe(adapted)
         model = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:
         raise ModelError(
             f"{name} holds adapters that don't fit their base model {source.base}: {one_line(error)}; give the base "
             "model that they were trained on"
         ) from error
+    if before is not None and not torch.allclose(before, _probe(model), atol=MERGED_WITHIN, rtol=MERGED_WITHIN):
+        raise ModelError(
+            f"{name} holds adapters that can't be added to the weights of their base model: the sum judges otherwise "
+            "than base and adapters, because layers share a weight or a weight is read without a call of its layer; "
+            "train adapters on other layers (target_modules), or a whole model with `plaudit reward-model`"
+        )
     model.to(DTYPES.get(settings.dtype, torch.float32))
     return model
+
+
+@torch.inference_mode()
+def _probe(model: Any) -> Any:
+    """Logits for a few tokens; None of a model that can't judge them, which is told when it is asked for scores."""
+    end = model.config.get_text_config().eos_token_id
+    ids = [*range(5, 13), *([end] if isinstance(end, int) else [])]
+    try:
+        return model.eval()(input_ids=torch.tensor([ids])).logits
+    except Exception:
+        return None
 
 
 def _base_model(source: ModelSource, name: str, trained: dict[str, tuple[int, ...]]) -> tuple[Any, set[str]]:

@@ -192,9 +192,8 @@ def test_weights_that_the_configuration_has_no_place_for_are_refused(tmp_path: P
 
 def test_a_family_that_classifies_nothing_is_one_line(tmp_path: Path) -> None:
     save(MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1, state_size=4)), tmp_path)
-    assert "is not a sequence classifier that can be loaded: ValueError: Unrecognized configuration" in refusal(
-        tmp_path
-    )
+    said = refusal(tmp_path)
+    assert "is of the family mamba, of which transformers has no sequence classifier; train a judge of another" in said
 
 
 def test_half_precision_files_are_served_in_the_format_that_is_asked_for(tmp_path: Path) -> None:
@@ -330,6 +329,21 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path: Path) -> None:
     prompts = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "task_type": "SEQ_CLS"}
     file.write_text(json.dumps(prompts | {"base_model_name_or_path": str(trained.base)}))
     assert "adapters of type PROMPT_TUNING, which can't be added to a model's weights" in refusal(trained.directory)
+
+
+def test_adapters_whose_sum_with_their_base_is_another_model_are_refused(tmp_path: Path) -> None:
+    base = tiny_judge(tmp_path / "base", "zamba2")
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    shared = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(plain, shared)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    adapted.save_pretrained(tmp_path / "adapters")
+    assert "the sum judges otherwise than base and adapters, because layers share a weight" in refusal(
+        tmp_path / "adapters"
+    )
 
 
 @pytest.mark.parametrize("name", ["bpe.codes", "spm.model", "qwen.tiktoken", "vocab.txt", "merges.txt"])

@@ -1,4 +1,4 @@
-"""The protocols of reward endpoints: one small file each, all translated to and from `plaudit.wire`."""
+"""Protocols of reward endpoints, one module each. All translate to and from `plaudit.wire`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,13 +30,13 @@ _TELLTALES: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
     "/v1/models": ("vllm-classify", lambda about: _owner(about) not in (None, "infinity")),
     "/v2": ("kserve", lambda about: "extensions" in about),
 }
-"""Route, and what only this protocol's answer to it has. Plaudit's own comes first: its service speaks many."""
+"""Routes, and tests for answers that only this protocol gives. Plaudit comes first: its service supports several."""
 
 
 async def recognise(component: RewardComponent, get: Get) -> Dialect:
-    """The dialect that the endpoint speaks, found by asking for each protocol's description of the server.
+    """Detect the endpoint's protocol by requesting each protocol's description route.
 
-    Raises what `get` raises while the server isn't up, and `UnusableAnswer` when no protocol is recognised.
+    Raises what `get` raises while the server isn't up, and `UnusableAnswer` if no protocol is recognised.
     """
     for path, (name, is_its) in _TELLTALES.items():
         try:
@@ -57,7 +57,7 @@ async def recognise(component: RewardComponent, get: Get) -> Dialect:
 
 
 def _owner(models: dict[str, Any]) -> str | None:
-    """Whose the first model of an OpenAI-like list is: infinity and vLLM both have one, and a `/classify` each."""
+    """The owner of the first model in an OpenAI-style list. It distinguishes infinity from vLLM."""
     try:
         return str(models["data"][0]["owned_by"])
     except (KeyError, TypeError, IndexError):

@@ -1,4 +1,4 @@
-"""What a protocol is: how it describes its model, asks for rewards and answers. It never waits and never retries."""
+"""The interface of a protocol: description, request and answer. It never waits and never retries."""
 
 import json
 import math
@@ -11,19 +11,19 @@ from plaudit.wire import MAX_TEXT_CHARS, Limits, ModelInfo, RewardItem, RewardRe
 
 SIGMOIDS_SHOW_IN = 4
 Get = Callable[[str], Awaitable[bytes]]
-"""Fetches a path below the endpoint's URL; raises unless the answer is a success."""
+"""Fetches a path below the endpoint's URL. Raises unless the request succeeds."""
 
 
 class BrokenBody(Exception):
-    """The answer was cut off or garbled on its way; the same request may well succeed."""
+    """The answer was damaged in transit. A retry may succeed."""
 
 
 class UnusableAnswer(Exception):
-    """A whole answer, but not to what was asked."""
+    """A complete answer that doesn't match the request."""
 
 
 class NoVerdict(UnusableAnswer):
-    """A judge's answer that names no score. Asked again, the judge may give one."""
+    """A judge's answer without a score. A retry may give one."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +41,37 @@ class Dialect(Protocol):
     retried_statuses: frozenset[int]
     """Statuses that mean "try again" in this protocol, besides those that mean it everywhere."""
     adds_first_token: bool
-    """Whether servers put the tokenizer's special tokens around every text, so that a rendered one must not begin with
+    """Whether servers add the tokenizer's special tokens to every text, so that a rendered text must not begin with
     them."""
     conversations_per_request: int | None
-    """The most conversations that one request holds; None for no such bound."""
+    """Maximum number of conversations per request; None if there is no limit."""
 
     def __init__(self, component: RewardComponent) -> None: ...
 
     async def describe(self, get: Get) -> ModelInfo:
-        """Which model answers, its revision, labels (none where the protocol doesn't tell) and limits.
+        """The model's name, revision, labels (empty if the protocol doesn't list them) and limits.
 
-        Raises what `get` raises while it isn't ready.
+        Raises what `get` raises while the server isn't ready.
         """
 
     def no_conversations(self, info: ModelInfo) -> str | None:
-        """Why no conversation can be sent, and what to do about it; None where one can."""
+        """Why conversations can't be sent, and what to do about it; None if they can."""
 
     def needs(self, info: ModelInfo) -> Sequence[str]:
         """Names of the fields that every item must have."""
 
     def takes(self, info: ModelInfo) -> Sequence[str]:
-        """Names of further fields that are sent where a row has them."""
+        """Names of optional fields, sent if a row has them."""
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
-        """The request for these items. They have conversations and fields only as the above says."""
+        """The request for these items. They contain only the fields and conversations that the protocol allows."""
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:
         """The rewards in request order. Raises `BrokenBody` or `UnusableAnswer`."""
 
 
 class TextsAlone(Dialect):
-    """Of protocols that have a place for texts and for nothing else: no conversations, no fields."""
+    """Base class of protocols that accept only texts: no conversations, no fields."""
 
     adds_first_token: bool = True
     conversations_per_request: int | None = None
@@ -90,13 +90,13 @@ class TextsAlone(Dialect):
 
 
 def prompt_text(item: RewardItem) -> str:
-    """The prompt of an item whose conversation, if it had one, has been rendered."""
+    """The prompt of an item without a conversation, or whose conversation has been rendered."""
     assert isinstance(item.prompt, str)
     return item.prompt
 
 
 def joined(items: Sequence[RewardItem]) -> list[str]:
-    """Prompt and response as one text each, for protocols that know only texts."""
+    """Prompt and response joined to one text per item."""
     return [prompt_text(item) + item.response for item in items]
 
 
@@ -116,7 +116,7 @@ def from_json(body: bytes) -> Any:
 def model_info(
     model: str, *, revision: str | None = None, labels: Sequence[str] = (), max_items: int | None = None
 ) -> ModelInfo:
-    """What is known of a foreign server's model. Without a revision of its own, the model's name stands for it."""
+    """The description of another server's model. Without a revision, the model's name is used."""
     limits = Limits(
         max_items=max_items or 1024, max_text_chars=MAX_TEXT_CHARS, max_body_bytes=2**31 - 1, max_tokens=2**31 - 1
     )
@@ -124,7 +124,7 @@ def model_info(
 
 
 def response(rewards: Sequence[object], label: str | None, info: ModelInfo) -> RewardResponse:
-    """Checked as strictly as Plaudit's own answers: finite numbers, no strings, no booleans, no null."""
+    """The answer, checked as strictly as Plaudit's own: finite numbers, no strings, no booleans, no null."""
     for reward in rewards:
         if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
             raise UnusableAnswer(f"{reward!r} came back as a reward; it must be a finite number")
@@ -132,7 +132,7 @@ def response(rewards: Sequence[object], label: str | None, info: ModelInfo) -> R
 
 
 def in_index_order(entries: Any) -> list[dict[str, Any]]:
-    """Entries with an `index` field, put in its order; the indices must be 0 to n - 1, each once."""
+    """Entries sorted by their `index` field. The indices must be 0 to n - 1, each exactly once."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UnusableAnswer(f"a list of objects was expected, not {entries!r:.80}")
     indices = [entry.get("index") for entry in entries]
@@ -142,7 +142,7 @@ def in_index_order(entries: Any) -> list[dict[str, Any]]:
 
 
 def logit_by_name(scores: Any, label: str | None) -> object:
-    """From one text's `[{"label": ..., "score": ...}, ...]`, the score of the label asked for, wherever it stands."""
+    """The score of the requested label in one text's `[{"label": ..., "score": ...}, ...]`, in any order."""
     if not isinstance(scores, list) or not all(isinstance(s, dict) and "label" in s and "score" in s for s in scores):
         raise UnusableAnswer(f"labels with scores were expected, not {scores!r:.80}")
     if label is None and len(scores) == 1:
@@ -154,7 +154,7 @@ def logit_by_name(scores: Any, label: str | None) -> object:
 
 
 def logit_by_index(row: Any, component: RewardComponent) -> object:
-    """From one text's row of unnamed logits, the one at `label_index`; a row of one needs no index."""
+    """The logit at `label_index` in one text's row. A row with a single logit needs no index."""
     if not isinstance(row, list) or not row:
         raise UnusableAnswer(f"a row of logits was expected, not {row!r:.80}")
     index = component.label_index
@@ -169,12 +169,12 @@ def logit_by_index(row: Any, component: RewardComponent) -> object:
 
 
 class ProbabilityCheck:
-    """Raises `UnusableAnswer` for probabilities where raw logits are wanted.
+    """Raises `UnusableAnswer` if an answer contains probabilities instead of raw logits.
 
-    A row of two or more that sums to one with nothing below zero is no row of logits. Sigmoids can only be told by all
-    of them lying between 0 and 1. That is looked at once, over the first answer of `SIGMOIDS_SHOW_IN` texts or more, so
-    that a run is refused at its start and never later on; and not at all where the protocol has no way to ask for
-    logits (`asked=False`), since there a model's own scores may be like that.
+    A row of two or more non-negative numbers that sums to one is a softmax. Sigmoids can only be recognised by all
+    numbers lying between 0 and 1. This is checked once, on the first answer with at least `SIGMOIDS_SHOW_IN` texts, so
+    that a run is refused at its start and not later. It is not checked if the protocol can't request logits
+    (`asked=False`), because a model's own scores may lie in that range.
     """
 
     def __init__(self, component: RewardComponent, *, asked: bool = True) -> None:

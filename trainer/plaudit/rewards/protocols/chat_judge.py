@@ -1,8 +1,8 @@
-"""A generative judge behind any server of OpenAI's chat completions: one question an answer, and a number read from it.
+"""A generative judge behind OpenAI's chat completions API: one request per response, and a number in the answer.
 
-The number is what a pattern finds, a value in JSON after a schema, or the mean of the scores by the probabilities of
-their tokens. Wrong here would be a score for an answer that names none, or one from a server that ignores what was
-asked of it.
+The number is the match of a pattern, a value in JSON that follows a schema, or the mean of the scores weighted by their
+tokens' probabilities. Failure modes: a score for an answer that contains none; a score from a server that ignores the
+requested format.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ INSTRUCTIONS = {
     "json": 'Give the score as JSON: {"score": N}.',
     "logprobs": "Say the number alone.",
 }
-"""What follows `QUESTION` where no file has another question."""
+"""Appended to `QUESTION`, the default question."""
 SCHEMA = {
     "type": "object",
     "properties": {"score": {"type": "number"}},
@@ -53,9 +53,9 @@ SCHEMA = {
 }
 PLACE = re.compile(r"\{(?:(prompt|conversation|response|fields)|fields\.([^{}\s]+))\}")
 TOP_LOGPROBS = 20
-"""As many as OpenAI gives, and vLLM unless told more."""
+"""The maximum of OpenAI, and vLLM's default maximum."""
 LEAST_MASS = 0.5
-"""Probability that the scores' tokens must have together; with less, the judge was saying something else."""
+"""Minimum total probability of the scores' tokens. With less, the judge was about to say something else."""
 QUOTED_CHARS = 200
 
 
@@ -206,7 +206,7 @@ class ChatJudge(TextsAlone):
         return float(score)
 
     def _expected(self, logprobs: Any) -> float:
-        """The mean of the scores, weighted by the probabilities that the first token is theirs."""
+        """The mean of the scores, weighted by each token's probability of coming first."""
         try:
             top = logprobs["content"][0]["top_logprobs"]
             tokens = [(str(entry["token"]).strip(), math.exp(entry["logprob"])) for entry in top]

@@ -33,7 +33,7 @@ class HFInference(TextsAlone):
 
     async def describe(self, get: Get) -> ModelInfo:
         """Only the configured model name: an endpoint does not describe its model."""
-        # An endpoint tells nothing about its model; one that starts from zero answers 503 until it is up.
+        # Endpoints don't describe their model. While scaling up from zero they answer 503.
         return model_info(self._component.model or "hf-inference")
 
     def encode(self, items: Sequence[RewardItem]) -> Call:

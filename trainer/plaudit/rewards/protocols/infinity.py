@@ -1,4 +1,4 @@
-"""infinity: `POST /classify`, labels by name. Asked for raw scores, versions up to 0.0.78 answer with probabilities."""
+"""infinity: `POST /classify`, labels by name. Versions up to 0.0.78 return probabilities even for raw scores."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ class Infinity(TextsAlone):
         except (KeyError, TypeError) as error:
             raise UnusableAnswer(f"/models lists no models: {answer!r:.200}") from error
         if self._model not in judges and (self._model is not None or len(judges) != 1):
-            # It answers with whichever model it has when the name is wrong.
+            # With an unknown name, infinity would answer with any of its models.
             raise UnusableAnswer(
                 f"choose one of its classifiers with --reward.model: {', '.join(map(str, judges)) or 'it has none'}"
             )

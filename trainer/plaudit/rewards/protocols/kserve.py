@@ -1,6 +1,6 @@
 """The Open Inference Protocol (KServe v2, Triton): `POST /v2/models/NAME/infer` with a BYTES tensor of texts.
 
-Tensors don't name labels, so a model of several needs `label_index`.
+Tensors don't name labels, so a model with several labels needs `label_index`.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""OpenRLHF's reward server: `POST /get_reward`. It has no labels: what its reward is, the server decides."""
+"""OpenRLHF's reward server: `POST /get_reward`. There are no labels to choose from; the server defines the reward."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class OpenRLHF(TextsAlone):
                 f"this protocol has no labels, so {self._component.label!r} can't be asked for: take what the server's "
                 "reward is with --reward.label None"
             )
-        # It has no route for health or for the model.
+        # The server has no route for its health or model.
         return model_info(self._component.model or "openrlhf")
 
     def takes(self, info: ModelInfo) -> Sequence[str]:

@@ -39,7 +39,7 @@ class Plaudit(TextsAlone):
     def encode(self, items: Sequence[RewardItem]) -> Call:
         """The items and the label; fields at their default are left out."""
         request = RewardRequest(items=list(items), label=self._component.label)
-        # Older services refuse `fields`, which the items have only where the service asks for some.
+        # Older services refuse `fields`; items contain fields only if the service asks for them.
         return Call(REWARDS_PATH, request.model_dump_json(exclude_defaults=True).encode())
 
     def decode(self, body: bytes, info: ModelInfo) -> RewardResponse:

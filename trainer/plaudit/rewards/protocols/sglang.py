@@ -1,4 +1,4 @@
-"""SGLang's reward models: `POST /classify`, one row of unnamed scores a text."""
+"""SGLang's reward models: `POST /classify`, one row of unnamed scores per text."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ class SGLang(TextsAlone):
         info = from_json(await get("/get_model_info"))
         if not isinstance(info, dict) or not isinstance(info.get("model_path"), str):
             raise UnusableAnswer(f"/get_model_info tells of no model: {info!r:.200}")
-        # It counts up when weights are replaced while the server runs.
+        # The version increases when the running server's weights are replaced.
         version = info.get("weight_version")
         return model_info(info["model_path"], revision=f"{info['model_path']}@{version}" if version else None)
 

@@ -1,7 +1,4 @@
-"""slime's remote reward: a POST of prompt, response and label to the URL itself, which answers with a number.
-
-One sample a request.
-"""
+"""slime's remote reward: POST prompt, response and label to the URL; the answer is a number. One sample per request."""
 
 from collections.abc import Sequence
 
@@ -35,7 +32,7 @@ class Slime(TextsAlone):
                 f"this protocol has no labels to choose from, so {self._component.label!r} can't be asked for: take "
                 "what the server's reward is with --reward.label None"
             )
-        # It has no other route than the one that scores.
+        # The server has only the scoring route.
         return model_info(self._component.model or "slime", max_items=1)
 
     def no_conversations(self, info: ModelInfo) -> str | None:

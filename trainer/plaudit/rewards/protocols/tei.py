@@ -46,7 +46,7 @@ class TEI(TextsAlone):
 
     def encode(self, items: Sequence[RewardItem]) -> Call:
         """The joined texts, with raw scores requested and truncation on."""
-        # A flat list of two texts would be one pair, so each text is a list of its own.
+        # A flat list of two texts would be read as one pair, so each text is wrapped in a list.
         inputs = [[text] for text in joined(items)]
         return Call("/predict", to_json({"inputs": inputs, "raw_scores": True, "truncate": True}))
 

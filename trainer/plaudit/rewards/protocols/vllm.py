@@ -1,7 +1,7 @@
 """vLLM's pooling servers: `POST /classify` and `POST /pooling`, both asked for raw logits.
 
-Neither tells the order of the labels, so a model of several needs `label_index`. `/classify` names the winning label of
-each text, which is used to see that the index is the label's.
+Neither returns the order of the labels, so a model with several labels needs `label_index`. `/classify` names the
+winning label of each text, which is used to check the index.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class _VLLM(TextsAlone):
         return None
 
     def _input(self, items: Sequence[RewardItem]) -> dict[str, Any]:
-        """Texts, or the one conversation that a request may hold, which the server renders."""
+        """Texts, or a single conversation, which the server renders."""
         if all(isinstance(item.prompt, str) for item in items):
             return {"input": joined(items)}
         [item] = items
