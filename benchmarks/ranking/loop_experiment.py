@@ -152,6 +152,9 @@ def policy_at(config: LoopConfig, run: Path, step: int, directory: Path) -> str:
     """The run's policy as it was after so many steps: resumed from that checkpoint with no step left to take."""
     settings = presets.from_dict(PPOConfig, json.loads((run / CONFIG_FILE).read_text()), run / CONFIG_FILE)
     output_dir = directory / f"step-{step}"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    taken = [json.dumps(record) + "\n" for record in read_metrics(run / FILE_NAME)[:step]]
+    write_text(output_dir / FILE_NAME, "".join(taken))
     with reward_service(
         str(run.parent / "reward-model"), directory, ready_timeout_s=300.0, device=config.device
     ) as url:
