@@ -22,7 +22,7 @@ from plaudit.settings.ppo import PPOConfig
 
 OF_THE_MACHINE = ("time/", "memory/")
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["plaudit.cli", "plaudit.stages.ppo", "accelerate", "torch.utils.tensorboard"])
+FORKS.set_forkserver_preload(["plaudit.cli", "plaudit.stages.loop", "accelerate", "torch.utils.tensorboard"])
 
 
 def numbers(directory: Path) -> list[dict[str, float]]:

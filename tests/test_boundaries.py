@@ -86,7 +86,7 @@ ORDER = (
         ("policy",),
         ("settings",),
     ),
-    *(("rewards",), ("checks",), ("ppo", "presets", "demo_models", "wire", "errors", "console", "atomic")),
+    *(("rewards",), ("checks",), ("ppo", "presets", "demo_models", "wire", "errors", "console"), ("atomic",)),
 )
 """The trainer's packages, from the outside in. Each imports only those after its own line."""
 

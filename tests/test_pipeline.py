@@ -9,7 +9,7 @@ import yaml
 
 from plaudit import presets
 from plaudit.errors import ConfigError
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig

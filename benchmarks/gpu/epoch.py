@@ -81,7 +81,7 @@ def measure(setting: Setting, results: Results) -> None:
 @contextlib.contextmanager
 def judged(setting: Setting, results: Results, dtype: str = "fp32") -> Iterator[str]:
     """The reward service on the same device, in a process of its own; its URL."""
-    from plaudit.run.reward_process import reward_service
+    from plaudit.run.service_process import reward_service
 
     began = time.perf_counter()
     # The judge's products in TF32 too, as torch's own variable has it; read once, when the service starts.

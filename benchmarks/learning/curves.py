@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings import files as presets
 from plaudit.settings.ppo import PPOConfig
 from plaudit.stages import ppo

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from plaudit.run.metrics import FILE_NAME
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 
 PRESET = "presets/demo.yaml"
 REWARD_MODEL = "models/imdb-distilbert-mini"

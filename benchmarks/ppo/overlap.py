@@ -37,7 +37,7 @@ from plaudit.policy.generation import Draws
 from plaudit.policy.model import load_policy, load_tokenizer
 from plaudit.rewards import RewardClient, Scores
 from plaudit.rewards.settings import RewardSettings
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOHyperparameters

@@ -45,7 +45,7 @@ from plaudit.policy.model import load_policy, load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOHyperparameters

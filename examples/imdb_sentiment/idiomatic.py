@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings import files
 from plaudit.settings.data import DataSettings
 from plaudit.settings.evaluate import EvaluateConfig

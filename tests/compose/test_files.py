@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.machine.prometheus import dashboard_queries
+from plaudit.cli import parse
 from plaudit.reward_service.engine.metrics import Metrics
 from plaudit.run.metrics import MetricsLog
+from plaudit.stages.loop import SERVED
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.gpu.yml")
@@ -135,7 +138,8 @@ def test_the_gpu_file_is_the_published_recipe_unless_the_env_file_says_otherwise
 
 
 def test_nothing_of_ours_runs_as_root_or_writes_to_its_image() -> None:
-    ours = ("reward", "balancer", "trainer", "tensorboard", "exporter", "rank", "rank-postgres")
+    ours = {"reward", "balancer", "trainer", "tensorboard", "exporter", "rank", "rank-postgres"}
+    ours |= {"loop", "loop-rank", "loop-reward"}
     for name, service in load(COMPOSE_FILES[0])["services"].items():
         if name in ours:
             assert service["read_only"], name
@@ -155,6 +159,27 @@ def test_rankings_are_in_a_volume_of_their_own_and_nobody_ranks_unless_asked_to(
         ["postgres"],
         ["postgres"],
     )
+
+
+def test_the_loop_talks_to_its_own_services_and_each_serves_what_it_writes() -> None:
+    services = load(COMPOSE_FILES[0])["services"]
+    command, *flags = services["loop"]["command"]
+    config = parse(command, [VARIABLE.sub(lambda found: found[2], flag) for flag in flags])
+    assert (config.rounds, config.resume) == (2, "auto")
+    assert config.simulated.annotators >= config.people.overlap
+    asked = {urlsplit(url).hostname for url in (config.rank_url, config.judge, *config.reward_urls)}
+    assert asked == {"loop-rank", "balancer", "loop-reward"}
+    assert asked <= set(services["loop"]["depends_on"])
+    reads = Path(services["loop-reward"]["environment"]["REWARD_MODEL"])
+    assert reads == Path("/app") / config.output_dir / SERVED
+    assert "./runs:/app/runs:ro" in services["loop-reward"]["volumes"]
+    assert "./runs:/app/runs" in services["loop"]["volumes"]
+    assert all(services[name]["profiles"] == ["loop"] for name in ("loop", "loop-rank", "loop-reward"))
+    # Programs rank over plain http here, which a session cookie for browsers would not travel over.
+    assert services["loop-rank"]["environment"]["RANK_SECURE_COOKIES"] == "false"
+    for key in ("RANK_API_KEY", "REWARD_ADMIN_KEY"):
+        assert key in services["loop"]["environment"]
+        assert any(key in services[name]["environment"] for name in ("loop-rank", "loop-reward"))
 
 
 def test_the_exporter_gives_each_runs_newest_step(exporter: ModuleType, runs: Path) -> None:

@@ -39,6 +39,7 @@ from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
 from plaudit.settings.generate import GenerateConfig
+from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
@@ -97,6 +98,13 @@ COMMANDS = {
         "plaudit.stages.ppo",
         "stage 3: train a policy by PPO on rewards fetched over HTTP",
         "plaudit ppo --config gpt2-imdb --reward.url http://127.0.0.1:8000",
+        resume=("--resume", "auto"),
+    ),
+    "loop": Command(
+        LoopConfig,
+        "plaudit.stages.loop",
+        "rounds of ranking: answers, people, reward model, PPO, evaluation, and again",
+        "plaudit loop --config loop --rounds 2 --resume auto",
         resume=("--resume", "auto"),
     ),
     "evaluate": Command(

@@ -65,6 +65,13 @@ def test_every_prompt_has_k_answers_and_the_group_of_a_training_text(config: Sam
         assert {answer.policy for answer in row.answers} == {config.policy}
 
 
+def test_a_round_that_skips_goes_on_where_the_one_before_ended(config: SampleConfig, tmp_path: Path) -> None:
+    later = dataclasses.replace(config, skip=4, n=6, to=str(tmp_path / "later.jsonl"))
+    sample.run(config)
+    sample.run(later)
+    assert rows_of(later) == rows_of(config)[4:]
+
+
 def test_each_prompt_is_the_opening_of_the_text_whose_group_it_has(config: SampleConfig) -> None:
     sample.run(config)
     text_of = {wire.group_of(text): text for text in load_texts(config.dataset, "train")}

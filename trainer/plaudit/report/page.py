@@ -12,6 +12,7 @@ from plaudit.report.evaluation import Answers, Evaluation, Summary
 from plaudit.run.metrics import KL, REWARD_MEAN
 
 if TYPE_CHECKING:
+    import jinja2
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
@@ -80,25 +81,34 @@ def render_report(
         training: the steps of metrics.jsonl; without them the training curves are left out.
         settings: the configuration of each stage by the stage's name, as `config.to_dict` gives it.
     """
+    curves = [row for row in training if REWARD_MEAN in row and KL in row]
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            subtitle=f"{evaluation.n} held-out prompts, answered before and after PPO with the same seeds.",
+            verdict=verdict(evaluation),
+            evaluation=evaluation,
+            colours=COLOURS,
+            distributions=data_uri(plot_distributions(samples, evaluation)),
+            training=data_uri(plot_training(curves)) if curves else None,
+            steps=len(curves),
+            samples=samples[:SAMPLES_IN_REPORT],
+            settings={name: _grouped(values) for name, values in (settings or {}).items()},
+        )
+    )
+
+
+def templates() -> "jinja2.Environment":
+    """The pages' templates. Every text in them is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("plaudit.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=_number, signed=_signed)
-    curves = [row for row in training if REWARD_MEAN in row and KL in row]
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        subtitle=f"{evaluation.n} held-out prompts, answered before and after PPO with the same seeds.",
-        verdict=verdict(evaluation),
-        evaluation=evaluation,
-        colours=COLOURS,
-        distributions=_data_uri(plot_distributions(samples, evaluation)),
-        training=_data_uri(plot_training(curves)) if curves else None,
-        steps=len(curves),
-        samples=samples[:SAMPLES_IN_REPORT],
-        settings={name: _grouped(values) for name, values in (settings or {}).items()},
-    )
+    environment.filters.update(number=as_number, signed=_signed)
+    return environment
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -126,7 +136,7 @@ def plot_training(steps: Sequence[Mapping[str, float]]) -> "Figure":
     """Mean reward and KL by step, each with its moving average."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(width=10, height=3.4)
+    figure = new_figure(width=10, height=3.4)
     panels = ((REWARD_MEAN, "mean reward", COLOURS["after"]), (KL, "KL to the reference, nats", COLOURS["kl"]))
     x = [row["step"] for row in steps]
     for number, (name, label, colour) in enumerate(panels, start=1):
@@ -137,7 +147,7 @@ def plot_training(steps: Sequence[Mapping[str, float]]) -> "Figure":
         axes.set_xlabel("PPO step")
         axes.set_title(label, loc="left", fontsize=11, color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axes)
+        tidy(axes)
     return figure
 
 
@@ -148,18 +158,18 @@ def plot_distributions(samples: Sequence[Sample], evaluation: Evaluation) -> "Fi
     before = np.array([row.reward_before for row in samples])
     after = np.array([row.reward_after for row in samples])
     bins = np.histogram_bin_edges(np.concatenate([before, after]), bins=36).tolist()
-    figure = _figure(width=10, height=3.4)
+    figure = new_figure(width=10, height=3.4)
     axes = figure.add_subplot()
     for name, values, mean in (
         ("before", before, evaluation.reward.before.mean),
         ("after", after, evaluation.reward.after.mean),
     ):
-        axes.hist(values, bins=bins, color=COLOURS[name], alpha=0.55, label=f"{name}, mean {_number(mean)}")
+        axes.hist(values, bins=bins, color=COLOURS[name], alpha=0.55, label=f"{name}, mean {as_number(mean)}")
         axes.axvline(mean, color=COLOURS[name], linewidth=2)
     axes.set_xlabel("reward")
     axes.set_title("responses by reward", loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -173,7 +183,7 @@ def summary_table(evaluation: Evaluation) -> "Table":
         table.add_column(name, justify="right")
     reward, ppl, distinct = evaluation.reward, evaluation.perplexity, evaluation.distinct_responses
     table.add_row(
-        "reward, mean", _number(reward.before.mean), _number(reward.after.mean), _signed(reward.difference.mean)
+        "reward, mean", as_number(reward.before.mean), as_number(reward.after.mean), _signed(reward.difference.mean)
     )
     table.add_row(
         "  95 % interval",
@@ -181,10 +191,10 @@ def summary_table(evaluation: Evaluation) -> "Table":
         _interval(reward.after),
         f"{_signed(reward.difference.ci95[0])} to {_signed(reward.difference.ci95[1])}",
     )
-    table.add_row("reward, median", _number(reward.before.median), _number(reward.after.median), "")
-    table.add_row("KL to the reference, nats", "", _number(evaluation.kl), "")
+    table.add_row("reward, median", as_number(reward.before.median), as_number(reward.after.median), "")
+    table.add_row("KL to the reference, nats", "", as_number(evaluation.kl), "")
     table.add_row(
-        "perplexity under the reference", _number(ppl.before, 1), _number(ppl.after, 1), f"× {_number(ppl.ratio)}"
+        "perplexity under the reference", as_number(ppl.before, 1), as_number(ppl.after, 1), f"× {as_number(ppl.ratio)}"
     )
     table.add_row("distinct responses", str(distinct.before), str(distinct.after), "")
     return table
@@ -203,17 +213,19 @@ def samples_table(samples: Sequence[Sample], count: int = SAMPLES_ON_CONSOLE) ->
     for row in samples[:count]:
         # Text instead of str, because rich would interpret markup in a response.
         texts = (Text(" ".join(t.split())) for t in (row.query, row.response_before, row.response_after))
-        table.add_row(*texts, _number(row.reward_before), _number(row.reward_after))
+        table.add_row(*texts, as_number(row.reward_before), as_number(row.reward_after))
     return table
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(axes: "Axes") -> None:
+def tidy(axes: "Axes") -> None:
+    """The look that all charts share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.tick_params(colors=SOFT, labelsize=9)
@@ -222,7 +234,8 @@ def _tidy(axes: "Axes") -> None:
     axes.xaxis.label.set_color(SOFT)
 
 
-def _data_uri(figure: "Figure") -> str:
+def data_uri(figure: "Figure") -> str:
+    """The figure as the address of an image in the page itself."""
     # An image, not inline SVG: the ids of two inline figures may clash.
     file = io.BytesIO()
     figure.savefig(file, format="svg")
@@ -240,15 +253,16 @@ def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def _number(value: float, digits: int = 2) -> str:
+def as_number(value: float, digits: int = 2) -> str:
+    """With a real minus sign, and none in front of a zero."""
     text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 
 def _signed(value: float, digits: int = 2) -> str:
-    text = _number(value, digits)
+    text = as_number(value, digits)
     return text if text.startswith("−") else f"+{text}"
 
 
 def _interval(summary: Summary) -> str:
-    return f"{_number(summary.ci95[0])} to {_number(summary.ci95[1])}"
+    return f"{as_number(summary.ci95[0])} to {as_number(summary.ci95[1])}"

@@ -24,6 +24,8 @@ class SampleConfig:
     """Number of answers to each prompt."""
     n: int = 256
     """Number of distinct prompts, all from the training split."""
+    skip: int = 0
+    """Number of prompts to leave out first: those that earlier rounds have asked about, with the same seed."""
     round: int = 0
     """Number of the training round, recorded with the batch."""
     people: PeopleSettings = field(default_factory=PeopleSettings)
@@ -39,6 +41,7 @@ class SampleConfig:
             2 <= self.k <= MAX_ANSWERS, f"k={self.k} must lie between 2 and {MAX_ANSWERS}: the keys 1 to 9 rank them"
         )
         require(self.n >= 1, f"n={self.n} must be 1 or more")
+        require(self.skip >= 0, f"skip={self.skip} must be 0 or more")
         require(0 <= self.round <= MAX_NUMBER, f"round={self.round} must lie between 0 and {MAX_NUMBER}")
         require(self.seed >= 0, f"seed={self.seed} must be 0 or more")
         if "://" in self.to:

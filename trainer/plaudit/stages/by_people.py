@@ -6,7 +6,6 @@ the command continues. Answers are therefore saved before people are asked.
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.writer import revision_of
 from plaudit.report.comparison import Judgement, WinRate, comparisons, win_rate
+from plaudit.run.people import wait_for_people
 from plaudit.run.progress import Counting
-from plaudit.run.rankings import RankingAdmin, RankingsRejected, RankingsUnavailable, answers_in_pieces
+from plaudit.run.rankings import RankingAdmin, RankingsRejected, answers_in_pieces
 from plaudit.run.storage import replaced_files
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
@@ -85,7 +85,9 @@ def run(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> Peop
     ):
         for piece in answers_in_pieces(rows):
             _upload(admin, config, piece)
-        _wait(admin, config, rows[0].batch, counting)
+        wait_for_people(
+            admin, rows[0].batch, counting, patience_s=config.people_patience_s, poll_s=config.people_poll_s
+        )
         rankings = admin.rankings(rows[0].batch)
         agreement = admin.agreement(rows[0].batch)
     result = judge(rows, rankings, agreement)
@@ -219,26 +221,6 @@ def _upload(admin: RankingAdmin, config: EvaluateConfig, rows: list[wire.Answers
         # A closed batch accepts no rows and needs none.
         if admin.progress(rows[0].batch).closed_at is None:
             raise
-
-
-def _wait(admin: RankingAdmin, config: EvaluateConfig, batch: str, counting: Counting) -> None:
-    """Wait until the batch is complete, or an administrator has closed it."""
-    deadline = time.monotonic() + config.people_patience_s
-    counted = 0
-    while True:
-        progress = admin.progress(batch)
-        counting.add(progress.counted - counted)
-        counted = progress.counted
-        if progress.complete or progress.closed_at is not None:
-            return
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise RankingsUnavailable(
-                f"people have ranked {progress.counted} of {progress.wanted} in batch {batch!r} of {admin.url}, and "
-                f"people_patience_s={config.people_patience_s:g} is over; go on when they are done"
-            )
-        counting.waiting(f"waiting for people: {progress.counted} of {progress.wanted} rankings in batch {batch}")
-        time.sleep(min(config.people_poll_s, left))
 
 
 def _say(result: PeopleResult, directory: Path) -> None:

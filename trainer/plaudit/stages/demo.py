@@ -9,7 +9,7 @@ from pathlib import Path
 from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.reading import settle
-from plaudit.run.reward_process import reward_service
+from plaudit.run.service_process import reward_service
 from plaudit.settings import files
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig

@@ -116,14 +116,18 @@ def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
     with Counting("prompts answered", len(prompts), len(kept)) as counting, _appending(config.file) as append:
         for start in range(len(kept), len(prompts), at_once):
             stop = min(start + at_once, len(prompts))
-            texts = answers_to(writer, prompts.rows(start, stop), generation, config.k, config.seed, first=start)
+            first = config.skip + start
+            texts = answers_to(writer, prompts.rows(start, stop), generation, config.k, config.seed, first=first)
             rows = [
                 wire.new_answers_row(
                     config.batch,
                     prompts.texts[p],
                     [
                         wire.new_answer(
-                            text, policy=_name_of(config), revision=writer.revision, seed=number_of(config.seed, p, j)
+                            text,
+                            policy=_name_of(config),
+                            revision=writer.revision,
+                            seed=number_of(config.seed, config.skip + p, j),
                         )
                         for j, text in enumerate(listed)
                     ],
@@ -141,8 +145,8 @@ def _sample(config: SampleConfig, sink: Sink) -> SampleResult:
 
 
 def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, list[str], int]:
-    """The first `n` distinct prompts of the training split, their groups, and the number of texts with a repeated
-    prompt.
+    """`n` distinct prompts of the training split after the first `skip`, their groups, and the number of texts with a
+    repeated prompt.
 
     Raises:
         ConfigError: there are fewer than `n`.
@@ -152,18 +156,19 @@ def training_prompts(config: SampleConfig, writer: Writer) -> tuple[Prompts, lis
         config.dataset, config.prompts, writer.tokenizer, "train", seed=config.seed, room=room
     )
     first: dict[str, int] = {}
-    passed_over = 0
+    passed_over, wanted = 0, config.skip + config.n
     for i, text in enumerate(found.texts):
-        if len(first) == config.n:
+        if len(first) == wanted:
             break
         passed_over += text in first
         first.setdefault(text, i)
-    if len(first) < config.n:
+    if len(first) < wanted:
+        after = f" after skip={config.skip}" if config.skip else ""
         raise ConfigError(
-            f"n={config.n} but data={config.dataset.data!r} has {len(first)} different prompts in its training split; "
-            "ask for fewer, use longer prompts (--prompts.max-tokens) or a larger source"
+            f"n={config.n}{after} but data={config.dataset.data!r} has {len(first)} different prompts in its training "
+            "split; ask for fewer, use longer prompts (--prompts.max-tokens) or a larger source"
         )
-    chosen = list(first.values())
+    chosen = list(first.values())[config.skip :]
     return found.select(chosen), [wire.group_of(sources[i]) for i in chosen], passed_over
 
 
@@ -223,7 +228,7 @@ def _require_same(
     config: SampleConfig, writer: Writer, number: int, row: wire.AnswersRow, prompt: str, group: str
 ) -> None:
     """Raises `ConfigError` for an existing row that this run would not have written."""
-    seeds = [number_of(config.seed, number - 1, j) for j in range(config.k)]
+    seeds = [number_of(config.seed, config.skip + number - 1, j) for j in range(config.k)]
     for name, found, expected in (
         ("batch", row.batch, config.batch),
         ("number of answers", len(row.answers), config.k),

@@ -35,7 +35,10 @@ from plaudit.settings.supervised import OptimizerSettings
 CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """File in a checkpoint with the generator states of the epoch's order and of a random collator."""
-FREE_TO_CHANGE = ("output_dir", "resume", "checkpoint_every", "allow_chance")
+FREE_TO_CHANGE = (
+    *("output_dir", "resume", "checkpoint_every", "allow_chance"),
+    *("ranked", "api_key_file", "patience_s"),  # the rankings themselves are compared
+)
 RandomState: TypeAlias = tuple[Any, ...]
 """State of Python's generator: version, numbers, and a cached number from `gauss`."""
 

@@ -1,4 +1,4 @@
-"""Where a model's files are, and the revision: a hash of their content. Quick to import: no torch, no transformers."""
+"""Where a model's files are, and which of them its revision covers. Quick to import: no torch, no transformers."""
 
 import hashlib
 import json
@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from plaudit import atomic
+from plaudit.wire import revisions
+from plaudit.wire.revisions import LEGACY_WEIGHTS, MODEL_FILES
 
-VOCABULARY_FILES = ("*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken", "*.vocab", "*.dict")
-"""Vocabulary files that are neither JSON nor plain text: SentencePiece's and older formats."""
-MODEL_FILES = ("*.json", "*.txt", "*.safetensors", "*.jinja", *VOCABULARY_FILES)
-LEGACY_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin")
 WEIGHTS_LIKE = ("model*.safetensors", LEGACY_WEIGHTS[0])
 ADAPTER_WEIGHTS = ("adapter_model*.safetensors", LEGACY_WEIGHTS[1])
 ADAPTER_CONFIG = "adapter_config.json"
@@ -112,21 +109,6 @@ def snapshot(model: str, revision: str | None = None) -> Path:
     return found
 
 
-def content_revision(*directories: Path) -> str:
-    """`sha256:` and a hash over the names and contents of the model's weights, configuration and tokenizer files.
-
-    For adapters, it covers the files of their directory, then those of their base model.
-    """
-    digest = hashlib.sha256()
-    for place, directory in enumerate(directories):
-        digest.update(b"\0base\n" * place)
-        for path in model_files(directory):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}\0{content}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def with_template(revision: str, template: str) -> str:
     """The revision of a model that is given this chat template in place of its own."""
     digest = hashlib.sha256(f"{revision}\0chat template\0{template}".encode())
@@ -142,9 +124,6 @@ def file_stamps(*directories: Path) -> list[tuple[str, int, int, int]]:
 def model_files(directory: Path) -> list[Path]:
     """The files that the revision covers, by name, each at its current path (`plaudit.atomic`). Raises `ModelError`."""
     try:
-        found = {
-            path for pattern in (*MODEL_FILES, *LEGACY_WEIGHTS) for path in atomic.current_files(directory, pattern)
-        }
+        return revisions.model_files(directory)
     except OSError as error:
         raise ModelError(f"{directory} can't be read: {error.strerror}: {error.filename}") from error
-    return sorted(found, key=lambda file: file.name)

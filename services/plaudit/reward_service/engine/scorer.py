@@ -28,12 +28,13 @@ from plaudit.reward_service.engine.batching import (
 )
 from plaudit.reward_service.engine.chat import ChatTemplate
 from plaudit.reward_service.engine.loading import Loaded, one_line, read_model
-from plaudit.reward_service.engine.model_files import ModelError, content_revision, with_template
+from plaudit.reward_service.engine.model_files import ModelError, with_template
 from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.packed import PackedEncoder, can_pack
 from plaudit.reward_service.engine.padded import PaddedModel
 from plaudit.reward_service.engine.self_check import WORDS, BatchingMode, check_scores
 from plaudit.reward_service.settings import Settings
+from plaudit.wire.revisions import content_revision
 
 NO_MEMORY_ON_CPU = "DefaultCPUAllocator"
 """The name in torch's RuntimeError when an allocation on the CPU fails."""

@@ -21,10 +21,11 @@ from transformers import (
 
 from harness.tiny_judges import tiny_judge
 from harness.tiny_models import save, tiny_classifier_dir
-from plaudit.reward_service.engine import loading, model_files
+from plaudit.reward_service.engine import loading
 from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
+from plaudit.wire.revisions import content_revision
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses attributes by their old names
 TEXTS = ["this movie was great", "the worst plot of a film , not good", "x"]
@@ -347,9 +348,9 @@ def test_adapters_whose_sum_with_their_base_is_another_model_are_refused(tmp_pat
 
 @pytest.mark.parametrize("name", ["bpe.codes", "spm.model", "qwen.tiktoken", "vocab.txt", "merges.txt"])
 def test_the_revision_covers_every_file_of_a_vocabulary(tmp_path: Path, name: str) -> None:
-    before = model_files.content_revision(tmp_path)
+    before = content_revision(tmp_path)
     (tmp_path / name).write_text("words")
-    assert model_files.content_revision(tmp_path) != before
+    assert content_revision(tmp_path) != before
 
 
 def test_a_hub_id_behind_a_proxy_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

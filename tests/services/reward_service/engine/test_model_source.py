@@ -13,10 +13,11 @@ from plaudit.reward_service.engine import model_files
 from plaudit.reward_service.engine import model_source as model_source_module
 from plaudit.reward_service.engine import scorer as scorer_module
 from plaudit.reward_service.engine.loading import read_model
-from plaudit.reward_service.engine.model_files import ModelError, ModelSource, content_revision
+from plaudit.reward_service.engine.model_files import ModelError, ModelSource
 from plaudit.reward_service.engine.model_source import ModelOrigins, pinned_files
 from plaudit.reward_service.engine.scorer import load_scorer
 from plaudit.reward_service.settings import Settings
+from plaudit.wire.revisions import content_revision
 
 
 @pytest.fixture

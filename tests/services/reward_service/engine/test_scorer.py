@@ -10,9 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Dist
 from harness.tiny_models import tiny_classifier_dir
 from plaudit.reward_service.engine import scorer as scorer_module
 from plaudit.reward_service.engine.loading import read_model
-from plaudit.reward_service.engine.model_files import ModelError, content_revision
+from plaudit.reward_service.engine.model_files import ModelError
 from plaudit.reward_service.engine.scorer import TransformersScorer, load_scorer
 from plaudit.reward_service.settings import Settings
+from plaudit.wire.revisions import content_revision
 
 TEXTS = [
     "this movie was great",
