@@ -59,6 +59,16 @@ def test_a_model_that_reads_padding_or_the_future_is_refused() -> None:
         check_policy(policy_of(looks_ahead), "p")
 
 
+@pytest.mark.parametrize("pad_token_id", [0, 3])
+def test_a_model_that_reads_padding_is_refused_while_the_embedding_of_its_padding_token_is_still_zero(
+    pad_token_id: int,
+) -> None:
+    model = tiny_causal_lm("recurrent_gemma", pad_token_id=pad_token_id)
+    assert not model.get_input_embeddings().weight[pad_token_id].any()
+    with pytest.raises(ConfigError, match=r"policy='p' \(RecurrentGemmaForCausalLM\) .* beside a longer text"):
+        check_policy(policy_of(model), "p")
+
+
 def test_damaged_weights_are_told() -> None:
     model = tiny_gpt2()
     with torch.no_grad():

@@ -135,10 +135,12 @@ def check_policy(policy: Policy, source: str) -> bool:
 
 def _probe(policy: Policy) -> Samples:
     positions = max_positions(policy.language_model)
-    rows = policy.language_model.config.get_text_config().vocab_size
+    config = policy.language_model.config.get_text_config()
     length = min(12, (positions or 12) - 4)
-    longer = [3 + 7 * i % (rows - 4) for i in range(length)]
-    return Samples.from_lists([longer, longer[:2]], [[1, 2, 3], [2, 1, 3]], pad_token_id=0, device=policy.device)
+    longer = [3 + 7 * i % (config.vocab_size - 4) for i in range(length)]
+    # The embedding of the model's own padding token is often zero until it learns, and would hide that it is read.
+    padding = 3 if config.pad_token_id != 3 else 2
+    return Samples.from_lists([longer, longer[:2]], [[1, 2, 3], [2, 1, 3]], padding, policy.device)
 
 
 def _problem_in_company(policy: Policy, source: str) -> str | None:
