@@ -18,10 +18,10 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 demo: install  ## Train a small language model to write positive reviews; the result is runs/demo/report.html.
 	$(BIN)/plaudit demo --output-dir runs/demo
 
-test: install  ## Run the whole test suite, one worker for each core.
-	$(BIN)/pytest -q -n auto --dist worksteal
+test: install  ## Run the test suite without the tests marked slow, one worker for each core.
+	$(BIN)/pytest -q -n auto --dist worksteal -m 'not slow'
 
-coverage: install  ## Run the test suite and report its code coverage, child processes included.
+coverage: install  ## Run the whole test suite and report its code coverage, child processes included.
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -n auto --dist worksteal
 	$(BIN)/coverage combine -q

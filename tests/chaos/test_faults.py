@@ -11,6 +11,8 @@ from harness import chaos
 from harness.chaos import CABLES, FAULTS, KILLS, REAL_KILLS, Account, Fault, Replicas, Trial
 from harness.machine.network import why_not
 
+pytestmark = pytest.mark.slow
+
 WHY_NOT = why_not()
 needs_namespaces = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 

@@ -17,6 +17,8 @@ from harness.tiny_models import tiny_classifier_dir
 from plaudit.rewards import RewardClient, RewardUnavailable, source
 from plaudit.rewards.settings import RewardSettings
 
+pytestmark = pytest.mark.slow
+
 PASSING: list[dict[str, Any]] = [
     *({"do": "status", "status": status} for status in (408, 425, 429, 500, 502, 503, 504)),
     {"do": "status", "status": 429, "headers": {"Retry-After": "0.05"}},

@@ -1,6 +1,10 @@
 """The small form of benchmarks/service/soak.py: seconds instead of minutes, and no training run."""
 
+import pytest
+
 from harness.load.siege import ATTACKS, besiege, besieged_service, known_texts
+
+pytestmark = pytest.mark.slow
 
 
 def test_clients_that_behave_get_their_rewards_while_everything_is_attacked() -> None:

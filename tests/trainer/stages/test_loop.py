@@ -35,6 +35,8 @@ from plaudit.stages import annotate, loop
 from plaudit.stages.loop_settings import Ranking, Round
 from plaudit.stages.ranked_answers import AtChance
 
+pytestmark = pytest.mark.slow
+
 ADMIN_KEY = "the-administrators-key"
 STAGES = ("sample", "people", "reward-model", "ppo", "against-stage-1", "judged-against-stage-1")
 MOMENTS = {"ppo": "PPO step 1/"}

@@ -29,6 +29,8 @@ from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSetti
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.stages import ppo
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[3] / "deploy/accelerate/fsdp.yaml"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 NESTED = {"FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block,GPT2MLP"}

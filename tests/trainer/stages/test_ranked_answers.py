@@ -224,7 +224,7 @@ def test_conversations_are_judged_by_the_judges_own_template(config: RewardModel
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     assert model(ids).logits.item() == pytest.approx(scores[0].item(), abs=1e-4)
     (tmp_path / "other").mkdir()
-    with pytest.raises(ConfigError, match="has no chat template, and the data hold conversations"):
+    with pytest.raises(ConfigError, match="has no chat template, and the data holds conversations"):
         reward_model.run(
             dataclasses.replace(config, model=str(save(tiny_gpt2(), tmp_path / "other")), output_dir=tmp_path / "no")
         )

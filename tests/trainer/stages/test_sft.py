@@ -203,7 +203,7 @@ def test_prompts_and_completions_are_found_by_their_columns(
 
 
 def test_a_tokenizer_without_a_template_needs_one(policy_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no chat template, and the data hold conversations"):
+    with pytest.raises(ConfigError, match="has no chat template, and the data holds conversations"):
         sft.run(chat_config(policy_dir, tmp_path))
     (tmp_path / "chatml.jinja").write_text(CHATML)
     sft.run(chat_config(policy_dir, tmp_path, steps=1, chat_template=str(tmp_path / "chatml.jinja")))

@@ -43,7 +43,7 @@ def use_chat_template(
             raise ChatTemplateError(f"{setting}={str(file)!r} can't be read: {error}") from error
     if not tokenizer.chat_template:
         raise ChatTemplateError(
-            f"{named} has no chat template, and there are conversations to write: give one as a Jinja file with "
+            f"{named} has no chat template, and the data holds conversations: give one as a Jinja file with "
             f"--{setting.replace('_', '-')}, or name a model that was made for conversations"
         )
 
