@@ -223,6 +223,43 @@ def frozen_weights_fingerprint(policy: Policy) -> str:
     return f"{count} tensors, sha256 {digest.hexdigest()[:16]}"
 
 
+def checkpoint_to_resume(
+    root: Path,
+    output_dir: Path,
+    resume: str | None,
+    config: object,
+    *,
+    holds: str = "a run",
+    defaults: object = None,
+    free: tuple[str, ...] = FREE_TO_CHANGE,
+) -> Checkpoint | None:
+    """The checkpoint below `root` that a run continues from, None for a new run. Prints it and the changed settings.
+
+    `resume` is `auto`, a checkpoint's directory, or None; `holds` says in the error what `output_dir` contains.
+
+    Raises:
+        ConfigError: there are checkpoints and `resume` is None, the checkpoint can't be read, or its settings differ.
+    """
+    existing = list_checkpoints(root)
+    if resume is None:
+        if existing:
+            raise ConfigError(
+                f"output_dir={output_dir} holds {holds} with checkpoints up to step {existing[-1].step}; "
+                "go on with --resume auto, or give another --output-dir"
+            )
+        return None
+    if resume == "auto":
+        if not existing:
+            return None
+        chosen = existing[-1]
+    else:
+        chosen = read_checkpoint(Path(resume))
+    for line in check_same_run(chosen.config, to_dict(config), defaults=defaults, free=free):
+        print(f"resuming with {line}")
+    print(f"resuming after step {chosen.step} from {chosen.directory}", flush=True)
+    return chosen
+
+
 def check_same_run(
     saved: dict[str, Any], current: dict[str, Any], *, defaults: object = None, free: tuple[str, ...] = FREE_TO_CHANGE
 ) -> list[str]:

@@ -148,24 +148,7 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
     held.enter_context(exclusive(config.output_dir))
     require_same_kind(config)
     root = config.output_dir / CHECKPOINTS
-    existing = checkpoints.list_checkpoints(root)
-    if config.resume is None:
-        if existing:
-            raise ConfigError(
-                f"output_dir={config.output_dir} holds a run with checkpoints up to step {existing[-1].step}; "
-                "go on with --resume auto, or give another --output-dir"
-            )
-        return None
-    if config.resume == "auto":
-        if not existing:
-            return None
-        chosen = existing[-1]
-    else:
-        chosen = checkpoints.read_checkpoint(Path(config.resume))
-    for line in checkpoints.check_same_run(chosen.config, to_dict(config)):
-        print(f"resuming with {line}")
-    print(f"resuming after step {chosen.step} from {chosen.directory}")
-    return chosen
+    return checkpoints.checkpoint_to_resume(root, config.output_dir, config.resume, config)
 
 
 def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Prompts:

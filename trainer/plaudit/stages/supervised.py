@@ -94,25 +94,15 @@ def _require_nothing_of_the_other_kind(config: SFTConfig | RewardModelConfig) ->
 
 
 def _checkpoint_to_resume(config: SFTConfig | RewardModelConfig, root: Path) -> checkpoints.Checkpoint | None:
-    existing = checkpoints.list_checkpoints(root)
-    if config.resume is None:
-        if existing:
-            raise ConfigError(
-                f"output_dir={config.output_dir} holds an unfinished run with checkpoints up to step "
-                f"{existing[-1].step}; go on with --resume auto, or give another --output-dir"
-            )
-        return None
-    if config.resume == "auto":
-        if not existing:
-            return None
-        chosen = existing[-1]
-    else:
-        chosen = checkpoints.read_checkpoint(Path(config.resume))
-    lines = checkpoints.check_same_run(chosen.config, to_dict(config), defaults=type(config)(), free=FREE_TO_CHANGE)
-    for line in lines:
-        print(f"resuming with {line}")
-    print(f"resuming after step {chosen.step} from {chosen.directory}", flush=True)
-    return chosen
+    return checkpoints.checkpoint_to_resume(
+        root,
+        config.output_dir,
+        config.resume,
+        config,
+        holds="an unfinished run",
+        defaults=type(config)(),
+        free=FREE_TO_CHANGE,
+    )
 
 
 def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
