@@ -9,19 +9,14 @@ import pytest
 
 from harness.stub_reward_server import LABELS, REVISION, StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
-from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable, source
+from plaudit.rewards import RewardClient, RewardRejected, RewardUnavailable
 from plaudit.rewards.settings import RewardSettings
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 PROMPTS = [f"prompt {i}" for i in range(50)]
 RESPONSES = [f" response {i}" for i in range(50)]
 EXPECTED = [stub_reward(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "WAIT_INITIAL_S", 0.01)
-    monkeypatch.setattr(source, "WAIT_MAX_S", 0.05)
-    monkeypatch.setattr(source, "WAIT_JITTER_S", 0.01)
 
 
 NO_SUCH_LABEL = json.dumps(

@@ -11,22 +11,17 @@ import pytest
 
 from harness.stub_reward_server import StubRewardServer, stub_reward
 from plaudit.errors import ConfigError
-from plaudit.rewards import RewardClient, RewardRejected, client, endpoint, source
+from plaudit.rewards import RewardClient, RewardRejected, client, endpoint
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.plain import to_dict
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
 RESPONSES = [f" response {i}" for i in range(40)]
 EXPECTED = [stub_reward(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
 
 Start = Callable[[], StubRewardServer]
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "WAIT_INITIAL_S", 0.01)
-    monkeypatch.setattr(source, "WAIT_MAX_S", 0.05)
-    monkeypatch.setattr(source, "WAIT_JITTER_S", 0.01)
 
 
 def settings(*urls: str, **changes: Any) -> RewardSettings:

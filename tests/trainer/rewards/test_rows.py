@@ -10,10 +10,12 @@ import pytest
 
 from harness.foreign import stand_ins as foreign
 from harness.stub_reward_server import StubRewardServer, stub_reward, stub_reward_of
-from plaudit.rewards import RemoteReward, RewardClient, RewardRejected, source
+from plaudit.rewards import RemoteReward, RewardClient, RewardRejected
 from plaudit.rewards.rows import messages_of, rows_of
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.wire import MAX_VALUES_PER_REQUEST, ChatMessage
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 HERE = __name__
 CHATS = [
@@ -29,13 +31,6 @@ EXPECTED = [
 ]
 
 Start = Callable[[], StubRewardServer]
-
-
-@pytest.fixture(autouse=True)
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "WAIT_INITIAL_S", 0.01)
-    monkeypatch.setattr(source, "WAIT_MAX_S", 0.05)
-    monkeypatch.setattr(source, "WAIT_JITTER_S", 0.01)
 
 
 def settings(*servers: StubRewardServer, **changes: Any) -> RewardSettings:

@@ -1,9 +1,11 @@
-"""A run of stage 3 that takes seconds."""
+"""A run of stage 3 that takes seconds, and a ranking service."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from harness.ranking_service import KEY, RankingService
 from harness.stub_reward_server import StubRewardServer
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings
@@ -23,3 +25,12 @@ def config(policy_dir: Path, reviews: Path, stub_reward_server: StubRewardServer
         checkpoint_every=1,
         collective_timeout_s=60.0,
     )
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RankingService]:
+    """A ranking service, with its key in the environment."""
+    monkeypatch.setenv("RANK_API_KEY", KEY)
+    running = RankingService(str(tmp_path / "service.db"))
+    yield running
+    running.kill()

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from plaudit.run.rankings import RankingsUnavailable
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.stages import annotate
 from plaudit.wire import rankings as wire
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RankingService]:
-    monkeypatch.setenv("RANK_API_KEY", KEY)
-    running = RankingService(str(tmp_path / "service.db"))
-    yield running
-    running.kill()
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.judges import vowels
-from harness.ranking_service import KEY, RankingService
+from harness.ranking_service import RankingService
 from harness.tiny_models import tiny_gpt2_dir
 from plaudit import cli, errors
 from plaudit.data.sources import load_texts
@@ -27,14 +26,6 @@ from plaudit.wire import rankings as wire
 
 N = 24
 NO_AGREEMENT: dict[str, Any] = {"value": None, "low": None, "high": None}
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RankingService]:
-    monkeypatch.setenv("RANK_API_KEY", KEY)
-    running = RankingService(str(tmp_path / "service.db"))
-    yield running
-    running.kill()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,14 +41,6 @@ ADMIN_KEY = "the-administrators-key"
 STAGES = ("sample", "people", "reward-model", "ppo", "against-stage-1", "judged-against-stage-1")
 MOMENTS = {"ppo": "PPO step 1/"}
 """What a stage has said when it is killed; of the others, that it has begun."""
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RankingService]:
-    monkeypatch.setenv("RANK_API_KEY", KEY)
-    running = RankingService(str(tmp_path / "service.db"))
-    yield running
-    running.kill()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -35,14 +34,6 @@ def config(policy_dir: Path, reviews: Path, tmp_path: Path) -> SampleConfig:
         generation=GenerationSettings(batch_size=12),
         seed=5,
     )
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RankingService]:
-    monkeypatch.setenv("RANK_API_KEY", KEY)
-    running = RankingService(str(tmp_path / "service.db"))
-    yield running
-    running.kill()
 
 
 def rows_of(config: SampleConfig) -> list[wire.AnswersRow]:
