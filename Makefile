@@ -42,7 +42,7 @@ gpu-bundle: install  ## Collect what benchmarks/gpu needs on a machine without a
 
 check: install format-check lint types test  ## Run formatting, lint, type checks and tests: all must pass before a commit.
 
-format-check:
+format-check: install
 	$(BIN)/ruff format --check .
 
 format: install  ## Format the code.
