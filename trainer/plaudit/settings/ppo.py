@@ -15,21 +15,24 @@ LearningRateSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class PPOHyperparameters:
-    """Hyperparameters of PPO, under the names of TRL's classic trainer."""
+class PPOSettings:
+    """Hyperparameters of PPO, under the names of TRL's classic trainer. Four of them may be left open (None): a run
+    chooses them for its model and data (`plaudit.settings.starting_points`), and logs what it chose."""
 
-    learning_rate: float = 1.41e-5
-    batch_size: int = 128
-    """Samples per step, over all processes."""
-    mini_batch_size: int = 128
-    """Samples per gradient accumulation step."""
+    learning_rate: float | None = None
+    """Default: chosen for the policy's size, and for adapters or all parameters. The log says which."""
+    batch_size: int | None = None
+    """Samples per step, over all processes. Default: 128, or less if there are fewer prompts."""
+    mini_batch_size: int | None = None
+    """Samples per gradient accumulation step. Default: the batch; at most 128, and so that it divides the batch."""
     gradient_accumulation_steps: int = 1
     micro_batch_size: int | None = None
     """Samples per forward pass in updates. Default: as many of a mini-batch as fit into memory. Does not affect
     results."""
     ppo_epochs: int = 4
     adap_kl_ctrl: bool = True
-    init_kl_coef: float = 0.2
+    init_kl_coef: float | None = None
+    """Weight of the KL penalty at the start. Default: 0.05."""
     target: float = 6.0
     """Target of the adaptive KL controller: KL summed over a response, mean over samples."""
     horizon: float = 10_000.0
@@ -83,17 +86,30 @@ class PPOHyperparameters:
         )
         fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
-        require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
-        per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         require(
-            self.batch_size % per_optimizer_step == 0,
-            f"mini_batch_size={self.mini_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps} "
+            self.init_kl_coef is None or self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more"
+        )
+        mini_batch_size = 1 if self.mini_batch_size is None else self.mini_batch_size
+        per_optimizer_step = mini_batch_size * self.gradient_accumulation_steps
+        require(
+            self.batch_size is None or self.batch_size % per_optimizer_step == 0,
+            f"mini_batch_size={mini_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps} "
             f"= {per_optimizer_step} does not divide batch_size={self.batch_size}",
         )
         require(
             self.use_score_scaling or not self.use_score_norm,
             "use_score_norm=True needs use_score_scaling=True",
         )
+
+
+@dataclass(frozen=True)
+class PPOHyperparameters(PPOSettings):
+    """All hyperparameters of PPO, none left open. The defaults are those of the published recipe."""
+
+    learning_rate: float = 1.41e-5
+    batch_size: int = 128
+    mini_batch_size: int = 128
+    init_kl_coef: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -127,12 +143,12 @@ class PPOConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
-    ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    ppo: PPOSettings = field(default_factory=PPOSettings)
     check: bool = False
     """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
     needs."""
     steps: int | None = None
-    """PPO steps. Default: one pass over the prompts."""
+    """PPO steps. Default: one pass over the prompts, but at least 50 steps."""
     resume: str | None = None
     """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 50
