@@ -38,6 +38,7 @@ from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
+from plaudit.settings.export import ExportConfig
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
@@ -126,6 +127,12 @@ COMMANDS = {
         "plaudit.stages.generate",
         "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
+    ),
+    "export": Command(
+        ExportConfig,
+        "plaudit.stages.export",
+        "write a run's policy for other programs: a merged model, or adapters",
+        "plaudit export runs/ppo my-model",
     ),
     "demo": Command(
         DemoConfig,

@@ -96,7 +96,7 @@ def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
         components = []
         if own.get("url") and own.get("function"):
             function = own.pop("function")
-            extra = own | {"url": (), "function": function, "name": function.partition(":")[2]}
+            extra = own | {"url": (), "function": function, "name": function.rpartition(":")[2]}
             components = [RewardComponent(**own), RewardComponent(**extra | {"weight": function_weight})]
         elif own.get("url") or own.get("function") or not also:
             components = [RewardComponent(**own)]
