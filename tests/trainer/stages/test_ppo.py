@@ -20,7 +20,7 @@ from harness.tiny_models import tiny_gpt2
 from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.policy.model import load_policy
+from plaudit.policy.loading import load_policy
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.rewards.settings import RewardComponent, RewardSettings
