@@ -42,8 +42,8 @@ class PPOHyperparameters:
     kl_loss: KLLoss = "k3"
     """Estimator of the KL term in the loss."""
     kl_loss_weighted: bool = True
-    """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy ||
-    reference). Turn off for GRPO's term."""
+    """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy, reference).
+    Turn off for GRPO's term."""
     gamma: float = 1.0
     lam: float = 0.95
     """Lambda of generalised advantage estimation, for advantages and returns."""
