@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from plaudit import cli, errors
 from plaudit.errors import ConfigError, NotAsSaved
-from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.settings.export import ExportConfig
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.ppo import PPOConfig
@@ -97,10 +98,8 @@ def test_files_that_load_as_another_policy_are_not_left_behind(run, tmp_path, mo
         name = next(name for name in tensors if name.endswith("ln_f.weight"))
         save_file(tensors | {name: tensors[name] * 2}, directory / "model.safetensors", {"format": "pt"})
 
-    from plaudit.policy.model import Policy
-
-    whole = Policy.merge
-    monkeypatch.setattr(Policy, "merge", damaged)
+    whole = export.merge_policy
+    monkeypatch.setattr(export, "merge_policy", damaged)
     with pytest.raises(NotAsSaved, match=r"loaded again, it differs from the policy by \d"):
         export.run(ExportConfig(str(run.output_dir), tmp_path / "out"))
     assert not [file for file in (tmp_path / "out").glob("*") if not file.name.startswith(".")]

@@ -1,7 +1,7 @@
 """Starting points: the settings that a run chooses for its model and data where none are given.
 
 The rates are measured for the embedded models (2 million parameters). For GPT-2 and larger models they are what is
-usual, and the first thing to change if a run learns too slowly or drifts (docs/ppo.md).
+usual, and the first thing to change if a run learns too slowly or drifts (docs/how-to/stages.md).
 
 Failure mode: a choice that depends on more than the model's size and the number of examples, so that a resumed run
 would choose differently.

@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plaudit import demo_models
 from plaudit.data.chat_templates import use_chat_template
 from plaudit.errors import ConfigError, NotAsSaved
-from plaudit.policy.model import Policy, base_of, load_policy, load_tokenizer
+from plaudit.policy.adapters import base_of
+from plaudit.policy.loading import load_policy
+from plaudit.policy.merging import merge_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_tokenizer
+from plaudit.policy.saving import save_policy
 from plaudit.run.storage import replaced_model, write_text
 from plaudit.settings.export import ExportConfig
 from plaudit.stages.trained_policy import Source, find, load_checkpoint
@@ -48,9 +53,9 @@ def run(config: ExportConfig) -> Path:
         use_chat_template(tokenizer, template, f"policy={source.settings.policy!r}")
     with replaced_model(config.output_dir) as beside:
         if config.form == "merged":
-            policy.merge(beside)
+            merge_policy(policy, beside)
         else:
-            policy.save(beside)
+            save_policy(policy, beside)
         (beside / "value_head.safetensors").unlink(missing_ok=True)
         tokenizer.save_pretrained(beside)
         difference, precision = _compare(policy, tokenizer, beside, config)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from plaudit.errors import ConfigError
-from plaudit.policy.model import Policy, load_policy
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
 from plaudit.run import checkpoint as checkpoints
 from plaudit.settings.files import from_dict
 from plaudit.settings.ppo import PPOConfig
