@@ -21,9 +21,10 @@ def test_a_file_anywhere_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write(tmp_path / "rewards", "LENGTHS = len\n", "beside.py")
     file = write(
         tmp_path / "rewards",
-        "from beside import LENGTHS\n\ndef score(prompts, responses):\n    return [float(LENGTHS(r)) for r in responses]",
+        "from beside import LENGTHS\ndef score(prompts, responses):\n    return [float(LENGTHS(r)) for r in responses]",
     )
     with RewardClient(RewardSettings.of(function=f"{file}:score")) as client:
+        client.connect()
         assert client.score(["a", "b"], ["one", "three"]) == [3.0, 5.0]
         before = client.revision
     assert before.startswith("function:")

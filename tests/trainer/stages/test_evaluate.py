@@ -170,7 +170,7 @@ def test_the_console_shows_the_table_and_where_the_report_is(config, capsys):
 
 
 def test_all_held_out_prompts_are_taken_with_a_warning_if_there_are_fewer_than_asked_for(config, capsys):
-    result = evaluate.run(dataclasses.replace(config, n_prompts=500))
+    result = evaluate.by_rewards(dataclasses.replace(config, n_prompts=500))
     n = result.evaluation.n
     assert 2 <= n < 500
     assert (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from plaudit import cli, errors
 from plaudit.errors import ConfigError, NotAsSaved
+from plaudit.policy import merging
 from plaudit.policy.loading import load_policy
 from plaudit.policy.pretrained import load_tokenizer
 from plaudit.settings.export import ExportConfig
@@ -29,9 +31,17 @@ def logits(model: Any, directory: Path | str) -> torch.Tensor:
         return torch.as_tensor(model.eval()(input_ids=ids).logits)
 
 
+_RUN: list[Path] = []
+"""The output directory of the one run that all tests copy."""
+
+
 @pytest.fixture
-def run(config: PPOConfig) -> PPOConfig:
-    ppo.run(config)
+def run(config: PPOConfig, tmp_path_factory: pytest.TempPathFactory) -> PPOConfig:
+    """A finished run of three steps."""
+    if not _RUN:
+        _RUN.append(tmp_path_factory.mktemp("finished") / "run")
+        ppo.run(dataclasses.replace(config, output_dir=_RUN[0]))
+    shutil.copytree(_RUN[0], config.output_dir)
     return config
 
 
@@ -98,8 +108,8 @@ def test_files_that_load_as_another_policy_are_not_left_behind(run, tmp_path, mo
         name = next(name for name in tensors if name.endswith("ln_f.weight"))
         save_file(tensors | {name: tensors[name] * 2}, directory / "model.safetensors", {"format": "pt"})
 
-    whole = export.merge_policy
-    monkeypatch.setattr(export, "merge_policy", damaged)
+    whole = merging.merge_policy
+    monkeypatch.setattr(f"{export.__name__}.merge_policy", damaged)
     with pytest.raises(NotAsSaved, match=r"loaded again, it differs from the policy by \d"):
         export.run(ExportConfig(str(run.output_dir), tmp_path / "out"))
     assert not [file for file in (tmp_path / "out").glob("*") if not file.name.startswith(".")]

@@ -20,8 +20,8 @@ from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.devices import settle_arithmetic
 from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
-from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.adapters import is_adapters
+from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.loading import load_policy
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
