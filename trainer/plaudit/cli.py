@@ -40,6 +40,7 @@ from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
 from plaudit.settings.export import ExportConfig
 from plaudit.settings.generate import GenerateConfig
+from plaudit.settings.init import InitConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
@@ -66,6 +67,12 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        InitConfig,
+        "plaudit.stages.init",
+        "look at your data, write a settings file for all stages, print the commands",
+        "plaudit init my_reviews.csv",
+    ),
     "sft": Command(
         SFTConfig,
         "plaudit.stages.sft",

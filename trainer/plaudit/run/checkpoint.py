@@ -36,7 +36,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_samples_every",
-    "trackers",
+    "tracker",
     "collective_timeout_s",
     "merge",
     "device",

@@ -61,7 +61,23 @@ def read(config_type: type, path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(values, Mapping) and values.keys() == {"stages"}:
+        return _own_part(config_type, values["stages"], path)
     return {} if values is None else _section(config_type, values, path, prefix="", root=config_type)
+
+
+def _own_part(config_type: type, parts: object, path: Path) -> dict[str, Any]:
+    """The part of a file with settings of several stages (`stages: {sft: …, ppo: …}`) that is for `config_type`."""
+    stage = getattr(config_type, "stage", None)
+    if not isinstance(parts, Mapping) or stage not in parts:
+        there = ", ".join(map(str, parts)) if isinstance(parts, Mapping) else "nothing"
+        raise ConfigError(
+            f"{path}: its stages are {there}, and none of them is for this command ({stage or 'it has none'})"
+        )
+    values = parts[stage]
+    if values is None:
+        return {}
+    return _section(config_type, values, Path(f"{path}, stages.{stage}"), prefix="", root=config_type)
 
 
 def _section(config_type: type, values: object, path: Path, prefix: str, root: type) -> dict[str, Any]:

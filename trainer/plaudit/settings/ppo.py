@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
@@ -170,6 +170,9 @@ class PenaltySettings:
 class PPOConfig:
     """Stage 3: PPO with rewards from a reward service."""
 
+    stage: ClassVar = "ppo"
+    """The name of its part in a settings file for all stages."""
+
     policy: str = "lvwerra/gpt2-imdb"
     """Directory or hub id of the causal language model to train."""
     output_dir: Path = Path("runs/ppo")
@@ -201,6 +204,10 @@ class PPOConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers for metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... (accelerate's
     names)."""
+    tracker_project: str = "plaudit"
+    """Name of the project (wandb, trackio, swanlab, comet_ml, clearml) or experiment (mlflow, aim) in the trackers."""
+    tracker_run: str | None = None
+    """Name of this run in the trackers (wandb, trackio, swanlab, clearml, mlflow). Default: the tracker chooses one."""
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     collective_timeout_s: float = 600.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plaudit.checks import fraction, positive, require
 from plaudit.settings.data import Data, DataSettings
@@ -14,6 +14,9 @@ from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 @dataclass(frozen=True)
 class RewardModelConfig:
     """Stage 2: train a reward model from labelled texts (classifier) or ranked answers (pairwise)."""
+
+    stage: ClassVar = "reward-model"
+    """The name of its part in a settings file for all stages."""
 
     kind: Literal["classifier", "pairwise"] = "classifier"
     """`classifier` trains on labels with cross-entropy; `pairwise` trains one score with the Bradley-Terry loss."""
