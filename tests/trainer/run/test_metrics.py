@@ -1,15 +1,16 @@
 """The metrics file survives what happens to runs: crashes, resumes, numbers that aren't."""
 
+import inspect
 import json
 import math
-import inspect
 import sys
-import types
 import threading
+import types
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from harness.machine.disks import fill, small_disk
@@ -180,6 +181,7 @@ def test_project_and_run_are_named_as_wandb_takes_them(tmp_path: Path, monkeypat
     wandb.init = lambda **options: started.append(options)  # type: ignore[attr-defined]
     wandb.config = types.SimpleNamespace(update=lambda values, allow_val_change: None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    PartialState(cpu=True)  # as a run has it, for the tracker's log lines
     open_tracker("wandb", tmp_path, {"seed": 1}, project="reviews", run="first try")
     open_tracker("wandb", tmp_path, {"seed": 1})
     assert started == [{"project": "reviews", "name": "first try"}, {"project": "plaudit"}]
