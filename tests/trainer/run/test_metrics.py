@@ -181,7 +181,7 @@ def test_project_and_run_are_named_as_wandb_takes_them(tmp_path: Path, monkeypat
     wandb.init = lambda **options: started.append(options)  # type: ignore[attr-defined]
     wandb.config = types.SimpleNamespace(update=lambda values, allow_val_change: None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    PartialState(cpu=True)  # as a run has it, for the tracker's log lines
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as in a run of one process
     open_tracker("wandb", tmp_path, {"seed": 1}, project="reviews", run="first try")
     open_tracker("wandb", tmp_path, {"seed": 1})
     assert started == [{"project": "reviews", "name": "first try"}, {"project": "plaudit"}]

@@ -144,7 +144,7 @@ def open_tracker(
     Raises:
         ConfigError: the name is unknown, the tracker's package is not installed, or it takes no name for a run.
     """
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     if name not in tracking.LOGGER_TYPE_TO_CLASS:
         raise ConfigError(f"trackers={name!r}: there are {', '.join(sorted(tracking.LOGGER_TYPE_TO_CLASS))}")
@@ -154,6 +154,7 @@ def open_tracker(
         if name not in RUN_NAME:
             raise ConfigError(f"tracker_run={run!r}: {name} takes none; these do: {', '.join(RUN_NAME)}")
         options[RUN_NAME[name]] = run
+    PartialState()  # the trackers log through it, and a run of one process hasn't started it
     try:
         tracker = kind(project, **options)
         tracker.start()
