@@ -109,13 +109,13 @@ def changed(config: PPOConfig, name: str, url: str) -> PPOConfig:
     """The config with this setting, whose first reward is asked at `url`."""
     reward = config.reward.asking(url)
     positive = dataclasses.replace(reward.components[0], name="positive", label="POSITIVE")
-    judges = (positive,)
+    judges = [positive]
     if name in OF_REWARD:
-        judges += (dataclasses.replace(positive, name="not-negative", label="NEGATIVE", weight=-1.0),)
+        judges.append(dataclasses.replace(positive, name="not-negative", label="NEGATIVE", weight=-1.0))
     return dataclasses.replace(
         config,
         ppo=dataclasses.replace(config.ppo, **OF_PPO.get(name, {})),
-        reward=dataclasses.replace(reward, components=judges, **OF_REWARD.get(name, {})),
+        reward=dataclasses.replace(reward, components=tuple(judges), **OF_REWARD.get(name, {})),
     )
 
 
