@@ -12,7 +12,9 @@ from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSetti
 from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+KLLoss = Literal["k1", "k2", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,31 @@ class PPOHyperparameters:
     horizon: float = 10_000.0
     """Number of samples over which the controller may change the coefficient by about 20 %."""
     kl_penalty: KLPenalty = "kl"
+    kl_loss_coef: float = 0.0
+    """Coefficient of a KL term in the loss, beside the KL in the reward. For the loss alone, set init_kl_coef to 0."""
+    kl_loss: KLLoss = "k3"
+    """Estimator of the KL term in the loss."""
+    kl_loss_weighted: bool = True
+    """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy, reference).
+    Turn off for GRPO's term."""
     gamma: float = 1.0
     lam: float = 0.95
+    """Lambda of generalised advantage estimation, for advantages and returns."""
+    value_lam: float | None = None
+    """Lambda of the returns that the value head learns (decoupled GAE). Default: lam."""
+    lam_alpha: float | None = None
+    """Length-adaptive lambda of the advantages, in place of lam: 1 - 1 / (lam_alpha x response length), at least 0."""
     cliprange: float = 0.2
+    cliprange_upper: float | None = None
+    """Clip range of the ratio above 1 (clip-higher). Default: cliprange."""
+    dual_clip: float | None = None
+    """Upper bound of the ratio in the loss of tokens with a negative advantage, above 1 (dual clip). Default: none."""
     cliprange_value: float = 0.2
+    loss_aggregation: Aggregation = "token_mean"
+    """How the losses of a mini-batch's tokens are combined: their mean, the mean over responses of each one's mean, or
+    the mean over responses of each one's sum divided by loss_tokens."""
+    loss_tokens: int | None = None
+    """Divisor of each response's sum with loss_aggregation=sequence_sum, for example generation.max_new_tokens."""
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     ratio_threshold: float = 10.0
@@ -74,6 +97,9 @@ class PPOHyperparameters:
             "target",
             "horizon",
             "cliprange",
+            "cliprange_upper",
+            "lam_alpha",
+            "loss_tokens",
             "cliprange_value",
             "ratio_threshold",
             "max_grad_norm",
@@ -82,9 +108,20 @@ class PPOHyperparameters:
             "adam_eps",
             "value_head_learning_rate",
         )
-        fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
+        fraction(self, "gamma", "lam", "value_lam", "adam_beta1", "adam_beta2")
+        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip={self.dual_clip} must be greater than 1")
+        require(
+            (self.loss_aggregation == "sequence_sum") == (self.loss_tokens is not None),
+            f"loss_tokens={self.loss_tokens} with loss_aggregation={self.loss_aggregation}: sequence_sum needs "
+            "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
+        )
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
+        require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
+        require(
+            self.kl_loss != "k1" or self.kl_loss_weighted,
+            "kl_loss=k1 with kl_loss_weighted=False has a gradient of zero in expectation: weight it, or take k2 or k3",
+        )
         per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         require(
             self.batch_size % per_optimizer_step == 0,
