@@ -77,7 +77,7 @@ def test_a_batch_has_no_more_samples_than_there_are_prompts(prompts: int, per_st
 
 @pytest.mark.parametrize(("prompts", "per_step"), [(0, 1), (100, 200)])
 def test_a_batch_that_there_are_too_few_prompts_for_is_refused(prompts: int, per_step: int) -> None:
-    with pytest.raises(ConfigError, match=f"{prompts} prompts are fewer than one batch"):
+    with pytest.raises(ConfigError, match=f"{prompts} samples, one pass over the prompts, are fewer than one batch"):
         batch_for(prompts, per_step)
 
 
@@ -88,10 +88,17 @@ def test_the_default_mini_batch_fits_every_batch() -> None:
         PPOHyperparameters(batch_size=batch, mini_batch_size=size)  # refuses one that does not divide the batch
 
 
+def test_all_responses_to_a_prompt_fit_into_a_mini_batch() -> None:
+    chosen, _ = choose(PPOSettings(responses_per_prompt=6), prompts=50)
+    assert (chosen.batch_size, chosen.mini_batch_size) == (126, 126)
+    with pytest.raises(ConfigError, match="responses_per_prompt=6 does not divide batch_size=128"):
+        choose(PPOSettings(batch_size=128, responses_per_prompt=6))
+
+
 def test_accumulation_steps_make_a_smaller_mini_batch() -> None:
     chosen, _ = choose(PPOSettings(batch_size=96, gradient_accumulation_steps=4))
     assert chosen.mini_batch_size == 24
-    with pytest.raises(ConfigError, match="4 does not divide batch_size=90"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=4 x .* does not divide batch_size=90"):
         choose(PPOSettings(batch_size=90, gradient_accumulation_steps=4))
 
 

@@ -45,33 +45,38 @@ def learning_rate(stage: Stage, parameters: int, *, adapters: bool) -> float:
     return rate * ADAPTERS if adapters else rate
 
 
-def mini_batch_of(batch_size: int, gradient_accumulation_steps: int) -> int:
-    """The largest mini-batch of at most 128 samples that makes whole accumulation steps of the batch.
+def mini_batch_of(batch_size: int, gradient_accumulation_steps: int, responses_per_prompt: int = 1) -> int:
+    """The largest mini-batch of at most 128 samples that makes whole accumulation steps of the batch, and holds all
+    responses to a prompt.
 
     Raises:
-        ConfigError: the batch can't be divided into that many accumulation steps.
+        ConfigError: the batch can't be divided so.
     """
-    for size in range(min(batch_size, BATCH_SIZE), 0, -1):
-        if batch_size % (size * gradient_accumulation_steps) == 0:
+    least = responses_per_prompt
+    for size in range(min(batch_size, max(BATCH_SIZE, least)), 0, -1):
+        if size % least == 0 and batch_size % (size * gradient_accumulation_steps) == 0:
             return size
     raise ConfigError(
-        f"gradient_accumulation_steps={gradient_accumulation_steps} does not divide batch_size={batch_size}"
+        f"gradient_accumulation_steps={gradient_accumulation_steps} x responses_per_prompt={responses_per_prompt} does "
+        f"not divide batch_size={batch_size}"
     )
 
 
-def batch_for(prompts: int, per_optimizer_step: int) -> int:
-    """A batch of at most 128 samples, or of `per_optimizer_step` if that is more, for so many prompts: a power of two
-    if it can be.
+def batch_for(samples: int, per_optimizer_step: int) -> int:
+    """A batch of at most 128 samples, or of `per_optimizer_step` if that is more, where one pass over the prompts has
+    so many: a power of two if it can be.
 
     Raises:
-        ConfigError: there are fewer prompts than that.
+        ConfigError: there are fewer samples than that.
     """
     size = BATCH_SIZE
-    while size > prompts:
+    while size > samples:
         size //= 2
     size = max(size // per_optimizer_step * per_optimizer_step, per_optimizer_step)
-    if size > prompts or prompts == 0:
-        raise ConfigError(f"{prompts} prompts are fewer than one batch of ppo.batch_size={size}")
+    if size > samples or samples == 0:
+        raise ConfigError(
+            f"{samples} samples, one pass over the prompts, are fewer than one batch of ppo.batch_size={size}"
+        )
     return size
 
 
@@ -90,9 +95,11 @@ def chosen_ppo(
     accumulated = settings.gradient_accumulation_steps
     batch_size = settings.batch_size
     if batch_size is None:
-        batch_size = chosen["batch_size"] = batch_for(prompts, (settings.mini_batch_size or 1) * accumulated)
+        least = settings.mini_batch_size or settings.responses_per_prompt
+        samples = prompts * settings.responses_per_prompt
+        batch_size = chosen["batch_size"] = batch_for(samples, least * accumulated)
     if settings.mini_batch_size is None:
-        chosen["mini_batch_size"] = mini_batch_of(batch_size, accumulated)
+        chosen["mini_batch_size"] = mini_batch_of(batch_size, accumulated, settings.responses_per_prompt)
     if settings.init_kl_coef is None:
         chosen["init_kl_coef"] = INIT_KL_COEF
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}

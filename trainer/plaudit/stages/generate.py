@@ -21,6 +21,7 @@ from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
+from plaudit.policy.reading import settle
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import tokens_in_front
 from plaudit.policy.uncached_generation import generate_uncached
@@ -48,6 +49,7 @@ class Answer:
 def run(config: GenerateConfig) -> list[Answer]:
     """Answer every prompt, and print the answers as they are generated."""
     settle_arithmetic()
+    settle(config.run)
     trained = settings_of(config.run)
     writer = _writer(config, trained)
     prompts = prompts_of(config, trained)

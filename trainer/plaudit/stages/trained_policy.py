@@ -16,8 +16,8 @@ from plaudit.policy.model import Policy
 from plaudit.run import checkpoint as checkpoints
 from plaudit.settings.files import from_dict
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo_results import MERGED
-from plaudit.stages.ppo_setup import CHECKPOINTS, CONFIG_FILE
+from plaudit.stages.ppo_results import CONFIG_FILE, MERGED
+from plaudit.stages.ppo_setup import CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_checkpoint(settings: PPOConfig, directory: Path, device: torch.device |
     Raises:
         ConfigError: the checkpoint lacks weights that the policy trains.
     """
-    policy = load_policy(settings.policy, settings.lora, device=device)
+    policy = load_policy(settings.policy, settings.lora, device=device, value_head=not settings.ppo.critic_free)
     saved = load_file(directory / checkpoints.WEIGHTS, device=str(device))
     for name, parameter in policy.named_parameters():
         if not parameter.requires_grad:
