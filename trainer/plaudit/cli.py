@@ -36,6 +36,7 @@ from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
+from plaudit.settings.doctor import DoctorConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
 from plaudit.settings.export import ExportConfig
@@ -72,6 +73,8 @@ class Command:
     """Flags that make an interrupted command continue; None if it can only start again."""
     resume_needs: str = ""
     """A flag without which the command can only start again."""
+    uses_libraries: bool = True
+    """Whether it needs torch and transformers."""
 
 
 COMMANDS = {
@@ -80,6 +83,14 @@ COMMANDS = {
         "plaudit.stages.init",
         "look at your data, write a settings file for all stages, print the commands",
         "plaudit init my_reviews.csv",
+        uses_libraries=False,
+    ),
+    "doctor": Command(
+        DoctorConfig,
+        "plaudit.stages.doctor",
+        "look at the environment: what is fine, what is wrong, and what mends it",
+        "plaudit doctor --reward-url http://127.0.0.1:8000 --label POSITIVE",
+        uses_libraries=False,
     ),
     "sft": Command(
         SFTConfig,
@@ -182,7 +193,8 @@ def run(args: Sequence[str]) -> int:
     name, *flags = args
     try:
         config = parse(name, flags)
-        _quiet_libraries()
+        if COMMANDS[name].uses_libraries:
+            _quiet_libraries()
         importlib.import_module(COMMANDS[name].module).run(config)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
