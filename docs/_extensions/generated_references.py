@@ -94,10 +94,16 @@ def table(flags: Iterable[Flag], second: str) -> list[str]:
     def code(text: str) -> str:
         return f"`{' '.join(text.split())}`".replace("|", "\\|") if text.strip() else ""
 
-    rows = [
-        f"| {code(flag.name)} | {code(flag.kind)} | {code(flag.default)} | {cell(flag.text)} |" for flag in flags
+    rows = [f"| {code(flag.name)} | {code(flag.kind)} | {code(flag.default)} | {cell(flag.text)} |" for flag in flags]
+    return [
+        "```{table}",
+        ":class: settings",
+        "",
+        f"| flag | {second} | default | meaning |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "```",
     ]
-    return ["```{table}", ":class: settings", "", f"| flag | {second} | default | meaning |", "| --- | --- | --- | --- |", *rows, "```"]
 
 
 class _Generated(SphinxDirective):
@@ -164,7 +170,11 @@ class Presets(_Generated):
         made: list[nodes.Node] = []
         for path in sorted(Path(cli.__file__).parent.glob("presets/*.yaml")):
             self.env.note_dependency(str(path))
-            made.append(self.section(path.stem, ["```yaml", *path.read_text().rstrip().splitlines(), "```"], f"--config {path.stem}"))
+            made.append(
+                self.section(
+                    path.stem, ["```yaml", *path.read_text().rstrip().splitlines(), "```"], f"--config {path.stem}"
+                )
+            )
         return made
 
 
@@ -190,12 +200,21 @@ def entry(module: str, name: str, found: Any) -> list[str]:
     shown = "" if issubclass(found, BaseException) else signature(found)
     kind = "py:exception" if issubclass(found, BaseException) else "py:class"
     body = [*text, ""]
-    fields = {f.name: repr(f.default) for f in dataclasses.fields(found) if f.default is not dataclasses.MISSING} if dataclasses.is_dataclass(found) else {}
+    fields = (
+        {f.name: repr(f.default) for f in dataclasses.fields(found) if f.default is not dataclasses.MISSING}
+        if dataclasses.is_dataclass(found)
+        else {}
+    )
     notes = cli._field_docstrings(found) if dataclasses.is_dataclass(found) or issubclass(found, BaseModel) else {}
     for field, note in notes.items():
         value = [f":value: {fields[field]}", ""] if field in fields else []
         body += [*fence(4, "py:attribute", field, [*value, note]), ""]
-    own = {key: value for cls in reversed(found.__mro__[:-1]) if cls.__module__.startswith("plaudit") for key, value in vars(cls).items()}
+    own = {
+        key: value
+        for cls in reversed(found.__mro__[:-1])
+        if cls.__module__.startswith("plaudit")
+        for key, value in vars(cls).items()
+    }
     for key, value in own.items():
         target = value.__func__ if isinstance(value, staticmethod | classmethod) else value
         if key.startswith("_") and key != "__call__":
@@ -219,7 +238,9 @@ def signature(found: Any) -> str:
     except (TypeError, ValueError):
         return "()"
     parameters = [
-        p.replace(annotation=inspect.Parameter.empty, default=_Shown(p.default) if p.default is not p.empty else p.empty)
+        p.replace(
+            annotation=inspect.Parameter.empty, default=_Shown(p.default) if p.default is not p.empty else p.empty
+        )
         for p in made.parameters.values()
         if p.name != "self"
     ]
