@@ -1,7 +1,7 @@
 """Links of the repository's Markdown that lead out of docs/: on the site they lead to the repository.
 
-The same files are read on the code host, where `../../SECURITY.md` or `../decisions` is right. A link to a file that does
-not exist stays as it is, and Sphinx reports it.
+The same files are read on the code host, where `../../SECURITY.md` or `../decisions` is right. A link to a file that
+does not exist stays as it is, and Sphinx reports it.
 """
 
 import re
