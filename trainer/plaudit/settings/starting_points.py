@@ -1,7 +1,7 @@
 """Starting points: the settings that a run chooses for its model and data where none are given.
 
 The rates are measured for the embedded models (2 million parameters). For GPT-2 and larger models they are what is
-usual, and the first thing to change if a run learns too slowly or drifts (docs/how-to/stages.md).
+usual, and the first thing to change if a run learns too slowly or drifts (docs/how-to/learning-rate-and-kl.md).
 
 Failure mode: a choice that depends on more than the model's size and the number of examples, so that a resumed run
 would choose differently.
@@ -28,10 +28,10 @@ RATES: Mapping[Stage, tuple[tuple[float, float], ...]] = {
     "sft": ((10 * MILLION, 1e-3), (50 * MILLION, 3e-4), (400 * MILLION, 5e-5), (2 * BILLION, 2e-5)),
     "classifier": ((10 * MILLION, 5e-4), (50 * MILLION, 1e-4), (2 * BILLION, 2e-5)),
     "pairwise": ((10 * MILLION, 5e-4), (50 * MILLION, 1e-4), (2 * BILLION, 2e-5)),
-    "ppo": ((10 * MILLION, 2.5e-4), (50 * MILLION, 5e-5), (400 * MILLION, 1e-5), (2 * BILLION, 5e-6)),
+    "ppo": ((10 * MILLION, 2.5e-4), (50 * MILLION, 5e-5), (400 * MILLION, 1e-5), (2 * BILLION, 2e-6)),
 }
 """Learning rates for all parameters, each with the number of parameters below which it applies."""
-LARGEST: Mapping[Stage, float] = {"sft": 1e-5, "classifier": 1e-5, "pairwise": 1e-5, "ppo": 2e-6}
+LARGEST: Mapping[Stage, float] = {"sft": 1e-5, "classifier": 1e-5, "pairwise": 1e-5, "ppo": 1e-6}
 """The learning rate of larger models."""
 ADAPTERS = 10.0
 """Low-rank adapters take a rate this many times as high."""
