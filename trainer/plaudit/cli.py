@@ -47,6 +47,7 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
+from plaudit.stages import next_steps
 
 REPEATABLE = (
     "--reward.url",
@@ -196,6 +197,9 @@ def run(args: Sequence[str]) -> int:
         if COMMANDS[name].uses_libraries:
             _quiet_libraries()
         importlib.import_module(COMMANDS[name].module).run(config)
+        following = next_steps.after(config, _config_file(flags))
+        if following and os.environ.get("RANK", "0") == "0":
+            print(following)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:

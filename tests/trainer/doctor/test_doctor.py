@@ -1,6 +1,7 @@
 """`plaudit doctor` with each fault made for real: programs on PATH, files, full disks, dead servers."""
 
 import http.server
+import importlib.util
 import json
 import os
 import socket
@@ -203,7 +204,7 @@ def test_a_notebook_without_ipywidgets_shows_no_progress_bars(tmp_path: Path) ->
     blocked = package(tmp_path / "with", "ipywidgets", "8.1")
     _, found = examined(*skip, site=blocked, JPY_PARENT_PID="1")
     assert found["notebook"][0]["status"] == "ok"
-    if python.importlib.util.find_spec("ipywidgets") is None:  # type: ignore[attr-defined]
+    if importlib.util.find_spec("ipywidgets") is None:
         code, found = examined(*skip, JPY_PARENT_PID="1")
         assert code == 1
         assert found["notebook"][0]["fix"].startswith("pip install ipywidgets")
@@ -222,7 +223,7 @@ def web() -> Iterator[str]:
 
 
 def _missing(handler: http.server.BaseHTTPRequestHandler) -> None:
-    handler.log_request = lambda *_: None  # type: ignore[method-assign,assignment]
+    handler.log_request = lambda *_: None  # type: ignore[method-assign]
     handler.send_response(404)
     handler.end_headers()
 

@@ -66,6 +66,17 @@ def read(config_type: type, path: Path) -> dict[str, Any]:
     return {} if values is None else _section(config_type, values, path, prefix="", root=config_type)
 
 
+def has_stages(path: Path) -> bool:
+    """Whether a settings file has a part for each of several stages. False for one that can't be read."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(presets.find(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(values, Mapping) and values.keys() == {"stages"}
+
+
 def _own_part(config_type: type, parts: object, path: Path) -> dict[str, Any]:
     """The part of a file with settings of several stages (`stages: {sft: …, ppo: …}`) that is for `config_type`."""
     stage = getattr(config_type, "stage", None)

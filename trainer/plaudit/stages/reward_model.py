@@ -66,7 +66,7 @@ def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFi
         forget_checkpoints(run)
     for name, judged in measured.items():
         print(f"held-out {name}: {judged.line()}")
-    print(f"saved in {config.output_dir}; serve it with: plaudit-reward --model {config.output_dir}")
+    print(f"saved in {config.output_dir}")
     return measured
 
 
