@@ -210,22 +210,26 @@ def test_a_notebook_without_ipywidgets_shows_no_progress_bars(tmp_path: Path) ->
         assert found["notebook"][0]["fix"].startswith("pip install ipywidgets")
 
 
+class Missing(http.server.BaseHTTPRequestHandler):
+    """Has nothing."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing to stderr."""
+
+
 @pytest.fixture
 def web() -> Iterator[str]:
     """A server that answers 404 to everything, as a hub may."""
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    server.RequestHandlerClass = type("Missing", (http.server.BaseHTTPRequestHandler,), {"do_HEAD": _missing})  # type: ignore[assignment]
+    server = http.server.HTTPServer(("127.0.0.1", 0), Missing)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
-
-
-def _missing(handler: http.server.BaseHTTPRequestHandler) -> None:
-    handler.log_request = lambda *_: None  # type: ignore[method-assign]
-    handler.send_response(404)
-    handler.end_headers()
 
 
 def test_the_hub_answers_is_dead_or_is_not_to_be_used(web: str, tmp_path: Path) -> None:
