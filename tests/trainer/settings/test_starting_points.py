@@ -98,7 +98,7 @@ def test_all_responses_to_a_prompt_fit_into_a_mini_batch() -> None:
 def test_accumulation_steps_make_a_smaller_mini_batch() -> None:
     chosen, _ = choose(PPOSettings(batch_size=96, gradient_accumulation_steps=4))
     assert chosen.mini_batch_size == 24
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=4 x .* does not divide batch_size=90"):
+    with pytest.raises(ConfigError, match="does not divide batch_size=90"):
         choose(PPOSettings(batch_size=90, gradient_accumulation_steps=4))
 
 
