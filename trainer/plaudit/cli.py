@@ -41,6 +41,7 @@ from plaudit.settings.evaluate_judge import JudgeConfig
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.push import PushConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
@@ -126,6 +127,12 @@ COMMANDS = {
         "plaudit.stages.generate",
         "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
+    ),
+    "push": Command(
+        PushConfig,
+        "plaudit.stages.push",
+        "upload a finished directory to the Hugging Face hub",
+        "plaudit push runs/ppo me/my-policy",
     ),
     "demo": Command(
         DemoConfig,

@@ -4,6 +4,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from plaudit.run.hub import push
+
 
 def upload(
     repo_id: str,
@@ -13,15 +15,12 @@ def upload(
     token: str | bool | None = None,
     commit_message: str = "Upload a policy trained by PPO",
 ) -> str:
-    """Creates the repository if need be and uploads what `save(directory)` writes, in one commit; returns its URL.
+    """Create the repository if it doesn't exist, upload what `save(directory)` writes in one commit, return its URL.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the hub refuses, for example without a token.
+        HubUnavailable: the hub is unreachable, or answers with a passing error.
+        HubRejected: the hub refuses, for example without a token.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as directory:
         save(Path(directory))
-        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=directory, commit_message=commit_message))
+        return push(Path(directory), repo_id, private=private, token=token, message=commit_message)

@@ -15,6 +15,7 @@ from plaudit.data.sources import Label, LabelledTexts, fingerprint, load_labelle
 from plaudit.errors import ConfigError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.report.preferences import RankingFigures
+from plaudit.run.hub import push_results, require_pushable
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages import ranked_answers
 from plaudit.stages.judge_model import (
@@ -48,6 +49,7 @@ class Judgement:
 def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFigures]:
     """Train, evaluate on held-out examples, save to `config.output_dir`. Returns the metrics for each kind of
     example."""
+    require_pushable(config.push_to_hub)
     with begun(config) as run:
         set_seed(config.seed)
         measured: dict[str, Judgement] | dict[str, RankingFigures]
@@ -59,6 +61,7 @@ def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFi
     for name, judged in measured.items():
         print(f"held-out {name}: {judged.line()}")
     print(f"saved in {config.output_dir}; serve it with: plaudit-reward --model {config.output_dir}")
+    push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
     return measured
 
 

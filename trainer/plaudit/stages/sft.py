@@ -28,6 +28,7 @@ from plaudit.policy.model import (
 )
 from plaudit.policy.reading import reading
 from plaudit.policy.texts import end_tokens, named_tokens, tokens_in_front
+from plaudit.run.hub import push_results, require_pushable
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -59,8 +60,11 @@ class SFTResult:
 
 def run(config: SFTConfig) -> SFTResult:
     """Train, evaluate on held-out texts, save to `config.output_dir`."""
+    require_pushable(config.push_to_hub)
     with begun(config) as run:
-        return _run(config, run)
+        result = _run(config, run)
+    push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
+    return result
 
 
 def _run(config: SFTConfig, run: Run) -> SFTResult:

@@ -36,7 +36,7 @@ CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """File in a checkpoint with the generator states of the epoch's order and of a random collator."""
 FREE_TO_CHANGE = (
-    *("output_dir", "resume", "checkpoint_every", "allow_chance"),
+    *("output_dir", "resume", "checkpoint_every", "allow_chance", "push_to_hub", "hub_private"),
     *("ranked", "api_key_file", "patience_s"),  # the rankings themselves are compared
 )
 RandomState: TypeAlias = tuple[Any, ...]
