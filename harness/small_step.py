@@ -6,7 +6,8 @@ import torch
 
 from harness.tiny_models import ARCHITECTURES
 from plaudit.learner.stepper import PPOStepper
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.settings.policy import LoraSettings
 from plaudit.settings.ppo import PPOHyperparameters

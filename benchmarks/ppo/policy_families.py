@@ -43,7 +43,8 @@ from plaudit.errors import ConfigError
 from plaudit.policy import packing
 from plaudit.policy.checks import check_policy
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import Policy, load_policy
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
 from plaudit.policy.uncached_generation import generate_uncached

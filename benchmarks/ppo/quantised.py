@@ -31,7 +31,7 @@ import transformers
 from benchmarks.ppo.memory import Layout, Measured, measure
 from benchmarks.ppo.step import models_of
 from benchmarks.tables import measured_on, put
-from plaudit.policy.model import load_causal_lm, load_tokenizer
+from plaudit.policy.pretrained import load_causal_lm, load_tokenizer
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
 from plaudit.run.service_process import reward_service
 from plaudit.settings import files as presets

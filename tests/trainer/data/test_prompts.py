@@ -12,7 +12,7 @@ from plaudit.data.prompts import Prompts, PromptSchedule, load_prompts, load_sou
 from plaudit.data.sources import fingerprint, is_held_out
 from plaudit.data.tables import DataError
 from plaudit.errors import ConfigError
-from plaudit.policy.model import load_tokenizer
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.wire import ChatMessage
 

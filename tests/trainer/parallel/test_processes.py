@@ -19,7 +19,8 @@ from harness.tiny_models import tiny_gpt2
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import Sharding
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.run.runtime import StopRequested
 from plaudit.settings.policy import LoraSettings

@@ -24,7 +24,8 @@ from plaudit.data.prompts import PromptSchedule, load_prompts
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
-from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plaudit.parallel import sharding as fsdp
 from plaudit.parallel.sharding import Sharding
-from plaudit.policy.model import Policy, PolicyWeights
+from plaudit.policy.model import Policy
+from plaudit.policy.saving import PolicyWeights
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -171,7 +172,7 @@ class Processes:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def full_weights_on_main(self, policy: Policy) -> PolicyWeights | None:
-        """Gather of the weights that `policy.save` writes to rank 0's CPU; None if each process has a replica."""
+        """Gather of the weights that `save_policy` writes to rank 0's CPU; None if each process has a replica."""
         if self.sharding is None:
             return None
 

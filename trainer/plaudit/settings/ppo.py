@@ -9,6 +9,7 @@ from plaudit.checks import check_push, fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
@@ -128,6 +129,7 @@ class PPOConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    watch: WatchSettings = field(default_factory=WatchSettings)
     check: bool = False
     """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
     needs."""

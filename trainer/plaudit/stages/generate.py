@@ -22,7 +22,9 @@ from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.checks import check_policy, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import Policy, load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import tokens_in_front
 from plaudit.policy.uncached_generation import generate_uncached

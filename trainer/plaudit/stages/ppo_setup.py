@@ -21,13 +21,16 @@ from plaudit.parallel.devices import settle_arithmetic
 from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
-from plaudit.policy.model import Policy, load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.metrics import FILE_NAME, forget_steps_after
 from plaudit.run.progress import StepProgress, WaitingLine
+from plaudit.run.rollouts import forget_rollouts_after
 from plaudit.run.runtime import StopSignal, exclusive
 from plaudit.run.step_log import StepLog
 from plaudit.run.storage import NotWritten, write_text
@@ -205,9 +208,10 @@ def _connect(
 
 
 def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
-    """Save the run's settings, and delete metrics and checkpoints of steps that it will repeat."""
+    """Save the run's settings, and delete metrics, rollouts and checkpoints of steps that it will repeat."""
     directory = config.output_dir
     write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     forget_steps_after(directory / FILE_NAME, steps_done)
+    forget_rollouts_after(directory, steps_done)
     for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
         print(f"dropped {dropped}: its steps are taken again")
