@@ -5,7 +5,7 @@
 Sizes: `demo`, the embedded models; `124m` and `1b`, GPT-2s with random weights judged by a DistilBERT-base with random
 weights. Rewards come over HTTP from a service on the same machine. Settings are the recipe's: 128 prompts of 2 to 8
 tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-python` names the Python of an environment with TRL
-0.11.4, in which `benchmarks.ppo.classic_recipe` runs (its docstring says how to make one). `--classic-api` runs the same
+0.11.4 for `benchmarks.ppo.classic_recipe` (its docstring says how to make one). `--classic-api` runs the same
 program, one query at a time, over `plaudit.classic` as well, each time directly before TRL. All take turns on the same
 models and prompts, `--rounds` times. Prints Markdown tables, and the ratios with those of each round.
 

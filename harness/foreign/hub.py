@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub: the requests that huggingface_hub makes to create, fill, list and read a model.
 
 Regular files come in the commit's body; larger ones by LFS, as one part or as several (`multipart_from`), at an address
-of their own, like on the hub; or by hf_xet into a directory (`xet`), whose chunks only hf_xet can read. `Hub.fail` answers the next requests to a path as it says, or drops their connections.
+of their own, like on the hub; or by hf_xet into a directory (`xet`), whose chunks only hf_xet can read. `Hub.fail`
+answers the next requests to a path as it says, or drops their connections.
 """
 
 import base64

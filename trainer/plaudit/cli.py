@@ -249,10 +249,13 @@ def _field_docstrings(config_type: type) -> dict[str, str]:
 
 def _quiet_libraries() -> None:
     """Turn off the libraries' progress bars, log lines and warnings that would disturb the stage's own output."""
+    import huggingface_hub
     import stamina.instrumentation
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
     # On some processors it suggests a package that only speeds up 4-bit inference.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # It mistakes a text that begins with the padding token for a padded one.

@@ -181,3 +181,29 @@ def test_logits_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:
 def test_a_pairwise_model_needs_ranked_answers() -> None:
     with pytest.raises(ConfigError, match="ranked=FILE"):
         RewardModelConfig(kind="pairwise")
+
+
+@pytest.mark.parametrize(("quantization", "family"), [("8bit", "distilbert"), ("4bit", "gpt2")])
+def test_a_quantised_body_is_trained_and_the_result_is_in_full_precision(
+    quantization: Any, family: str, reviews: Path, tmp_path: Path
+) -> None:
+    start = tiny_classifier_dir(tmp_path / "start", family=family)
+    before = load_file(start / "model.safetensors")
+    settings = RewardModelConfig(
+        model=str(start),
+        output_dir=tmp_path / "judge",
+        dataset=DataSettings(str(reviews)),
+        optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=30),
+        lora=LoraSettings(r=4),
+        quantization=quantization,
+        max_length=48,
+    )
+    judged = reward_model.run(settings)
+    assert judged["whole texts"].accuracy > 0.9
+    after = load_file(settings.output_dir / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    head = {name for name in after if not name.startswith((f"{family}.", "transformer."))}
+    assert head < changed  # and the layers with adapters, the others are the base's own
+    assert not any("embed" in name or "wte" in name or "mlp" in name or "ffn" in name for name in changed)

@@ -7,31 +7,34 @@ directory is complete before its upload begins, an upload is one commit, and an 
 
 import fnmatch
 import glob
+import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
+import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import get_session, validate_repo_id
 
-from plaudit import atomic
+from plaudit import atomic, demo_models
 from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, ConfigError, PlauditError
-from plaudit.policy.model import base_of, is_adapters
 from plaudit.policy.reading import MODEL, reading
 from plaudit.run.storage import MODEL_ENTRIES, WEIGHTS
 
 NOT_UPLOADED = (".*", "*/.*", "checkpoints/*", "tensorboard/*", "wandb/*", "mlruns/*", "trackio/*")
 """Of a directory without a record of its result's files: hidden files, checkpoints, trackers' files."""
-REPLACED = (*MODEL_ENTRIES, *WEIGHTS, "value_head.safetensors", "merged/*", "value_model/*")
+REPLACED = (*MODEL_ENTRIES, *WEIGHTS, "generation_config.json", "value_head.safetensors", "merged/*", "value_model/*")
 """Files of an earlier model, which would mix with those of a new one that lacks them."""
 PASSING = frozenset({408, 409, 425, 429})
 """Statuses besides 5xx after which the same request may succeed."""
 REQUEST_TIMEOUT_S = 120.0
 """Longest wait for a connection, or for the next bytes of an answer."""
+XET_REFUSAL = "HTTP status client error"
+"""hf_xet raises a `ConnectionError` with these words for 4xx answers."""
 LOGIN = "set HF_TOKEN to a token with write access, or log in with `hf auth login`"
 
 
@@ -148,10 +151,18 @@ def files_of(directory: Path) -> list[str]:
 
 def local_base(directory: Path) -> str | None:
     """The base of the adapters in a directory, if it is a directory too, which a reader of the hub can't load."""
-    if not is_adapters(directory):
+    file = directory / "adapter_config.json"
+    if not file.is_file():
         return None
-    base = base_of(directory)
-    return base if Path(base).exists() else None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return str(base) if base and Path(base).exists() else None
+
+
+def front_matter(base: str | None, *, library: str, pipeline: str, tags: Sequence[str]) -> str:
+    """A model card's YAML header. `base` is named only if it can be a model of the hub, which refuses other names."""
+    known = {"base_model": base} if base is not None and not Path(demo_models.resolve(base)).exists() else {}
+    front = {**known, "library_name": library, "pipeline_tag": pipeline, "tags": [*tags, "plaudit"]}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
 
 
 @contextmanager
@@ -161,13 +172,15 @@ def _explaining(endpoint: str, repo: str) -> Iterator[None]:
     before, session.timeout = session.timeout, REQUEST_TIMEOUT_S  # without it, a silent hub is waited for for ever
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         where = f"{repo} at {endpoint}"
         for cause in _causes(error):
             if isinstance(cause, HfHubHTTPError):
                 raise _refused(cause, where) from error
-            if isinstance(cause, OSError) or type(cause).__module__.startswith("httpx"):
+            if isinstance(cause, HTTPError | OSError):
                 reason = _one_line(cause) or type(cause).__name__
+                if XET_REFUSAL in reason:
+                    raise HubRejected(f"{where}: the hub refuses the upload ({reason:.200}); {LOGIN}") from error
                 raise HubUnavailable(f"{where} is not reachable ({reason:.200})") from error
         raise HubRejected(f"{where} was not pushed: {_one_line(error):.300}") from error
     finally:

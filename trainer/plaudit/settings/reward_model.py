@@ -7,7 +7,7 @@ from typing import Literal
 from plaudit.checks import check_push, fraction, positive, require
 from plaudit.settings.data import Data, DataSettings
 from plaudit.settings.people import check_batch
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import LoraSettings, Quantization
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 
 
@@ -56,6 +56,9 @@ class RewardModelConfig:
     the tokenizer."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
     """Train low-rank adapters instead of all parameters (--lora.enabled). They are merged into the saved model."""
+    quantization: Quantization | None = None
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go on the
+    unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
     max_length: int = 256
     crop_fraction: float = 0.5
@@ -86,6 +89,10 @@ class RewardModelConfig:
         positive(self, "patience_s", "eval_examples")
         fraction(self, "crop_fraction")
         check_push(self)
+        require(
+            self.quantization is None or self.lora.enabled,
+            f"quantization={self.quantization} trains adapters only: give --lora.enabled",
+        )
         require(
             self.center_rewards_coefficient >= 0,
             f"center_rewards_coefficient={self.center_rewards_coefficient} must be 0 (off) or more",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from plaudit.checks import check_push, positive, require
 from plaudit.settings.data import Data, DataSettings
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import LoraSettings, Quantization
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 
 
@@ -36,6 +36,9 @@ class SFTConfig:
     """Train low-rank adapters instead of all parameters (--lora.enabled)."""
     merge: bool = True
     """With adapters: save the merged model. If off, save only the adapters, which need `model` as their base."""
+    quantization: Quantization | None = None
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go on the
+    unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 128
     """Tokens in one training row. Texts are split into rows of this length, starting at the text's beginning.
@@ -59,6 +62,10 @@ class SFTConfig:
     def __post_init__(self) -> None:
         positive(self, "max_length", "eval_texts", "checkpoint_every")
         check_push(self)
+        require(
+            self.quantization is None or self.lora.enabled,
+            f"quantization={self.quantization} trains adapters only: give --lora.enabled",
+        )
         require(
             not self.from_scratch or self.max_length <= self.sizes.max_positions,
             f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",
