@@ -57,8 +57,8 @@ class RewardModelConfig:
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
     """Train low-rank adapters instead of all parameters (--lora.enabled). They are merged into the saved model."""
     quantization: Quantization | None = None
-    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go on the
-    unquantised weights, and the figures are those of the result."""
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go
+    on the unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
     max_length: int = 256
     crop_fraction: float = 0.5

@@ -37,8 +37,8 @@ class SFTConfig:
     merge: bool = True
     """With adapters: save the merged model. If off, save only the adapters, which need `model` as their base."""
     quantization: Quantization | None = None
-    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go on the
-    unquantised weights, and the figures are those of the result."""
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go
+    on the unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 128
     """Tokens in one training row. Texts are split into rows of this length, starting at the text's beginning.
