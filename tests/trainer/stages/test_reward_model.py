@@ -189,21 +189,29 @@ def test_a_quantised_body_is_trained_and_the_result_is_in_full_precision(
 ) -> None:
     start = tiny_classifier_dir(tmp_path / "start", family=family)
     before = load_file(start / "model.safetensors")
-    settings = RewardModelConfig(
-        model=str(start),
-        output_dir=tmp_path / "judge",
-        dataset=DataSettings(str(reviews)),
-        optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=30),
-        lora=LoraSettings(r=4),
-        quantization=quantization,
-        max_length=48,
-    )
-    judged = reward_model.run(settings)
-    assert judged["whole texts"].accuracy > 0.9
-    after = load_file(settings.output_dir / "model.safetensors")
-    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
-    assert after.keys() == before.keys()
-    changed = {name for name in after if not torch.equal(after[name], before[name])}
-    head = {name for name in after if not name.startswith((f"{family}.", "transformer."))}
-    assert head < changed  # and the layers with adapters, the others are the base's own
-    assert not any("embed" in name or "wte" in name or "mlp" in name or "ffn" in name for name in changed)
+
+    def trained(quantization: Any) -> dict[str, torch.Tensor]:
+        settings = RewardModelConfig(
+            model=str(start),
+            output_dir=tmp_path / f"judge-{quantization}",
+            dataset=DataSettings(str(reviews), max_texts=64),
+            optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=4),
+            lora=LoraSettings(r=4, dropout=0.0),
+            quantization=quantization,
+            max_length=48,
+        )
+        reward_model.run(settings)
+        return load_file(settings.output_dir / "model.safetensors")
+
+    plain, after = trained(None), trained(quantization)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in before.items()
+    }
+
+    def changed(weights: dict[str, torch.Tensor]) -> set[str]:
+        return {name for name in weights if not torch.equal(weights[name], before[name])}
+
+    assert changed(after) == changed(plain)  # head and layers with adapters; the others are the base's own
+    for name in changed(plain):
+        moved, expected = ((weights[name] - before[name]).flatten() for weights in (after, plain))
+        assert torch.cosine_similarity(moved, expected, dim=0) > 0.5, name
