@@ -16,8 +16,8 @@ from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.rewards import RewardRejected, RewardUnavailable
-from plaudit.run.hub import push_results, require_pushable
 from plaudit.run.evaluations import reason_to_stop
+from plaudit.run.hub import push_results, require_pushable
 from plaudit.run.metrics import ENDED_SHARE, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
 from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
