@@ -79,7 +79,7 @@ def push_results(directory: Path, repo: str | None, *, private: bool) -> None:
     command = push_command(directory, repo, private=private)
     print(f"pushing to {repo}; should this be stopped, `{command}` does it again", flush=True)
     try:
-        url = push(directory, repo, private=private)
+        url = push(directory, repo, private=private or None)
     except (HubUnavailable, HubRejected) as error:
         error.add_note(f"the results are complete in {directory}; push them with: {command}")
         raise
@@ -120,7 +120,7 @@ def push(
             )
         api = HfApi(token=token)
         with _explaining(api.endpoint, repo):
-            created = api.create_repo(repo, private=private or None, exist_ok=True)
+            created = api.create_repo(repo, private=private, exist_ok=True)
             api.upload_folder(
                 repo_id=created.repo_id,
                 folder_path=directory,

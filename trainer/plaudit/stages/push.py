@@ -20,6 +20,6 @@ def run(config: PushConfig) -> str:
     names = files_of(config.directory)
     size = sum((config.directory / name).stat().st_size for name in names)
     print(f"pushing {len(names)} files, {size / 2**20:,.1f} MiB, to {config.repo}", flush=True)
-    url = push(config.directory, config.repo, private=config.private, message=config.message)
+    url = push(config.directory, config.repo, private=config.private or None, message=config.message)
     print(f"pushed: {url}")
     return url
