@@ -263,7 +263,7 @@ def _quiet_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
     # On some processors it suggests a package that only speeds up 4-bit inference.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # It mistakes a text that begins with the padding token for a padded one.

@@ -348,7 +348,9 @@ def policy_line(model: PreTrainedModelWrapper) -> str:
     """`trainable params: … || all params: … || trainable%: …` of model and value head, as `plaudit ppo` prints it."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     learning, everything = sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
-    return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {100 * learning / everything:.4f}"
+    return (
+        f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {100 * learning / everything:.4f}"
+    )
 
 
 def _is_quantised(model: Any) -> bool:

@@ -18,7 +18,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 
 from plaudit import atomic, demo_models
 from plaudit.errors import EXIT_REJECTED, EXIT_UNAVAILABLE, ConfigError, PlauditError

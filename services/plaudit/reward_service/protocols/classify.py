@@ -95,8 +95,8 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_sglang(service, parsed(SglangRequest, body), request))
             if "raw_scores" in body:
                 return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
-            kind = VllmChatRequest if "messages" in body else VllmRequest
-            return JSONResponse(await _answer_vllm(service, parsed(kind, body), request))
+            wanted = parsed(VllmChatRequest, body) if "messages" in body else parsed(VllmRequest, body)
+            return JSONResponse(await _answer_vllm(service, wanted, request))
         except ProblemError as problem:
             service.record_refusal(request, problem)
             return openai_error(problem)

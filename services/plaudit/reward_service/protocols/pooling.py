@@ -63,7 +63,7 @@ def router(service: Service) -> APIRouter:
     async def pooling(request: Request) -> Response:
         try:
             body = await read_json(service, request)
-            wanted = parsed(PoolingChatRequest if "messages" in body else PoolingRequest, body)
+            wanted = parsed(PoolingChatRequest, body) if "messages" in body else parsed(PoolingRequest, body)
             return JSONResponse(await _answer(service, wanted, request))
         except ProblemError as problem:
             service.record_refusal(request, problem)
