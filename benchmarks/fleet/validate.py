@@ -1,6 +1,6 @@
 """Predicted beside measured: the simulation at every measured point, with the service times measured beside it.
 
-    python -m benchmarks.fleet.validate --table docs/fleet.md
+    python -m benchmarks.fleet.validate --table docs/evidence/fleet.md
 
 Exits 1 when throughput or wait is more than 15 % off at a point. A wait of less than `--floor` of a step counts as
 right when the prediction is below the floor too: 15 % of nothing is nothing.

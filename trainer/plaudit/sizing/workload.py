@@ -88,7 +88,7 @@ class Workload:
 
 
 class Draws:
-    """One trainer's random numbers, given its number: the same for a simulated trainer and for one of the benchmarks."""
+    """One trainer's random numbers, by its number: the same for a simulated trainer and for one of the benchmarks."""
 
     SHORTEST = 0.1
 
