@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_littles_law_holds_in_the_queues() -> None:
 BUSY = Workload(
     generate_s=0.5, evaluate_s=0.1, update_s=1.0, texts_per_step=128, chunk_texts=64, tokens_per_text=20, spread=0.3
 )
-TROUBLES = {
+TROUBLES: dict[str, dict[str, Any]] = {
     "none": {},
     "refusals": {"max_queue_tokens": 1500},
     "deaths": {"failure_every_s": 3.0, "restart_s": 2.0},
@@ -125,7 +126,7 @@ def test_no_request_is_lost_or_answered_twice(trouble: str) -> None:
     settings = FleetSettings(
         BUSY,
         ServiceTimes.linear(0.02, 5e-5, front_s=0.002),
-        **{"trainers": 8, "replicas": 2} | TROUBLES[trouble],  # type: ignore[arg-type]
+        **{"trainers": 8, "replicas": 2} | TROUBLES[trouble],
     )
     fleet = Fleet(settings)
     fleet.environment.run(until=60.0)
