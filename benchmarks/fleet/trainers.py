@@ -43,7 +43,8 @@ class Seen:
     """Trainer, begin, end, seconds waited."""
     statuses: Counter[str] = field(default_factory=Counter)
     """HTTP answers by status, and failures of connections by name, attempt by attempt."""
-    revisions: Counter[str] = field(default_factory=Counter)
+    revisions: dict[int, set[str]] = field(default_factory=dict)
+    """The revisions of the reward model that each trainer got rewards of."""
     stopped: dict[int, str] = field(default_factory=dict)
     """Trainers that ended with an error, and what it said."""
 
@@ -107,6 +108,7 @@ class Trainer:
         *,
         hedge_after_s: float | None = None,
         patience_s: float = 600.0,
+        allow_revision_change: bool = False,
     ) -> None:
         self.number = number
         self._workload = workload
@@ -120,6 +122,7 @@ class Trainer:
             max_in_flight=workload.in_flight,
             hedge_after_s=hedge_after_s,
             check_order=False,
+            allow_revision_change=allow_revision_change,
         )
         limits = httpx.Limits(
             max_connections=2 * workload.in_flight * len(urls), max_keepalive_connections=workload.in_flight * len(urls)
@@ -183,7 +186,7 @@ class Trainer:
         sent = time.monotonic()
         answer = await self.source.score(rows)
         self._seen.answers.append((self.number, sent, time.monotonic(), len(rows)))
-        self._seen.revisions[answer.revision] += 1
+        self._seen.revisions.setdefault(self.number, set()).add(answer.revision)
 
 
 async def run_trainers(
@@ -196,11 +199,21 @@ async def run_trainers(
     during: Callable[[Seen], "asyncio.Future[None] | None"] = lambda seen: None,
     hedge_after_s: float | None = None,
     patience_s: float = 600.0,
+    allow_revision_change: bool = False,
 ) -> Seen:
     """A trainer for each key, for `warm_up_s` and then `seconds` of measurement, beside whatever `during` starts."""
     seen = Seen(0.0, float("inf"))
     trainers = [
-        Trainer(number, urls, key, workload, seen, hedge_after_s=hedge_after_s, patience_s=patience_s)
+        Trainer(
+            number,
+            urls,
+            key,
+            workload,
+            seen,
+            hedge_after_s=hedge_after_s,
+            patience_s=patience_s,
+            allow_revision_change=allow_revision_change,
+        )
         for number, key in enumerate(keys)
     ]
     for begun in range(0, len(trainers), 50):
