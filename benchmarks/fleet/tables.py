@@ -134,7 +134,7 @@ def hedging() -> tuple[list[str], Any]:
             ("four URLs, hedge after 2 s", {"balancer": False, "hedge_after_s": 2.0}),
             ("four URLs, hedge after 8 s", {"balancer": False, "hedge_after_s": 8.0}),
         ):
-            settings = FleetSettings(workload, times, trainers=12, replicas=4, speeds=speeds, **more)  # type: ignore[arg-type]
+            settings = FleetSettings(workload, times, trainers=12, replicas=4, speeds=speeds, **more)
             found = simulate(settings, seconds=40 * workload.step_s)
             rows.append(
                 f"| {name} | {way} | {found.wait_share:.1%} | {found.latency_p50_s:.1f} | {found.latency_p99_s:.1f} "
