@@ -30,7 +30,9 @@ RESULTS = Path(__file__).parent / "results"
 DEMO = RESULTS / "demo-run"
 """metrics.jsonl and run.json of `plaudit demo`."""
 STEPS = 3
-"""Steps of each trainer in a measurement, about."""
+"""Steps of each trainer in a measurement, about, at least."""
+STEPS_OF_ALL = 60
+"""Steps of all trainers together, about: with a few steps, one that met another's burst would decide."""
 SHORTEST_S, LONGEST_S = 8.0, 45.0
 CALIBRATED_FOR_S = 60.0
 """Measured service times are used for points that begin within this time."""
@@ -85,7 +87,8 @@ def _cpu_s(process: psutil.Process) -> float:
 def measured_point(running: Fleet, workload: Workload, trainers: int, **more: Any) -> dict[str, Any]:
     """One point of trainers against a running fleet."""
     watch = Watch(running)
-    seconds = min(LONGEST_S, max(SHORTEST_S, STEPS * workload.step_s))
+    steps = max(STEPS, STEPS_OF_ALL / trainers)
+    seconds = min(LONGEST_S, max(SHORTEST_S, steps * workload.step_s))
     warm_up_s = min(LONGEST_S, 1.2 * workload.step_s)
     seen = asyncio.run(
         run_trainers(
