@@ -39,7 +39,8 @@ def accuracies(
                     seed=config.seed,
                 )
             )
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            with file.open(encoding="utf-8", newline="\n") as lines:
+                rows = [json.loads(line) for line in lines]
             answers = [[answer["text"] for answer in row["answers"]] for row in rows]
             judged = [judge(row["prompt"], own) for row, own in zip(rows, answers, strict=True)]
             prompts = [row["prompt"] for row, own in zip(rows, answers, strict=True) for _ in own]

@@ -37,6 +37,7 @@ TRIED: dict[str, tuple[OptimizerSettings, LoraSettings | None]] = {
     "all parameters, 1e-3, 3 epochs": (OptimizerSettings(learning_rate=1e-3, batch_size=16, epochs=3), None),
     "all parameters, 3e-4, 1 epoch": (OptimizerSettings(learning_rate=3e-4, batch_size=16, epochs=1), None),
     "all parameters, 1e-3, 1 epoch": (OptimizerSettings(learning_rate=1e-3, batch_size=16, epochs=1), None),
+    "all parameters, 2e-3, 2 epochs": (OptimizerSettings(learning_rate=2e-3, batch_size=16, epochs=2), None),
     "adapters, 3e-3, 3 epochs": (OptimizerSettings(learning_rate=3e-3, batch_size=16, epochs=3), LORA),
 }
 
@@ -83,7 +84,7 @@ def rankings(config: LoopConfig, arguments: argparse.Namespace) -> Path:
         seed=arguments.seed,
     )
     draw = random.Random(arguments.seed)
-    with annotate.judging(people) as judge, answers.open(encoding="utf-8") as lines:
+    with annotate.judging(people) as judge, answers.open(encoding="utf-8", newline="\n") as lines:
         rows = [row for line in lines for row in ranked(json.loads(line), people, judge, draw)]
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
     return Path(file)
