@@ -7,7 +7,8 @@ hidden judge is the embedded classifier. One arm asks about all prompts at once.
 trains, and asks about the other half with the new policy's answers. Both arms are `plaudit loop` with the preset
 `loop`. For each seed:
 
-1. Both arms run. The loop's own comparisons are made on two prompts each, and nobody looks at them.
+1. Both arms run, 20 PPO steps in each round, even where a reward model can't be told from chance. The loop's own
+   comparisons are made on two prompts each, and nobody looks at them.
 2. Of each arm's last PPO checkpoints, the pair with the greatest KL is chosen whose KL differ by at most 10 %. A
    checkpoint's KL is the mean over the five steps of training before it. The choice is written to `chosen.json`.
 3. Only then do stage 1 and both chosen policies answer the held-out prompts, the same ones for every seed, from the
@@ -60,10 +61,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=1536, help="ranked prompts of each arm, over all its rounds")
     parser.add_argument("--held-out", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=30, help="PPO steps of each round")
+    parser.add_argument("--steps", type=int, default=20, help="PPO steps of each round")
     parser.add_argument("--every", type=int, default=1, help="PPO steps between checkpoints")
     parser.add_argument("--preset", type=Path, default=Path("presets/loop.yaml"))
-    parser.add_argument("--allow-chance", action="store_true", help="for a trial with few rankings")
     parser.add_argument("--runs", type=Path, default=Path("runs/loop-experiment"))
     arguments = parser.parse_args()
 
@@ -132,7 +132,7 @@ def arm(arguments: argparse.Namespace, seed: int, name: str, directory: Path) ->
         output_dir=directory / name.replace(" ", "-") / "loop",
         resume="auto",
         sample=dataclasses.replace(config.sample, n=arguments.prompts // rounds),
-        reward_model=dataclasses.replace(config.reward_model, allow_chance=arguments.allow_chance),
+        reward_model=dataclasses.replace(config.reward_model, allow_chance=True),
         steps=arguments.steps,
         checkpoint_every=arguments.every,
         keep_checkpoints=arguments.steps,
@@ -167,7 +167,9 @@ def choose(one: Mapping[int, float], two: Mapping[int, float]) -> tuple[int, int
 
 
 def policy_at(run: Path, step: int, directory: Path) -> str:
-    """Writes the run's policy as it was after so many steps, from that checkpoint; where it is."""
+    """Writes the run's policy as it was after so many steps, from that checkpoint, unless it is there; where it is."""
+    if (directory / "tokenizer_config.json").is_file():  # written last
+        return str(directory)
     settings = presets.from_dict(PPOConfig, json.loads((run / CONFIG_FILE).read_text()), run / CONFIG_FILE)
     policy = load_policy(settings.policy, settings.lora, settings.model)
     parameters = dict(policy.named_parameters())
