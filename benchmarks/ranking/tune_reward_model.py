@@ -38,8 +38,6 @@ TRIED: dict[str, tuple[OptimizerSettings, LoraSettings | None]] = {
     "all parameters, 3e-4, 1 epoch": (OptimizerSettings(learning_rate=3e-4, batch_size=16, epochs=1), None),
     "all parameters, 1e-3, 1 epoch": (OptimizerSettings(learning_rate=1e-3, batch_size=16, epochs=1), None),
     "all parameters, 2e-3, 2 epochs": (OptimizerSettings(learning_rate=2e-3, batch_size=16, epochs=2), None),
-    "adapters, 5e-3, 2 epochs": (OptimizerSettings(learning_rate=5e-3, batch_size=16, epochs=2), LORA),
-    "adapters, 1e-2, 2 epochs": (OptimizerSettings(learning_rate=1e-2, batch_size=16, epochs=2), LORA),
     "adapters, 3e-3, 3 epochs": (OptimizerSettings(learning_rate=3e-3, batch_size=16, epochs=3), LORA),
 }
 
