@@ -7,7 +7,7 @@ import pytest
 
 from examples.exact_answer import make_data, reward
 from plaudit.data.prompts import load_prompts
-from plaudit.policy.model import load_tokenizer
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.rewards.function import load
 from plaudit.settings import files
 from plaudit.settings.evaluate import EvaluateConfig

@@ -311,7 +311,8 @@ def policy_of(model: Any, number_format: str, *, r: int = 8) -> Any:
     """A policy with adapters that are not the identity, so that policy and reference differ."""
     import torch
 
-    from plaudit.policy.model import Policy, add_lora
+    from plaudit.policy.adapters import add_lora
+    from plaudit.policy.model import Policy
     from plaudit.settings.policy import LoraSettings
 
     autocast = torch.bfloat16 if use_format(number_format) else None

@@ -61,8 +61,9 @@ def steps(setting: Setting, name: str, load: int) -> dict[str, Any]:
     from plaudit.learner.memory import measuring_peak
     from plaudit.learner.rollout import sampler
     from plaudit.learner.stepper import PPOStepper
+    from plaudit.policy.adapters import add_lora
     from plaudit.policy.generation import Draws, generate
-    from plaudit.policy.model import Policy, add_lora
+    from plaudit.policy.model import Policy
     from plaudit.settings.policy import GenerationSettings, LoraSettings
     from plaudit.settings.ppo import PPOHyperparameters
 

@@ -44,7 +44,8 @@ class Step:
         from plaudit.data.prompts import PromptSchedule, load_prompts
         from plaudit.learner.rollout import sampler
         from plaudit.learner.stepper import PPOStepper
-        from plaudit.policy.model import load_policy, load_tokenizer
+        from plaudit.policy.loading import load_policy
+        from plaudit.policy.pretrained import load_tokenizer
         from plaudit.settings.data import DataSettings, PromptSettings
         from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
         from plaudit.settings.ppo import PPOHyperparameters

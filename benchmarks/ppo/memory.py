@@ -33,7 +33,9 @@ from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import Sharding
 from plaudit.policy.generation import Draws
-from plaudit.policy.model import Policy, load_causal_lm, load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_causal_lm, load_tokenizer
 from plaudit.rewards import Scores
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings

@@ -34,7 +34,8 @@ from plaudit.data.prompts import Prompts, load_prompts
 from plaudit.learner.rollout import Rewarder, collect_rollout
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws
-from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.rewards import RewardClient, Scores
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.service_process import reward_service

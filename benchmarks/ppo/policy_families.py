@@ -1,6 +1,6 @@
 """Families of policies: their log-probabilities and samples beside plain transformers', and a whole run of stage 3.
 
-    python -m benchmarks.ppo.policy_families [--table docs/models.md] [FAMILY ...]
+    python -m benchmarks.ppo.policy_families [--table docs/evidence/models.md] [FAMILY ...]
 
 Tiny random models of each family, 64 positions, fp32. One table has three parts:
 
@@ -43,7 +43,8 @@ from plaudit.errors import ConfigError
 from plaudit.policy import packing
 from plaudit.policy.checks import check_policy
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import Policy, load_policy
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
 from plaudit.policy.uncached_generation import generate_uncached

@@ -41,7 +41,8 @@ from plaudit.learner.memory import keep_freed_memory, measuring_peak
 from plaudit.learner.rollout import collect_rollout, sampler
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.generation import Draws
-from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from plaudit.policy.model import load_policy
+from plaudit.policy.loading import load_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "imdb_sentiment"
 

@@ -2,7 +2,7 @@
 
     PlauditError            1
     ├── ConfigError         2    an invalid setting, file or model: change the command
-    │   ├── ModelNotFound        (policy.model)
+    │   ├── ModelNotFound        (policy.pretrained)
     │   ├── ChatTemplateError    (data.chat_templates)
     │   └── DataError            (data.tables)
     ├── NotFinite           1    a NaN or infinite number; nothing with one is saved

@@ -15,7 +15,7 @@ from plaudit.classic import (
     create_reference_model,
 )
 from plaudit.errors import ConfigError
-from plaudit.policy.model import load_policy
+from plaudit.policy.loading import load_policy
 from plaudit.settings.policy import LoraSettings
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)

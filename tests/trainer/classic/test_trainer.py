@@ -20,7 +20,7 @@ from plaudit.classic import (
     create_reference_model,
 )
 from plaudit.errors import ConfigError
-from plaudit.policy.model import load_policy
+from plaudit.policy.loading import load_policy
 from plaudit.settings.policy import LoraSettings
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7, 8], [9, 10], [11, 12, 13], [14])]

@@ -10,8 +10,9 @@ from harness.tiny_models import tiny_gpt2, tiny_llama2_tokenizer, tiny_tokenizer
 from plaudit.data.prompts import Prompts
 from plaudit.learner.rollout import collect_rollout
 from plaudit.learner.stepper import PPOStepper
+from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, decode_responses
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.texts import prompt_texts
 from plaudit.rewards import Scores
 from plaudit.settings.policy import GenerationSettings, LoraSettings

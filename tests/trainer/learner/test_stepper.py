@@ -28,7 +28,8 @@ from plaudit.errors import ConfigError
 from plaudit.learner.adam import learning_rate_factor
 from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.stepper import PPOStepper, StepResult
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 

@@ -19,7 +19,8 @@ from harness.tiny_models import tiny_gpt2
 from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.processes import Processes
 from plaudit.parallel.sharding import Sharding
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.run.runtime import StopRequested
 from plaudit.settings.policy import LoraSettings
@@ -58,6 +59,16 @@ def test_shares_are_consecutive_and_cover_every_row_once() -> None:
         shares = [Processes(rank, count).share(rows) for rank in range(count)]
         assert [row for share in shares for row in share] == list(range(rows))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_of_groups_hold_whole_ones() -> None:
+    for rows, group, count in [(12, 3, 2), (9, 3, 2), (128, 8, 5)]:
+        processes = [Processes(rank, count) for rank in range(count)]
+        shares = [process.share(rows, group=group) for process in processes]
+        assert [row for share in shares for row in share] == list(range(rows))
+        assert all(share.start % group == 0 and len(share) % group == 0 for share in shares)
+        assert max(map(len, shares)) == processes[0].largest_share(rows, group=group)
+        assert max(map(len, shares)) - min(map(len, shares)) <= group
 
 
 def test_alone_an_error_is_raised_as_it_is() -> None:

@@ -11,9 +11,14 @@ from harness.tiny_models import ARCHITECTURES, VOCAB_SIZE, save, tiny_gpt2, tiny
 from harness.tiny_policies import tiny_causal_lm
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.parallel.devices import device_named
+from plaudit.policy.adapters import add_lora
 from plaudit.policy.checks import check_policy, check_room, check_tokenizer_fits, max_positions
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import ModelNotFound, Policy, add_lora, load_causal_lm, load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.merging import merge_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import ModelNotFound, load_causal_lm, load_tokenizer
+from plaudit.policy.saving import check_saved, save_policy
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 
@@ -161,36 +166,36 @@ def test_a_device_that_is_not_there_is_one_line(name: str) -> None:
 
 def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
     policy = Policy(add_lora(tiny_gpt2(), LoraSettings(r=2)))
-    policy.save(tmp_path)
-    policy.check_saved(tmp_path)
+    save_policy(policy, tmp_path)
+    check_saved(policy, tmp_path)
     with torch.no_grad():
         policy.v_head.bias.fill_(1.0)
     with pytest.raises(NotAsSaved, match=r"not written as it should be: bias"):
-        policy.check_saved(tmp_path)
+        check_saved(policy, tmp_path)
     with torch.no_grad():
         policy.v_head.bias.fill_(torch.nan)
-    policy.save(tmp_path)
+    save_policy(policy, tmp_path)
     with pytest.raises(NotFinite, match="bias"):
-        policy.check_saved(tmp_path)
+        check_saved(policy, tmp_path)
 
 
 def test_a_mixture_of_experts_that_learns_whole_is_read_again_in_the_shapes_of_its_files(tmp_path: Path) -> None:
     policy = Policy(tiny_causal_lm("qwen3_moe"))
-    policy.save(tmp_path)
-    policy.check_saved(tmp_path)
+    save_policy(policy, tmp_path)
+    check_saved(policy, tmp_path)
     with torch.no_grad():
         policy.language_model.model.layers[1].mlp.experts.down_proj[1, 0, 0] += 1
     with pytest.raises(NotAsSaved, match=r"model\.layers\.1\.mlp\.experts\.1\.down_proj\.weight"):
-        policy.check_saved(tmp_path)
+        check_saved(policy, tmp_path)
 
 
 def test_a_value_model_of_its_own_is_read_again_too(tmp_path: Path) -> None:
     policy = Policy(add_lora(tiny_gpt2(), LoraSettings()), value_model=tiny_gpt2(1).transformer)
-    policy.save(tmp_path)
-    policy.check_saved(tmp_path)
+    save_policy(policy, tmp_path)
+    check_saved(policy, tmp_path)
     tiny_gpt2(2).transformer.save_pretrained(tmp_path / "value_model")
     with pytest.raises(NotAsSaved, match="value_model was not written as it should be"):
-        policy.check_saved(tmp_path)
+        check_saved(policy, tmp_path)
 
 
 def test_a_merged_model_that_was_written_wrong_is_not_called_saved(
@@ -207,4 +212,4 @@ def test_a_merged_model_that_was_written_wrong_is_not_called_saved(
 
     monkeypatch.setattr(peft.LoraModel, "merge_and_unload", merged_and_saved_wrong)
     with pytest.raises(NotAsSaved, match="the merged model, loaded again, has another"):
-        policy.merge(tmp_path / "merged")
+        merge_policy(policy, tmp_path / "merged")

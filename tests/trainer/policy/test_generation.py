@@ -11,8 +11,9 @@ from harness.tiny_models import ARCHITECTURES, tiny_gpt2, tiny_tokenizer
 from plaudit.errors import ConfigError
 from plaudit.learner.rollout import sampler
 from plaudit.policy import static_generation
+from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, decode_responses, generate, sample_tokens
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.policy.static_generation import Decoder, StaticGenerator, supports
 from plaudit.settings.policy import GenerationSettings, LoraSettings

@@ -8,8 +8,11 @@ import pytest
 from harness.tiny_models import save
 from harness.tiny_policies import tiny_causal_lm
 from plaudit.errors import ConfigError
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.loading import load_policy
 from plaudit.policy.lora_targets import default_targets
-from plaudit.policy.model import add_lora, load_policy, load_whole_causal_lm, merge_adapters
+from plaudit.policy.merging import merge_adapters
+from plaudit.policy.pretrained import load_whole_causal_lm
 from plaudit.settings.policy import LoraSettings
 
 

@@ -13,17 +13,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError
+from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import (
-    ModelNotFound,
-    Policy,
-    add_lora,
-    fuse_activations,
-    load_policy,
-    load_tokenizer,
-    merge_adapters,
-)
+from plaudit.policy.loading import load_policy
+from plaudit.policy.merging import merge_adapters, merge_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import ModelNotFound, load_tokenizer
 from plaudit.policy.samples import Samples
+from plaudit.policy.saving import save_policy
+from plaudit.policy.transformer import fuse_activations
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -149,7 +147,7 @@ def test_a_compiled_policy_has_the_same_numbers_and_generates_without_compiling(
         compiled.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("plaudit.policy.model.COMPILER", compiler)
+    monkeypatch.setattr("plaudit.policy.loading.COMPILER", compiler)
     plain, fast = (load_policy(tiny_gpt2_dir(tmp_path), LORA, ModelSettings(compile=on)) for on in (False, True))
     for policy in (plain, fast):
         stir(policy)
@@ -265,8 +263,8 @@ def test_saved_adapters_load_with_plain_peft_and_merge_into_a_plain_model(archit
     policy = load_policy(base, LORA).eval()
     stir(policy)
     expected = policy(samples())
-    policy.save(tmp_path / "adapters")
-    policy.merge(tmp_path / "merged")
+    save_policy(policy, tmp_path / "adapters")
+    merge_policy(policy, tmp_path / "merged")
 
     plain = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapters")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -286,7 +284,7 @@ def test_saved_adapters_load_with_plain_peft_and_merge_into_a_plain_model(archit
 def test_a_merged_model_is_a_policy_to_start_from_with_its_value_head(tmp_path: Path) -> None:
     policy = load_policy(tiny_gpt2_dir(tmp_path / "base"), LORA).eval()
     stir(policy)
-    policy.merge(tmp_path / "merged")
+    merge_policy(policy, tmp_path / "merged")
     again = load_policy(tmp_path / "merged", LORA).eval()
     assert torch.allclose(again(samples()).logprobs, policy(samples()).logprobs, atol=1e-5)
     assert torch.allclose(again(samples()).values, policy(samples()).values, atol=1e-5)
@@ -296,7 +294,7 @@ def test_a_merged_model_is_a_policy_to_start_from_with_its_value_head(tmp_path: 
 def test_a_full_policy_saves_as_a_plain_model_directory(tmp_path: Path) -> None:
     policy = load_policy(tiny_gpt2_dir(tmp_path / "base"), LoraSettings(enabled=False)).eval()
     stir(policy)
-    policy.save(tmp_path / "trained")
+    save_policy(policy, tmp_path / "trained")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     expected = policy(samples())
     assert torch.allclose(plain_logprobs(model, QUERIES[0], RESPONSES[0]), expected.logprobs[0, :2], atol=1e-5)
@@ -313,7 +311,7 @@ def test_a_separate_value_model_learns_whole_and_leaves_the_policy_alone(tmp_pat
     assert policy.value_model is not None
     assert policy.value_model.wte.weight.grad is not None
     stir(policy.value_model)
-    policy.save(tmp_path / "trained")
+    save_policy(policy, tmp_path / "trained")
     again = load_policy(tmp_path / "trained", LORA, settings)
     assert torch.equal(again(samples()).values, policy(samples()).values)
 
@@ -338,8 +336,8 @@ def test_a_quantised_base_trains_and_merges_into_full_precision(quantization: An
         optimizer.zero_grad()
     assert policy.eval()(samples()).logprobs.sum().item() > before + 0.1
 
-    policy.save(tmp_path / "adapters")
-    policy.merge(tmp_path / "merged")
+    save_policy(policy, tmp_path / "adapters")
+    merge_policy(policy, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
     assert torch.equal(merged.model.embed_tokens.weight, plain.model.embed_tokens.weight)
@@ -380,6 +378,6 @@ def test_what_cannot_be_loaded_is_named_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="quantization=8bit trains adapters only"):
         load_policy(tiny_gpt2_dir(tmp_path / "x"), LoraSettings(enabled=False), ModelSettings(quantization="8bit"))
-    Policy(add_lora(tiny_gpt2(), LORA)).save(tmp_path / "homeless")
+    save_policy(Policy(add_lora(tiny_gpt2(), LORA)), tmp_path / "homeless")
     with pytest.raises(ConfigError, match="do not say which model they belong to"):
         merge_adapters(tmp_path / "homeless", tmp_path / "merged")

@@ -8,7 +8,8 @@ import pytest
 from plaudit import atomic
 from plaudit.errors import ConfigError
 from plaudit.policy import reading as module
-from plaudit.policy.model import is_adapters, load_causal_lm, load_tokenizer
+from plaudit.policy.adapters import is_adapters
+from plaudit.policy.pretrained import load_causal_lm, load_tokenizer
 from plaudit.policy.reading import MODEL, reading, settle
 
 

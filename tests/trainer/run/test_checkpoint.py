@@ -13,7 +13,8 @@ from harness.runs import assert_same
 from harness.tiny_models import tiny_gpt2
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
-from plaudit.policy.model import Policy, add_lora
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.model import Policy
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.storage import NotWritten
 from plaudit.settings.plain import to_dict

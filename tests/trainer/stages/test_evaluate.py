@@ -14,8 +14,8 @@ from harness.stub_reward_server import StubRewardServer, stub_reward
 from harness.tiny_models import save, tiny_gpt2, tiny_llama2_tokenizer
 from plaudit import cli, errors
 from plaudit.errors import ConfigError, NotFinite
+from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import add_lora
 from plaudit.report.evaluation import Answers, compare
 from plaudit.rewards import RewardRejected
 from plaudit.rewards.settings import RewardSettings

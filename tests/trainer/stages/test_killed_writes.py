@@ -21,8 +21,11 @@ from harness.kills import contents
 from harness.tiny_models import tiny_classifier_dir, tiny_gpt2, tiny_tokenizer
 from plaudit.data.examples import Example
 from plaudit.errors import ConfigError
-from plaudit.policy.model import Policy, PolicyWeights, add_lora, load_policy
+from plaudit.policy.adapters import add_lora
+from plaudit.policy.loading import load_policy
+from plaudit.policy.model import Policy
 from plaudit.policy.reading import reading, settle
+from plaudit.policy.saving import PolicyWeights
 from plaudit.report.comparison import WinRate
 from plaudit.report.evaluation import Answers, compare
 from plaudit.report.page import pair_samples

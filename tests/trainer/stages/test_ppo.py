@@ -20,14 +20,16 @@ from harness.tiny_models import tiny_gpt2
 from plaudit import cli, errors
 from plaudit.errors import ConfigError
 from plaudit.learner.minibatches import NonFiniteUpdate
-from plaudit.policy.model import load_policy
+from plaudit.policy.loading import load_policy
 from plaudit.policy.samples import Rollout, Samples
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.run.metrics import read_metrics
+from plaudit.run.rollouts import read_rollouts
 from plaudit.run.runtime import exclusive
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.settings.watch import WatchSettings
 from plaudit.stages import ppo
 
 
@@ -231,6 +233,27 @@ def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, 
     assert_same_run(config.output_dir, undisturbed)
 
 
+def test_a_killed_run_with_groups_and_no_critic_resumes_to_the_bit(config: PPOConfig, tmp_path: Path) -> None:
+    grouped = dataclasses.replace(config.ppo, responses_per_prompt=2, advantage_estimator="rloo", kl_loss_coef=0.1)
+    watch = WatchSettings(rollouts="all")
+    config = dataclasses.replace(config, steps=5, ppo=grouped, watch=watch)
+    undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+    first = TrainerProcess(config)
+    first.wait_for_step(1)
+    first.signal(signal.SIGKILL)
+    assert first.end()[0] == -signal.SIGKILL
+    code, stderr = TrainerProcess(config, "--resume", "auto").end()
+    assert code == 0, stderr
+    assert_same_run(config.output_dir, undisturbed)
+    assert not (config.output_dir / "value_head.safetensors").exists()
+    assert "value_head" not in (config.output_dir / "README.md").read_text().partition("```yaml")[0]
+    rows = list(read_rollouts(config.output_dir))
+    assert len(rows) == 5 * 8
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one["prompt"] == other["prompt"]
+        assert one["response"] != other["response"], "each has draws of its own"
+
+
 def test_exit_code_75_when_the_patience_runs_out(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
     stub_reward_server.script([{"do": "score", "times": 1}, {"do": "status", "status": 503, "times": 1000}])
     code, stderr = TrainerProcess(config).end()
@@ -310,3 +333,25 @@ def test_a_policy_without_tokenizer_files_is_one_line_and_exit_2(
     assert cli.run(["ppo", *flags, "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"plaudit ppo: policy='{tmp_path / 'bare'}' has no tokenizer that tells words apart")
+
+
+def test_rollouts_of_a_resumed_run_are_those_of_the_undisturbed_one(config: PPOConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, watch=WatchSettings(rollouts="all"))
+    undisturbed = ppo.run(dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+    ppo.run(dataclasses.replace(config, steps=3))
+    # As if it had been killed in the third step, after its rollouts were written.
+    shutil.rmtree(config.output_dir / "checkpoints" / "step-000003")
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    rows = list(read_rollouts(config.output_dir))
+    assert rows == list(read_rollouts(undisturbed))
+    assert [(row["step"], row["row"]) for row in rows] == [(step, row) for step in range(4) for row in range(8)]
+    for step, record in enumerate(read_metrics(config.output_dir / "metrics.jsonl")):
+        own = [row for row in rows if row["step"] == step]
+        assert record["env/reward_mean"] == pytest.approx(sum(row["reward"] for row in own) / 8, abs=1e-6)
+        assert record["objective/kl"] == pytest.approx(sum(row["kl"] for row in own) / 8, abs=1e-6)
+        assert record["tokens/responses_len_mean"] == sum(row["length"] for row in own) / 8
+
+
+def test_watching_changes_nothing_of_the_training(config: PPOConfig, undisturbed: Path) -> None:
+    ppo.run(dataclasses.replace(config, watch=WatchSettings(rollouts="sampled", rollouts_per_step=3)))
+    assert_same_run(config.output_dir, undisturbed)

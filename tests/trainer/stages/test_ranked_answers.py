@@ -21,7 +21,7 @@ from harness.runs import TrainerProcess
 from harness.tiny_models import CHATML, chat_tokenizer, save, tiny_gpt2, tiny_qwen2
 from plaudit.cli import exit_code
 from plaudit.errors import ConfigError, NotFinite
-from plaudit.policy.model import add_lora
+from plaudit.policy.adapters import add_lora
 from plaudit.report.preferences import RankingFigures
 from plaudit.rewards import RewardClient
 from plaudit.rewards.settings import RewardSettings

@@ -12,7 +12,7 @@ from harness.tiny_models import tiny_gpt2
 from plaudit import cli, errors
 from plaudit.data.sources import load_texts
 from plaudit.errors import ConfigError
-from plaudit.policy.model import add_lora
+from plaudit.policy.adapters import add_lora
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.people import PeopleSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings

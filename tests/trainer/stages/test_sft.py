@@ -16,8 +16,10 @@ from harness.stub_reward_server import StubRewardServer
 from harness.tiny_models import CHATML, chat_tokenizer, save, tiny_gpt2, tiny_tokenizer
 from plaudit.data.examples import IGNORED, token_rows
 from plaudit.errors import ConfigError
+from plaudit.policy.adapters import add_lora, base_of
 from plaudit.policy.from_scratch import train_tokenizer
-from plaudit.policy.model import add_lora, base_of, load_policy, load_whole_causal_lm
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_whole_causal_lm
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
 from plaudit.rewards.settings import RewardSettings

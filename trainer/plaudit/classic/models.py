@@ -21,8 +21,10 @@ from transformers.utils import cached_file
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError
-from plaudit.policy.model import VALUE_HEAD_FILE, Policy, compute_quantised_layers_in_one_way
+from plaudit.policy.model import Policy
 from plaudit.policy.reading import reading
+from plaudit.policy.saving import VALUE_HEAD_FILE
+from plaudit.policy.transformer import compute_quantised_layers_in_one_way
 from plaudit.run.runtime import exclusive
 from plaudit.run.storage import replaced_model
 

@@ -18,11 +18,12 @@ from plaudit.learner.adam import make_optimizer, step_unless
 from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
-from plaudit.learner.objective import token_losses
+from plaudit.learner.objective import how_to_aggregate, token_losses
 from plaudit.learner.step_statistics import STATISTICS, averaged, measure
 from plaudit.parallel.processes import Processes
 from plaudit.policy.model import Policy, ResponseOutputs
 from plaudit.policy.samples import Samples, on_device, stack_rows
+from plaudit.ppo.aggregation import divisor, group_sum
 from plaudit.ppo.masked import masked_sum
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -44,6 +45,7 @@ class Minibatch:
 
     samples: Samples
     logprobs: Tensor
+    ref_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -56,6 +58,7 @@ class Minibatch:
         batch = cls(
             samples=rollout.samples,
             logprobs=rollout.logprobs,
+            ref_logprobs=rollout.ref_logprobs,
             values=rollout.values,
             advantages=experience.advantages,
             returns=experience.returns,
@@ -82,6 +85,7 @@ class Minibatch:
         return Minibatch(
             samples,
             of(self.logprobs),
+            of(self.ref_logprobs),
             of(self.values),
             of(self.advantages),
             of(self.returns),
@@ -112,7 +116,7 @@ class MinibatchEngine:
         self.policy, self.config, self.processes = policy, config, processes
         self._optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, a process that tried again would leave the others waiting in a collective operation.
-        share = processes.largest_share(config.mini_batch_size)
+        share = processes.largest_share(config.mini_batch_size, group=config.responses_per_prompt)
         self.batch_size_finder = BatchSizeFinder(
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
@@ -256,7 +260,7 @@ class MinibatchEngine:
         """Adds a mini-batch's gradient to the accumulated one, unless its mean ratio exceeds `ratio_threshold`."""
         old = Minibatch.of(experience, rows)
         before = [parameter.grad for parameter in self.parameters()]
-        own = self.processes.share(len(rows))
+        own = self.processes.share(len(rows), group=self.config.responses_per_prompt)
         outputs = self.batch_size_finder.run(lambda size: self._backward(old, own, size))
         new = ResponseOutputs(*self.processes.all_gather_rows(outputs, own, old.mask.shape))
         statistics, skipped = self._statistics(old, new)
@@ -272,12 +276,15 @@ class MinibatchEngine:
     def _backward(self, minibatch: "Minibatch", own: range, size: int) -> Tensor:
         """The gradient of this process's `own` rows, in groups of `size`; returns their outputs [3, b, T].
 
-        The loss is a mean over all tokens of the mini-batch, so the groups' gradients add up to its gradient.
+        Each group's loss is divided by what the whole mini-batch has, so the groups' gradients add up to its gradient.
         """
         self.optimizer.zero_grad()
-        divisor = minibatch.mask.sum() * self.config.gradient_accumulation_steps
+        how = how_to_aggregate(self.config)
+        whole = divisor(minibatch.mask, aggregation=self.config.loss_aggregation)
+        whole = whole * self.config.gradient_accumulation_steps
         groups = []
-        for start in range(0, self.processes.largest_share(len(minibatch)), size):
+        largest = self.processes.largest_share(len(minibatch), group=self.config.responses_per_prompt)
+        for start in range(0, largest, size):
             rows = own[start : start + size]
             if not rows:
                 if self.processes.is_sharded:
@@ -289,7 +296,7 @@ class MinibatchEngine:
                 temperature=self._temperature,
                 support=group.support,
             )
-            loss = masked_sum(token_losses(group, new, self.config), group.mask) / divisor
+            loss = group_sum(token_losses(group, new, self.config, group.ref_logprobs), group.mask, **how) / whole
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
         return stack_rows(groups, dim=2)
@@ -302,7 +309,7 @@ class MinibatchEngine:
 
     def _statistics(self, old: "Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
         """The statistics of a whole mini-batch, and whether it has to be skipped."""
-        measured = measure(old, new, self.config)
+        measured = measure(old, new, self.config, old.ref_logprobs)
         # One copy from the device for all of them.
         return self._check_ratio(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
 
@@ -316,7 +323,7 @@ class MinibatchEngine:
                 "mini-batch skipped",
                 stacklevel=2,
             )
-            statistics |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
+            statistics |= dict.fromkeys((name for name in statistics if name.startswith("ppo/loss/")), 0.0)
         return statistics | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}, skipped
 
     def _non_finite(self, what: str, experience: Experience, rows: Tensor, epoch: int) -> NonFiniteUpdate:

@@ -3,12 +3,12 @@
 Everything here is computed on the device from tensors of one shape, [b, T] or [N]; nothing is read on the host.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from plaudit.policy.model import ResponseOutputs
-from plaudit.ppo import losses
+from plaudit.ppo import kl, losses
 from plaudit.settings.ppo import PPOHyperparameters
 
 
@@ -36,17 +36,44 @@ class RolloutTokens(Protocol):
         """What the value head learns."""
 
 
-def token_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> Tensor:
-    """policy + vf_coef * value - entropy_coef * entropy, for each token: [b, T] or [N]."""
+def token_losses(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None = None
+) -> Tensor:
+    """policy + vf_coef * value - entropy_coef * entropy + kl_loss_coef * kl, for each token: [b, T] or [N].
+
+    `ref_logprobs` are needed for a KL term alone.
+    """
     policy, value = clipped_losses(old, new, config)
     total = policy + config.vf_coef * value
-    return total if config.entropy_coef == 0 else total - config.entropy_coef * new.entropy
+    if config.entropy_coef != 0:
+        total = total - config.entropy_coef * new.entropy
+    return total if config.kl_loss_coef == 0 else total + config.kl_loss_coef * kl_terms(old, new, config, ref_logprobs)
+
+
+def kl_terms(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None
+) -> Tensor:
+    """The KL term of each token (`ppo.kl.loss_terms`)."""
+    assert ref_logprobs is not None
+    return kl.loss_terms(
+        new.logprobs, old.logprobs, ref_logprobs, estimator=config.kl_loss, weighted=config.kl_loss_weighted
+    )
 
 
 def clipped_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> tuple[Tensor, Tensor]:
     """Policy and value losses of each token (`ppo.losses`)."""
     ratios = (new.logprobs - old.logprobs).exp()
     return (
-        losses.policy_losses(ratios, old.advantages, cliprange=config.cliprange),
+        losses.policy_losses(ratios, old.advantages, **policy_clips(config)),
         losses.value_losses(new.values, old.values, old.returns, cliprange=config.cliprange_value),
     )
+
+
+def policy_clips(config: PPOHyperparameters) -> dict[str, Any]:
+    """The bounds of the policy's ratio, as `ppo.losses` names them."""
+    return {"cliprange": config.cliprange, "upper": config.cliprange_upper, "dual_clip": config.dual_clip}
+
+
+def how_to_aggregate(config: PPOHyperparameters) -> dict[str, Any]:
+    """How the losses of tokens become that of a mini-batch, as `ppo.aggregation` names it."""
+    return {"aggregation": config.loss_aggregation, "tokens": config.loss_tokens}

@@ -60,7 +60,7 @@ class CollectedRollout:
     ended: list[bool]
     """Whether each response ended with an end token or a stop string."""
     components: dict[str, list[float]]
-    """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
+    """Each reward by its name, before its weight; `rollout.scores` combines them."""
     waited_s: float
     """Time spent waiting for rewards after everything else was done."""
 
@@ -190,7 +190,7 @@ class RolloutCollector:
         """This process's rows. Prompts and draws are those of the batch: they don't depend on the processes."""
         prompts = self.schedule.batch(step)
         draws = Draws.of(self.settings, len(prompts), seed=self.seed, step=step)
-        rows = self.stepper.processes.share(len(prompts))
+        rows = self.stepper.processes.share(len(prompts), group=self.stepper.config.responses_per_prompt)
         collected = collect_rollout(
             self.stepper,
             self.tokenizer,

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from plaudit.learner.experience import Experience
-from plaudit.learner.objective import RolloutTokens, clipped_losses
+from plaudit.learner.objective import RolloutTokens, clipped_losses, how_to_aggregate, kl_terms, policy_clips
 from plaudit.policy.model import ResponseOutputs
 from plaudit.ppo import losses
+from plaudit.ppo.aggregation import aggregate
 from plaudit.ppo.masked import masked_mean, masked_sum, masked_var
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -24,21 +25,36 @@ STATISTICS = (
 )
 """What is measured of each mini-batch, in the order of `measure`."""
 
+OF_THE_CRITIC = ("ppo/loss/value", "ppo/returns/", "ppo/val/")
 
-def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> dict[str, Tensor]:
-    """The statistics of a whole mini-batch: one number on the device for each of `STATISTICS`."""
+
+def measure(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The statistics of a whole mini-batch: one number on the device for each of `STATISTICS`.
+
+    Without a critic, those of values and returns are left out. With a KL term in the loss, for which `ref_logprobs` are
+    needed, `ppo/loss/kl` is one more.
+    """
     mask = old.mask
     log_ratios = new.logprobs - old.logprobs
     ratios = log_ratios.exp()
     policy_losses, value_losses = clipped_losses(old, new, config)
-    policy_loss, value_loss = masked_mean(policy_losses, mask), masked_mean(value_losses, mask)
+    how = how_to_aggregate(config)
+    policy_loss, value_loss = aggregate(policy_losses, mask, **how), aggregate(value_losses, mask, **how)
     entropy = masked_mean(new.entropy, mask)
-    policy_clipped = losses.policy_clipped(ratios, old.advantages, cliprange=config.cliprange)
+    entropy_bonus = config.entropy_coef * aggregate(new.entropy, mask, **how)
+    total = policy_loss + config.vf_coef * value_loss - entropy_bonus
+    kl_loss = {}
+    if config.kl_loss_coef != 0:
+        kl_loss["ppo/loss/kl"] = aggregate(kl_terms(old, new, config, ref_logprobs), mask, **how)
+        total = total + config.kl_loss_coef * kl_loss["ppo/loss/kl"]
+    policy_clipped = losses.policy_clipped(ratios, old.advantages, **policy_clips(config))
     value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
-    return {
+    statistics = {
         "ppo/loss/policy": policy_loss,
         "ppo/loss/value": value_loss,
-        "ppo/loss/total": policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy,
+        "ppo/loss/total": total,
         "ppo/policy/entropy": entropy,
         "ppo/policy/approxkl": 0.5 * masked_mean(log_ratios.square(), mask),
         "ppo/policy/policykl": masked_mean(-log_ratios, mask),
@@ -53,14 +69,17 @@ def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters
         "ppo/val/clipfrac": masked_mean(value_clipped.float(), mask),
         "ppo/val/mean": masked_mean(old.values, mask),
         "ppo/val/var": masked_var(old.values, mask),
+        **kl_loss,
     }
+    return {k: v for k, v in statistics.items() if not (config.critic_free and k.startswith(OF_THE_CRITIC))}
 
 
 def averaged(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The statistics of all mini-batches of a step, averaged; the ratio's drift is that of the first one."""
     statistics = {name: sum(entry[name] for entry in history) / len(history) for name in history[0]}
-    variance = statistics["ppo/returns/var"]
-    statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / variance if variance > 0 else 0.0
+    if "ppo/returns/var" in statistics:
+        variance = statistics["ppo/returns/var"]
+        statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / variance if variance > 0 else 0.0
     statistics["ppo/policy/ratio_drift"] = history[0]["ppo/policy/ratio_drift"]
     return statistics
 

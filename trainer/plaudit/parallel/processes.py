@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from plaudit.parallel import sharding as fsdp
 from plaudit.parallel.sharding import Sharding
-from plaudit.policy.model import Policy, PolicyWeights
+from plaudit.policy.model import Policy
+from plaudit.policy.saving import PolicyWeights
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,15 +53,18 @@ class Processes:
 
     # Rows of a batch
 
-    def share(self, rows: int) -> range:
-        """This process's part of so many rows; parts are consecutive and differ by one row at most."""
-        size, longer = divmod(rows, self.count)
-        start = self.rank * size + min(self.rank, longer)
-        return range(start, start + size + (self.rank < longer))
+    def share(self, rows: int, *, group: int = 1) -> range:
+        """This process's part of so many rows, in whole groups of `group` rows.
 
-    def largest_share(self, rows: int) -> int:
+        Parts are consecutive and differ by one group at most.
+        """
+        size, longer = divmod(rows // group, self.count)
+        start = self.rank * size + min(self.rank, longer)
+        return range(group * start, group * (start + size + (self.rank < longer)))
+
+    def largest_share(self, rows: int, *, group: int = 1) -> int:
         """How many of so many rows the process with the most of them has."""
-        return -(-rows // self.count)
+        return group * -(-(rows // group) // self.count)
 
     def all_gather_rows(self, own: Tensor, rows: range, shape: Sequence[int]) -> Tensor:
         """All-gather: [N, B, T] of all processes' rows, `own` [N, b, t] being `rows` of this one, and `shape` (B, T).
@@ -171,7 +175,7 @@ class Processes:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def full_weights_on_main(self, policy: Policy) -> PolicyWeights | None:
-        """Gather of the weights that `policy.save` writes to rank 0's CPU; None if each process has a replica."""
+        """Gather of the weights that `save_policy` writes to rank 0's CPU; None if each process has a replica."""
         if self.sharding is None:
             return None
 
@@ -186,7 +190,7 @@ class Processes:
         return PolicyWeights(
             # Of a model with adapters, its base is not written.
             model=of(policy.model, learning=policy.has_adapters),
-            value_head=of(policy.v_head),
+            value_head={} if policy.v_head is None else of(policy.v_head),
             value_model={} if policy.value_model is None else of(policy.value_model),
         )
 

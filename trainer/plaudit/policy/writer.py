@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from plaudit import demo_models
+from plaudit.policy.adapters import base_of, is_adapters
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import Policy, base_of, is_adapters, load_causal_lm, load_tokenizer
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_causal_lm, load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached

@@ -9,9 +9,13 @@ from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+AdvantageEstimator = Literal["gae", "rloo", "grpo", "dr_grpo"]
+KLLoss = Literal["k1", "k2", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,9 @@ class PPOHyperparameters:
     learning_rate: float = 1.41e-5
     batch_size: int = 128
     """Samples per step, over all processes."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt of a step, each with draws of its own. A step has batch_size / responses_per_prompt
+    prompts; the responses to one stay in one mini-batch and one process."""
     mini_batch_size: int = 128
     """Samples per gradient accumulation step."""
     gradient_accumulation_steps: int = 1
@@ -35,10 +42,34 @@ class PPOHyperparameters:
     horizon: float = 10_000.0
     """Number of samples over which the controller may change the coefficient by about 20 %."""
     kl_penalty: KLPenalty = "kl"
+    kl_loss_coef: float = 0.0
+    """Coefficient of a KL term in the loss, beside the KL in the reward. For the loss alone, set init_kl_coef to 0."""
+    kl_loss: KLLoss = "k3"
+    """Estimator of the KL term in the loss."""
+    kl_loss_weighted: bool = True
+    """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy, reference).
+    Turn off for GRPO's term."""
+    advantage_estimator: AdvantageEstimator = "gae"
+    """`gae` with a value head; or without one, by comparison with the other responses to the prompt: `rloo` (reward
+    minus the mean of the others), `dr_grpo` (minus the mean of all), `grpo` (and over their standard deviation)."""
     gamma: float = 1.0
     lam: float = 0.95
+    """Lambda of generalised advantage estimation, for advantages and returns."""
+    value_lam: float | None = None
+    """Lambda of the returns that the value head learns (decoupled GAE). Default: lam."""
+    lam_alpha: float | None = None
+    """Length-adaptive lambda of the advantages, in place of lam: 1 - 1 / (lam_alpha x response length), at least 0."""
     cliprange: float = 0.2
+    cliprange_upper: float | None = None
+    """Clip range of the ratio above 1 (clip-higher). Default: cliprange."""
+    dual_clip: float | None = None
+    """Upper bound of the ratio in the loss of tokens with a negative advantage, above 1 (dual clip). Default: none."""
     cliprange_value: float = 0.2
+    loss_aggregation: Aggregation = "token_mean"
+    """How the losses of a mini-batch's tokens are combined: their mean, the mean over responses of each one's mean, or
+    the mean over responses of each one's sum divided by loss_tokens."""
+    loss_tokens: int | None = None
+    """Divisor of each response's sum with loss_aggregation=sequence_sum, for example generation.max_new_tokens."""
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     ratio_threshold: float = 10.0
@@ -55,7 +86,7 @@ class PPOHyperparameters:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
-    """Learning rate of the value head and a separate value model. Default: the policy's."""
+    """Learning rate of the value head and a separate value model, where there is one. Default: the policy's."""
     lr_schedule: LearningRateSchedule = "constant"
     """Decay of the learning rate to 0 over the run's steps, after the warm-up."""
     lr_warmup_steps: int = 0
@@ -67,12 +98,16 @@ class PPOHyperparameters:
             "learning_rate",
             "batch_size",
             "mini_batch_size",
+            "responses_per_prompt",
             "gradient_accumulation_steps",
             "micro_batch_size",
             "ppo_epochs",
             "target",
             "horizon",
             "cliprange",
+            "cliprange_upper",
+            "lam_alpha",
+            "loss_tokens",
             "cliprange_value",
             "ratio_threshold",
             "max_grad_norm",
@@ -81,9 +116,20 @@ class PPOHyperparameters:
             "adam_eps",
             "value_head_learning_rate",
         )
-        fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
+        fraction(self, "gamma", "lam", "value_lam", "adam_beta1", "adam_beta2")
+        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip={self.dual_clip} must be greater than 1")
+        require(
+            (self.loss_aggregation == "sequence_sum") == (self.loss_tokens is not None),
+            f"loss_tokens={self.loss_tokens} with loss_aggregation={self.loss_aggregation}: sequence_sum needs "
+            "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
+        )
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
+        require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
+        require(
+            self.kl_loss != "k1" or self.kl_loss_weighted,
+            "kl_loss=k1 with kl_loss_weighted=False has a gradient of zero in expectation: weight it, or take k2 or k3",
+        )
         per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         require(
             self.batch_size % per_optimizer_step == 0,
@@ -91,9 +137,38 @@ class PPOHyperparameters:
             f"= {per_optimizer_step} does not divide batch_size={self.batch_size}",
         )
         require(
+            self.mini_batch_size % self.responses_per_prompt == 0,
+            f"responses_per_prompt={self.responses_per_prompt} does not divide mini_batch_size={self.mini_batch_size}: "
+            "the responses to one prompt stay in one mini-batch",
+        )
+        if self.critic_free:
+            self._require_critic_free()
+        require(
             self.use_score_scaling or not self.use_score_norm,
             "use_score_norm=True needs use_score_scaling=True",
         )
+
+    @property
+    def critic_free(self) -> bool:
+        """Whether advantages need no value head."""
+        return self.advantage_estimator != "gae"
+
+    def _require_critic_free(self) -> None:
+        """Raises `ConfigError` for a setting that needs a value head or advantages for each token."""
+        chosen = f"advantage_estimator={self.advantage_estimator}"
+        require(
+            self.responses_per_prompt > 1,
+            f"{chosen} compares the responses to one prompt: give responses_per_prompt=2 or more, not "
+            f"{self.responses_per_prompt}",
+        )
+        for name, off in (
+            ("value_lam", None),
+            ("lam_alpha", None),
+            ("whiten_rewards", False),
+            ("gamma", 1.0),
+        ):
+            value = getattr(self, name)
+            require(value == off, f"{name}={value} needs advantage_estimator=gae: {chosen} has no use for it")
 
 
 @dataclass(frozen=True)
@@ -128,6 +203,7 @@ class PPOConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    watch: WatchSettings = field(default_factory=WatchSettings)
     check: bool = False
     """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
     needs."""
@@ -154,4 +230,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
+        require(
+            not (self.ppo.critic_free and self.model.separate_value_model),
+            f"ppo.advantage_estimator={self.ppo.advantage_estimator} uses no values: leave out "
+            "model.separate_value_model",
+        )
         require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")

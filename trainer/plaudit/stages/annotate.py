@@ -13,7 +13,7 @@ from rich.console import Console
 from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named
-from plaudit.policy.model import load_tokenizer
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.rewards import RewardClient
 from plaudit.run.annotator import Annotator, Habits, Judge, all_at_work

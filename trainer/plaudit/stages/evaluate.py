@@ -15,21 +15,15 @@ from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
+from plaudit.policy.adapters import base_of, is_adapters
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.model import (
-    VALUE_HEAD_FILE,
-    ModelNotFound,
-    Policy,
-    base_of,
-    is_adapters,
-    load_causal_lm,
-    load_tokenizer,
-    load_whole_causal_lm,
-)
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import ModelNotFound, load_causal_lm, load_tokenizer, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.samples import Samples
+from plaudit.policy.saving import VALUE_HEAD_FILE
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.report.evaluation import Answers, Evaluation, compare
@@ -52,7 +46,7 @@ from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
 from plaudit.stages import by_people
 from plaudit.stages.by_people import BothAnswers, PeopleResult
-from plaudit.stages.ppo_setup import CONFIG_FILE
+from plaudit.stages.ppo_results import CONFIG_FILE
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.csv"

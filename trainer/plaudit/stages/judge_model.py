@@ -20,15 +20,9 @@ from plaudit import demo_models
 from plaudit.data.chat_templates import judged_ids
 from plaudit.data.conversations import Prompt
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
+from plaudit.policy.adapters import add_lora, base_of, is_adapters
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
-from plaudit.policy.model import (
-    add_lora,
-    base_of,
-    is_adapters,
-    load_tokenizer,
-    load_whole_causal_lm,
-    require_no_random_weights,
-)
+from plaudit.policy.pretrained import load_tokenizer, load_whole_causal_lm, require_no_random_weights
 from plaudit.policy.reading import reading
 from plaudit.run.progress import Counting
 from plaudit.run.storage import write_text

@@ -5,7 +5,10 @@ for their base.
 """
 
 from plaudit.errors import ConfigError
-from plaudit.policy.model import Policy, PolicyWeights, is_adapters
+from plaudit.policy.adapters import is_adapters
+from plaudit.policy.merging import merge_policy
+from plaudit.policy.model import Policy
+from plaudit.policy.saving import PolicyWeights, check_saved, save_policy
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.report.model_card import write_model_card
 from plaudit.run.metrics import FILE_NAME, read_metrics
@@ -13,6 +16,8 @@ from plaudit.run.storage import replaced_model
 from plaudit.settings.ppo import PPOConfig
 
 MERGED = "merged"
+CONFIG_FILE = "run.json"
+"""The run's settings."""
 
 
 def write_results(
@@ -35,12 +40,12 @@ def write_results(
     """
     directory = config.output_dir
     with replaced_model(directory) as beside:
-        policy.save(beside, weights)
+        save_policy(policy, beside, weights)
         tokenizer.save_pretrained(beside)
-        policy.check_saved(beside, weights)
+        check_saved(policy, beside, weights)
         write_model_card(config, beside, read_metrics(directory / FILE_NAME), reward_revision)
         if config.merge:
-            policy.merge(beside / MERGED, weights)
+            merge_policy(policy, beside / MERGED, weights)
             tokenizer.save_pretrained(beside / MERGED)
 
 

@@ -31,8 +31,8 @@ from plaudit.data.sources import fingerprint, shuffled_place
 from plaudit.data.tables import DataError, load_table
 from plaudit.errors import EXIT_REJECTED, ConfigError, NotFinite, PlauditError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
-from plaudit.policy.model import disable_dropout
 from plaudit.policy.texts import named_tokens
+from plaudit.policy.transformer import disable_dropout
 from plaudit.report.preferences import FEWEST_PROMPTS, RankingFigures, pair_agreement, ranking_figures
 from plaudit.report.reward_model_card import reward_model_card
 from plaudit.run.progress import WaitingLine

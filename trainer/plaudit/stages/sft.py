@@ -16,16 +16,10 @@ from plaudit.data.chat_templates import use_chat_template
 from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
 from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
+from plaudit.policy.adapters import add_lora, base_of, is_adapters
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
-from plaudit.policy.model import (
-    add_lora,
-    base_of,
-    is_adapters,
-    load_causal_lm,
-    load_tokenizer,
-    load_whole_causal_lm,
-)
+from plaudit.policy.pretrained import load_causal_lm, load_tokenizer, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.texts import end_tokens, named_tokens, tokens_in_front
 from plaudit.run.storage import write_text

@@ -22,7 +22,7 @@ from plaudit import atomic
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.memory import BatchSizeFinder, is_out_of_memory
 from plaudit.parallel.launch import world_size
-from plaudit.policy.model import require_finite
+from plaudit.policy.saving import require_finite
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.runtime import StopRequested, StopSignal, exclusive

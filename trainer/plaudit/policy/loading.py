@@ -1,0 +1,93 @@
+"""A policy put together from files: model, adapters, reference, value head and value model.
+
+Failure mode: a reference that is the policy itself.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from plaudit import demo_models
+from plaudit.errors import ConfigError
+from plaudit.policy.adapters import add_lora, base_of, is_adapters, with_adapters
+from plaudit.policy.model import Policy
+from plaudit.policy.pretrained import load_causal_lm, load_whole_causal_lm
+from plaudit.policy.reading import reading
+from plaudit.policy.saving import VALUE_HEAD_FILE, VALUE_MODEL_DIRECTORY, load_value_head
+from plaudit.settings.policy import LoraSettings, ModelSettings
+
+COMPILER = "inductor"
+
+
+def load_policy(
+    path: str | Path,
+    lora: LoraSettings | None = None,
+    settings: ModelSettings | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    value_head: bool = True,
+) -> Policy:
+    """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
+
+    A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
+    of PPO's own adapters, which a value head tells, is their base; other adapters are a stage before PPO, and the
+    reference is a frozen copy of the model with them folded in. A separate value model is the one saved beside the
+    policy, or else a copy of the policy's start. Without `value_head` there are no values, and a saved one is not read.
+    Raises `ModelNotFound`.
+    """
+    with reading(path):
+        return _load_policy(
+            path, lora or LoraSettings(), settings or ModelSettings(), dtype=dtype, device=device, value_head=value_head
+        )
+
+
+def _load_policy(
+    path: str | Path,
+    lora: LoraSettings,
+    settings: ModelSettings,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    value_head: bool,
+) -> Policy:
+    quantization = settings.quantization
+    directory = Path(path)
+    base: str | Path = path
+    reference = value_model = None
+    if is_adapters(directory):
+        base = base_of(directory)
+        whole = load_causal_lm(base, dtype=dtype, quantization=quantization, device=device)
+        model = with_adapters(whole, directory, is_trainable=True)
+        if not (directory / VALUE_HEAD_FILE).is_file():
+            reference = load_whole_causal_lm(path, device=device).to(dtype)
+    elif lora.enabled:
+        model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
+    elif quantization is not None:
+        raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
+    else:
+        model = load_causal_lm(path, dtype=dtype, device=device)
+        reference = load_causal_lm(path, dtype=dtype, device=device)
+    if settings.separate_value_model:
+        own = directory / VALUE_MODEL_DIRECTORY
+        value_model = transformers.AutoModel.from_pretrained(
+            demo_models.resolve(own if own.is_dir() else base), dtype=dtype
+        ).to(device)
+    policy = Policy(
+        model,
+        reference=reference,
+        value_model=value_model,
+        autocast=torch.bfloat16 if settings.bf16 else None,
+        value_head=value_head,
+    )
+    if value_head and (directory / VALUE_HEAD_FILE).is_file():
+        load_value_head(policy, directory)
+    if settings.compile:
+        policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)
+    if settings.gradient_checkpointing:
+        for transformer in filter(None, (policy.language_model, value_model)):
+            # transformers 5.23 gave it this name; before, it has only the other.
+            enable = getattr(transformer, "activation_checkpointing_enable", None)
+            (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+    return policy
