@@ -36,7 +36,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.ranking.reward_model_accuracy import accuracies
-from plaudit.policy.model import load_policy, load_tokenizer
+from plaudit.policy.loading import load_policy
+from plaudit.policy.pretrained import load_tokenizer
 from plaudit.report.evaluation import mean_ci95
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.checkpoint import WEIGHTS, list_checkpoints
