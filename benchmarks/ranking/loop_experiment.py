@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from benchmarks.ranking.reward_model_accuracy import accuracies
 from plaudit.policy.loading import load_policy
 from plaudit.policy.pretrained import load_tokenizer
+from plaudit.policy.saving import save_policy
 from plaudit.report.evaluation import mean_ci95
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.checkpoint import WEIGHTS, list_checkpoints
@@ -178,7 +179,7 @@ def policy_at(run: Path, step: int, directory: Path) -> str:
         for name, tensor in load_file(run / "checkpoints" / f"step-{step:06d}" / WEIGHTS).items():
             parameters[name].copy_(tensor)
     directory.mkdir(parents=True, exist_ok=True)
-    policy.save(directory)
+    save_policy(policy, directory)
     load_tokenizer(settings.policy).save_pretrained(directory)
     return str(directory)
 
