@@ -45,6 +45,7 @@ from plaudit.settings.push import PushConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
+from plaudit.settings.size import SizeConfig
 
 REPEATABLE = (
     "--reward.url",
@@ -141,6 +142,12 @@ COMMANDS = {
         "plaudit.stages.push",
         "upload a finished directory to the Hugging Face hub",
         "plaudit push runs/ppo me/my-policy",
+    ),
+    "size": Command(
+        SizeConfig,
+        "plaudit.stages.size",
+        "say how many reward services a number of trainers needs, from a run's metrics",
+        "plaudit size runs/demo --trainers 10 --judge distilbert-base",
     ),
     "demo": Command(
         DemoConfig,
