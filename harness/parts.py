@@ -40,6 +40,7 @@ PARTS = {
         "plaudit.rewards",
         "plaudit.run",
         "plaudit.settings",
+        "plaudit.sizing",
         "plaudit.stages",
         "plaudit.wire",
     ),

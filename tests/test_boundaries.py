@@ -80,6 +80,7 @@ ORDER = (
         ("stages",),
         ("doctor",),
         ("classic", "report"),
+        ("sizing",),
         ("run",),
         ("learner",),
         ("parallel",),
