@@ -32,6 +32,7 @@ from plaudit.errors import (
     ConfigError,
     PlauditError,
 )
+from plaudit.report import next_steps
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
@@ -49,7 +50,6 @@ from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.size import SizeConfig
-from plaudit.stages import next_steps
 
 REPEATABLE = (
     "--reward.url",

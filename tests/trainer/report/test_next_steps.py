@@ -8,6 +8,7 @@ import pytest
 
 from harness.own_reviews import write_reviews
 from plaudit import cli
+from plaudit.report.next_steps import after
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.demo import DemoConfig
@@ -18,7 +19,6 @@ from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
-from plaudit.stages.next_steps import after
 
 DATA = DataSettings("my reviews.csv", text_column="review", held_out_fraction=0.2)
 
