@@ -80,19 +80,25 @@ def advise(workload: Workload, times: ServiceTimes, trainers: int, target_share:
             known[replicas] = simulated(dataclasses.replace(settings, replicas=replicas))
         return known[replicas]
 
+    # No fleet waits less than a single trainer whose requests all have a replica of their own.
+    alone = dataclasses.replace(settings, trainers=1, replicas=workload.requests_per_step)
+    best = simulated(alone).wait_share
+    if best > target_share:
+        raise ConfigError(
+            f"no number of replicas keeps the wait below {target_share:.1%} of a step: a single trainer with a replica "
+            f"for each request waits {best:.1%}. A faster judge (more threads, int8, a GPU) or smaller requests "
+            "(reward.chunk_size) shorten it"
+        )
     high = max(1, math.ceil(load))
     low = 0
     while figures(high).wait_share > target_share:
         low = high
-        # No fleet waits less than a single trainer whose requests all have a replica of their own.
-        if high >= trainers * workload.requests_per_step or high >= most:
-            best = known[high].wait_share
+        if high >= most:
             raise ConfigError(
-                f"no number of replicas keeps the wait below {target_share:.1%} of a step: with {high} it is still "
-                f"{best:.1%}, the time of a single request. A faster judge (more threads, int8, a GPU) or smaller "
-                "requests (reward.chunk_size) shorten it"
+                f"{most} replicas do not keep the wait below {target_share:.1%} of a step; with fewer trainers in a "
+                "fleet of their own they would"
             )
-        high = min(most, max(high + 1, math.ceil(high * 1.5)))
+        high = min(most, max(high + 1, math.ceil(high * 1.2)))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if figures(middle).wait_share <= target_share else (middle, high)
