@@ -62,7 +62,7 @@ def replicas_needed(trainers: list[int]) -> tuple[list[str], Any]:
         for count in trainers:
             try:
                 advice = advise(workload, times, count, TARGET)
-                cells.append(f"{advice.replicas} ({advice.chosen.utilisation:.0%})")
+                cells.append(f"{advice.replicas} ({advice.load / advice.replicas:.0%})")
                 kept.append([name, count, advice.replicas, advice.chosen.wait_share, advice.one_down.wait_share])
             except ConfigError:
                 cells.append("none")

@@ -18,6 +18,8 @@ pool of replicas evens bursts out better."""
 REQUESTS = 6_000
 """Requests that one simulation takes at most, about."""
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+MOST_LOAD = 0.95
+"""Share of a replica's time that the trainers may ask for. A queue that builds up over hours is not simulated."""
 WORTH_IT = 0.95
 """A larger batch is advised only if it shortens the time of a token below this share."""
 MOST_QUEUE_S = 30.0
@@ -89,8 +91,8 @@ def advise(workload: Workload, times: ServiceTimes, trainers: int, target_share:
             f"for each request waits {best:.1%}. A faster judge (more threads, int8, a GPU) or smaller requests "
             "(reward.chunk_size) shorten it"
         )
-    high = max(1, math.ceil(load))
-    low = 0
+    high = max(1, math.ceil(load / MOST_LOAD))
+    low = high - 1
     while figures(high).wait_share > target_share:
         low = high
         if high >= most:
