@@ -61,7 +61,7 @@ class ServiceTimes:
         return 1 / max(model_s + front_s if self.one_core else max(model_s, front_s), 1e-12)
 
     @classmethod
-    def linear(cls, batch_s: float, token_s: float, **more: float) -> "ServiceTimes":
+    def linear(cls, batch_s: float, token_s: float, **more: Any) -> "ServiceTimes":
         """A pass of `batch_s` seconds, and `token_s` more for each token."""
         return cls(((0.0, batch_s), (1e5, batch_s + 1e5 * token_s)), **more)
 
