@@ -54,8 +54,8 @@ def is_dir(path: pathlib.Path, **options: Any) -> bool:
 
 def main() -> None:
     ctypes.CDLL = library  # type: ignore[assignment,misc]
-    pathlib.Path.read_text = read_text  # type: ignore[method-assign]
-    pathlib.Path.write_text = write_text  # type: ignore[method-assign]
+    pathlib.Path.read_text = read_text  # type: ignore[method-assign,assignment]
+    pathlib.Path.write_text = write_text  # type: ignore[method-assign,assignment]
     pathlib.Path.is_dir = is_dir  # type: ignore[method-assign,assignment]
     sys.modules["uvloop"] = None  # type: ignore[assignment]
     torch.backends.mkldnn.is_available = lambda: False
