@@ -17,6 +17,7 @@ CODES = {
     "NotFinite": 1,
     "NonFiniteUpdate": 1,
     "NotAsSaved": 1,
+    "ProblemsFound": 1,
     "AtChance": 65,
     "ProcessLost": 1,
     "NotWritten": 74,

@@ -20,7 +20,7 @@ from plaudit.report.page import (
 )
 from plaudit.run.metrics import KL, REWARD_MEAN
 from plaudit.settings.plain import to_dict
-from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 
 NASTY = ' <script>alert(1)</script> & "quoted", [bold]marked[/bold]\nnew line'
 TRAINING = [{"step": step, REWARD_MEAN: 0.1 * step, KL: 0.2 * step} for step in range(5)]
@@ -60,7 +60,7 @@ def document(before, after, samples) -> str:
         evaluation=compare(before, after),
         samples=samples,
         training=TRAINING,
-        settings={"ppo": to_dict(PPOConfig())},
+        settings={"ppo": to_dict(PPOConfig(ppo=PPOHyperparameters()))},
     )
 
 
