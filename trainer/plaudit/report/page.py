@@ -95,7 +95,7 @@ def render_report(
             training=data_uri(plot_training(curves)) if curves else None,
             steps=len(curves),
             samples=samples[:SAMPLES_IN_REPORT],
-            settings={name: _grouped(values) for name, values in (settings or {}).items()},
+            settings={name: grouped(values) for name, values in (settings or {}).items()},
         )
     )
 
@@ -242,7 +242,7 @@ def data_uri(figure: "Figure") -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings in groups, one level deep. Ungrouped settings come first, in a group without a name."""
     groups: dict[str, dict[str, Any]] = {"": {}}
     for key, value in settings.items():
