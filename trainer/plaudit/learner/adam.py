@@ -22,12 +22,12 @@ OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
 
 def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Processes) -> torch.optim.Adam:
     """Adam without weight decay over everything that learns. The value head may have its own learning rate."""
-    modules = [policy.v_head] if policy.value_model is None else [policy.v_head, policy.value_model]
+    modules = [module for module in (policy.v_head, policy.value_model) if module is not None]
     head = {id(parameter) for module in modules for parameter in module.parameters()}
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     rate, head_rate = config.learning_rate, config.value_head_learning_rate
     groups: list[dict[str, Any]] = [{"params": learning, "lr": rate, "initial_lr": rate}]
-    if head_rate is not None:
+    if head_rate is not None and head:
         groups = [
             {"params": [p for p in learning if id(p) not in head], "lr": rate, "initial_lr": rate},
             {"params": [p for p in learning if id(p) in head], "lr": head_rate, "initial_lr": head_rate},
