@@ -80,8 +80,8 @@ def groups_of(run: RunData) -> list[dict[str, Any]]:
         (
             "Audit for over-optimisation",
             f"Of {source}. This is an audit: no figure is known that warns reliably before a policy exploits its "
-            "reward model. Look for reward that comes with length, repetition, fewer distinct responses, or without the other "
-            "judges, and read the samples.",
+            "reward model. Look for reward that comes with length, repetition, fewer distinct responses, or without "
+            "the other judges, and read the samples.",
             audit,
         ),
     )

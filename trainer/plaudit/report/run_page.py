@@ -123,11 +123,8 @@ def samples_of(run: RunData) -> dict[str, Any] | None:
     elif run.rollouts:
         columns = ["step", "row", "prompt", "response", "reward", "KL", "advantage", "length", "finish"]
         every = -(-len(run.rollouts) // MOST_ROWS)
-        rows = [
-            [row["step"], row["row"], row["prompt"], row["response"], row["reward"]]
-            + [row["kl"], row["advantage"], row["length"], row["finish_reason"]]
-            for row in run.rollouts[::every]
-        ]
+        names = ("step", "row", "prompt", "response", "reward", "kl", "advantage", "length", "finish_reason")
+        rows = [[row[name] for name in names] for row in run.rollouts[::every]]
         note = f"{len(rows)} of {len(run.rollouts)} rollouts on disk, at even distances."
     else:
         return None
