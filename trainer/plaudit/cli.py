@@ -54,6 +54,8 @@ REPEATABLE = (
     "--stop",
     "--watch.judges.url",
     "--watch.judges.header",
+    "--judges.url",
+    "--judges.header",
 )
 
 T = TypeVar("T")

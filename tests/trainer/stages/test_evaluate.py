@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import peft
@@ -18,7 +19,7 @@ from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, generate
 from plaudit.report.evaluation import Answers, compare
 from plaudit.rewards import RewardRejected
-from plaudit.rewards.settings import RewardSettings
+from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.run.metrics import KL, REWARD_MEAN, MetricsLog
 from plaudit.run.storage import NotWritten
 from plaudit.settings.data import DataSettings
@@ -169,9 +170,49 @@ def test_the_console_shows_the_table_and_where_the_report_is(config, capsys):
         assert words in printed
 
 
-def test_more_prompts_than_there_are_is_refused_with_both_numbers(config):
-    with pytest.raises(ConfigError, match=r"n_prompts=500 but .* has \d+ held-out prompts"):
-        evaluate.run(dataclasses.replace(config, n_prompts=500))
+def test_of_fewer_prompts_than_asked_for_all_are_used_and_both_numbers_told(config, capsys):
+    result = judge(dataclasses.replace(config, n_prompts=500))
+    told = re.search(r"n_prompts=500 but .* has (\d+) held-out prompts: all of them are used", capsys.readouterr().out)
+    assert told is not None
+    assert N < int(told.group(1)) == result.evaluation.n < 500
+
+
+def test_any_number_of_policies_and_judges(config, judged, policy_dir, tmp_path, start_stub, monkeypatch):
+    monkeypatch.setenv("PLAUDIT_REWARD_API_KEY", "secret-of-the-first")
+    untrained = save_adapters(policy_dir, tmp_path / "untrained", trained=False)
+    servers = [start_stub(), start_stub()]
+    judges = RewardSettings(tuple(RewardComponent(name=f"j{i}", url=(s.url,)) for i, s in enumerate(servers)))
+    result = judge(dataclasses.replace(config, also=(str(untrained),), judges=judges))
+    # The comparison of the first policy is what it was.
+    assert result.evaluation == judged.evaluation
+    assert result.samples == judged.samples
+    before, after, other = result.policies
+    assert (before.policy, after.policy, other.policy) == (str(policy_dir), config.after, str(untrained))
+    assert after.reward.mean.value == judged.evaluation.reward.after.mean
+    assert after.kl.value == judged.evaluation.kl
+    # Untrained adapters answer as the policy before does.
+    assert other.reward.mean == before.reward.mean
+    assert other.reward.win_rate is not None
+    assert other.reward.win_rate.value == 0.5
+    assert other.perplexity_ratio is not None
+    assert other.perplexity_ratio.ci95 == pytest.approx((1, 1))
+    for figures in result.policies:
+        # All judges are the same function of the text here.
+        for name in ("j0", "j1"):
+            assert figures.judges[name].mean.value == pytest.approx(figures.reward.mean.value)
+        for figure in (figures.reward.mean, figures.reward.median, figures.kl, figures.perplexity, figures.length):
+            assert figure.ci95[0] <= figure.value <= figure.ci95[1]
+    assert all("authorization" not in server.state["headers"] for server in servers)
+    saved = json.loads((config.output_dir / "evaluation.json").read_text())
+    assert [policy["policy"] for policy in saved["policies"]] == [str(policy_dir), config.after, str(untrained)]
+    page = (config.output_dir / "report.html").read_text()
+    assert "j1, win rate" in page
+    assert str(untrained) in page
+
+
+def test_one_policy_named_twice_is_refused(config):
+    with pytest.raises(ConfigError, match="one policy stands twice"):
+        dataclasses.replace(config, also=(config.after,))
 
 
 def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The live figures of a PPO run: a line for a log, a table for a terminal, HTML for a notebook."""
 
 import html
+import importlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -105,11 +106,10 @@ def sparkline(values: Sequence[float], *, width: int) -> str:
 
 
 def notebook_display() -> Any:
-    """IPython's `display` in a notebook; None anywhere else, in a terminal's IPython too."""
+    """The module IPython.display in a notebook; None anywhere else, in a terminal's IPython too."""
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module is not None else None
     if shell is None or getattr(shell, "kernel", None) is None:
         return None
-    from IPython.display import display
-
-    return display
+    # Plaudit doesn't depend on IPython: a notebook brings it.
+    return importlib.import_module("IPython.display")

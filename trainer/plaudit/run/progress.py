@@ -134,10 +134,9 @@ class _NotebookView:
     """One output of a notebook that is updated, at most once a second."""
 
     def __init__(self, display: Any, figures: LiveFigures) -> None:
-        from IPython.display import HTML
-
-        self._html, self._figures, self._waits_for, self._at = HTML, figures, "", float("-inf")
-        self._handle = display(HTML(figures.as_html()), display_id=True)
+        self._html: Any = display.HTML
+        self._figures, self._waits_for, self._at = figures, "", float("-inf")
+        self._handle = display.display(self._html(figures.as_html()), display_id=True)
 
     def update(self, *, at_once: bool = False) -> None:
         """Show the newest figures."""
