@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from plaudit.errors import ConfigError
+from plaudit.report import run_data
 from plaudit.report.changes import Changed, changes, held_out_changes, paragraph
 from plaudit.report.charts import Series, line_chart
 from plaudit.report.run_data import read_run
@@ -168,6 +169,20 @@ def test_a_report_is_made_again_at_any_time(tmp_path: Path) -> None:
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "env/rew')
     assert "4 PPO steps" in report.run(ReportConfig(directory)).read_text()
+
+
+def test_of_many_rollouts_some_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_run(tmp_path / "run", watch=False)
+    (directory / "rollouts").mkdir()
+    for step in range(6):
+        row = answer(step, 0, gain=1, judge_gain=0) | {"advantage": 0.1, "response_tokens": [1, 2]}
+        (directory / "rollouts" / f"from-step-{step:06d}.jsonl").write_text(json.dumps(row) + "\n")
+    size = (directory / "rollouts" / "from-step-000000.jsonl").stat().st_size
+    assert [row["step"] for row in read_run(directory).rollouts] == list(range(6))
+    monkeypatch.setattr(run_data, "MOST_BYTES", 3 * size)
+    rollouts = read_run(directory).rollouts
+    assert [row["step"] for row in rollouts] == [0, 2, 4]
+    assert all("response_tokens" not in row for row in rollouts)
 
 
 def test_a_chart_of_one_point_a_constant_and_a_hostile_name_is_drawn() -> None:

@@ -15,10 +15,12 @@ from plaudit.errors import ConfigError
 from plaudit.report.audit import audit
 from plaudit.run.evaluations import PREFIX, best_of, read_answers, read_evaluations, reason_to_stop
 from plaudit.run.metrics import FILE_NAME, read_metrics
-from plaudit.run.rollouts import read_rollouts
+from plaudit.run.rollouts import read_rollouts, rollout_files
 from plaudit.settings.watch import WatchSettings
 
 SETTINGS_FILE = "run.json"
+MOST_BYTES = 64 * 2**20
+"""Of rollouts read for a page. Of more, files at even distances are read."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class RunData:
     answers: Mapping[int, Sequence[Mapping[str, Any]]]
     """Held-out answers by the number of steps done."""
     rollouts: Sequence[Mapping[str, Any]]
+    """Without their tokens; not all of them if there are many."""
 
     @property
     def judges(self) -> list[str]:
@@ -83,6 +86,16 @@ class RunData:
         return {step: audit_of(rows, None) for step, rows in by_step.items()}
 
 
+def _some_rollouts(directory: Path) -> list[dict[str, Any]]:
+    files = rollout_files(directory)
+    size = sum(file.stat().st_size for file in files)
+    every = max(1, -(-size // MOST_BYTES))
+    return [
+        {name: value for name, value in row.items() if not name.endswith("_tokens")}
+        for row in read_rollouts(directory, files[::every])
+    ]
+
+
 def audit_of(rows: Sequence[Mapping[str, Any]], judges: str | None) -> dict[str, float]:
     """The audit's figures of answers or rollouts as they are on disk. Rows with a number that is not finite are left
     out."""
@@ -119,7 +132,7 @@ def read_run(directory: Path) -> RunData:
             metrics=metrics,
             evaluations=evaluations,
             answers={step: rows for step, rows in answers.items() if rows},
-            rollouts=list(read_rollouts(directory)),
+            rollouts=_some_rollouts(directory),
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{directory}: its records can't be read: {error}") from error

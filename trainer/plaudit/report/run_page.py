@@ -125,7 +125,7 @@ def samples_of(run: RunData) -> dict[str, Any] | None:
         every = -(-len(run.rollouts) // MOST_ROWS)
         names = ("step", "row", "prompt", "response", "reward", "kl", "advantage", "length", "finish_reason")
         rows = [[row[name] for name in names] for row in run.rollouts[::every]]
-        note = f"{len(rows)} of {len(run.rollouts)} rollouts on disk, at even distances."
+        note = f"{len(rows)} rollouts at even distances. RUN/rollouts has all that were kept."
     else:
         return None
     return _samples(columns, rows, note, "Step")
