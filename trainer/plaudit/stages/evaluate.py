@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
+from plaudit.data.sources import say_once
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.adapters import base_of, is_adapters, load_adapters
@@ -223,7 +224,8 @@ def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, pro
 
 
 def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> Prompts:
-    """`n_prompts` held-out prompts, or all with a message if there are fewer. Raises `ConfigError` for fewer than 2."""
+    """`n_prompts` held-out prompts, or all if there are fewer, with a warning. Raises `ConfigError` if only one is
+    left."""
     return held_out_sources(config, policy, tokenizer)[0]
 
 
@@ -235,14 +237,13 @@ def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenize
     )
     if len(prompts) < 2:
         raise ConfigError(
-            f"data={config.dataset.data!r} has {len(prompts)} held-out prompt, and an interval needs two: use a larger "
-            "source, or a larger --held-out-fraction"
+            f"data={config.dataset.data!r} has {len(prompts)} held-out prompt, and an interval needs two; give a "
+            "larger --held-out-fraction to every stage, or use a larger source"
         )
     if len(prompts) < config.n_prompts:
-        print(
-            f"n_prompts={config.n_prompts} but data={config.dataset.data!r} has {len(prompts)} held-out prompts: all "
-            "of them are used",
-            flush=True,
+        say_once(
+            f"warning: data={config.dataset.data!r} has {len(prompts)} held-out prompts, fewer than "
+            f"n_prompts={config.n_prompts}: the figures are those of {len(prompts)} prompts"
         )
     return prompts, sources
 
