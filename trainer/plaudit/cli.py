@@ -163,7 +163,7 @@ COMMANDS = {
     ),
     "compare": Command(
         CompareConfig,
-        "plaudit.stages.compare",
+        "plaudit.stages.report",
         "write one page of several PPO runs beside each other",
         "plaudit compare runs/a runs/b --file comparison.html",
         resume=(),

@@ -15,7 +15,7 @@ from plaudit.report.charts import Series, line_chart
 from plaudit.report.run_data import read_run
 from plaudit.report.run_page import different_settings, render_run, render_runs, script_json
 from plaudit.settings.report import CompareConfig, ReportConfig
-from plaudit.stages import compare, report
+from plaudit.stages import report
 
 NASTY = '</script><script>document.title="ran"</script><img src=x onerror=alert(1)><!-- & "q" \u2028'
 N = 8
@@ -146,7 +146,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     directories = [write_run(tmp_path / name, gain=gain) for name, gain in (("a", 1.0), ("b", 2.0))]
     runs = [read_run(directory) for directory in directories]
     assert different_settings(runs) == {"policy": "<b>1.0</b> | <b>2.0</b>"}
-    page = compare.run(CompareConfig(tuple(directories), file=tmp_path / "new" / "page.html"))
+    page = report.run(CompareConfig(tuple(directories), file=tmp_path / "new" / "page.html"))
     data = samples_in(page.read_text())
     assert [column["name"] for column in data["columns"]][:2] == ["run", "step"]
     assert {row[0] for row in data["rows"]} == {str(directory) for directory in directories}
@@ -154,7 +154,7 @@ def test_runs_beside_each_other(tmp_path: Path) -> None:
     shutil.rmtree(directories[1] / "held-out")
     assert "samples-data" not in render_runs([read_run(directory) for directory in directories])
     with pytest.raises(ConfigError, match="1 runs to compare"):
-        compare.run(CompareConfig((directories[0],)))
+        report.run(CompareConfig((directories[0],)))
 
 
 def test_a_report_is_made_again_at_any_time(tmp_path: Path) -> None:

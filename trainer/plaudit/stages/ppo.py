@@ -15,6 +15,7 @@ from plaudit.learner.memory import measuring_peak
 from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
+from plaudit.report.held_out import evaluation_line
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.evaluations import reason_to_stop
 from plaudit.run.hub import push_results, require_pushable
@@ -26,7 +27,6 @@ from plaudit.settings.ppo import PenaltySettings, PPOConfig
 from plaudit.settings.report import ReportConfig
 from plaudit.stages import report
 from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
-from plaudit.stages.held_out import evaluation_line
 from plaudit.stages.ppo_results import write_results
 from plaudit.stages.ppo_setup import Training, set_up
 

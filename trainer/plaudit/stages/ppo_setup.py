@@ -27,6 +27,7 @@ from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
+from plaudit.report.held_out import HeldOut, open_held_out
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.evaluations import BEST, forget_evaluations_after
@@ -39,7 +40,6 @@ from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.starting_points import chosen_ppo, ppo_steps
-from plaudit.stages.held_out import HeldOut, open_held_out
 from plaudit.stages.ppo_results import CONFIG_FILE, require_same_kind
 
 CHECKPOINTS = "checkpoints"
