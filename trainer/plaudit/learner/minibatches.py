@@ -116,6 +116,8 @@ class MinibatchEngine:
         self.batch_size_finder = BatchSizeFinder(
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
+        # Through fp16 goes the gradient of a sum over tokens: that of their mean would be rounded to 0.
+        self._divides_gradients = policy.language_model.dtype == torch.float16
         self._step = 0
         self._temperature = 1.0
         self._updates: UpdateGraphs | None = None
@@ -289,9 +291,14 @@ class MinibatchEngine:
                 temperature=self._temperature,
                 support=group.support,
             )
-            loss = masked_sum(token_losses(group, new, self.config), group.mask) / divisor
+            loss = masked_sum(token_losses(group, new, self.config), group.mask)
+            loss = loss if self._divides_gradients else loss / divisor
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
+        if self._divides_gradients:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(float(divisor))
         return stack_rows(groups, dim=2)
 
     def _idle_pass(self, minibatch: "Minibatch") -> None:

@@ -275,6 +275,7 @@ def _can_record(
         policy.device.type == "cuda"
         and processes.count == 1
         and policy.packs
+        and policy.language_model.dtype != torch.float16  # whose gradients are divided afterwards
         and config.gradient_accumulation_steps == 1
         and config.micro_batch_size is None
         and not getattr(policy.language_model, "is_gradient_checkpointing", False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plaudit.errors import ConfigError, NotFinite
+from plaudit.policy.head import HALVES
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.policy.tokenizer import Tokenizer
@@ -192,4 +193,5 @@ def _ask(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, ca
 
 def _tolerance(policy: Policy) -> float:
     """Of a spread of log-probabilities. A model that sees padding is off by a large part of it."""
-    return 0.1 if getattr(policy.language_model, "is_quantized", False) else 1e-2
+    rounded = getattr(policy.language_model, "is_quantized", False) or policy.language_model.dtype in HALVES
+    return 0.1 if rounded else 1e-2

@@ -3,21 +3,32 @@
 Failure mode: a reference that is the policy itself.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
+from torch import nn
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.adapters import add_lora, base_of, is_adapters, with_adapters
+from plaudit.policy.head import HALVES
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_causal_lm, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.saving import VALUE_HEAD_FILE, VALUE_MODEL_DIRECTORY, load_value_head
-from plaudit.settings.policy import LoraSettings, ModelSettings
+from plaudit.settings.policy import Dtype, LoraSettings, ModelSettings
 
 COMPILER = "inductor"
+DTYPES: Mapping[Dtype, torch.dtype | Literal["auto"]] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "auto": "auto",
+}
+"""What transformers is asked for."""
 
 
 def load_policy(
@@ -25,7 +36,6 @@ def load_policy(
     lora: LoraSettings | None = None,
     settings: ModelSettings | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Policy:
     """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
@@ -36,13 +46,13 @@ def load_policy(
     policy, or else a copy of the policy's start. Raises `ModelNotFound`.
     """
     with reading(path):
-        return _load_policy(path, lora or LoraSettings(), settings or ModelSettings(), dtype=dtype, device=device)
+        return _load_policy(path, lora or LoraSettings(), settings or ModelSettings(), device=device)
 
 
 def _load_policy(
-    path: str | Path, lora: LoraSettings, settings: ModelSettings, *, dtype: torch.dtype, device: torch.device | str
+    path: str | Path, lora: LoraSettings, settings: ModelSettings, *, device: torch.device | str
 ) -> Policy:
-    quantization = settings.quantization
+    quantization, dtype = settings.quantization, DTYPES[settings.dtype]
     directory = Path(path)
     base: str | Path = path
     reference = value_model = None
@@ -51,18 +61,23 @@ def _load_policy(
         whole = load_causal_lm(base, dtype=dtype, quantization=quantization, device=device)
         model = with_adapters(whole, directory, is_trainable=True)
         if not (directory / VALUE_HEAD_FILE).is_file():
-            reference = load_whole_causal_lm(path, device=device).to(dtype)
+            reference = _frozen_start(path, base, whole.dtype, device)
     elif lora.enabled:
         model = add_lora(load_causal_lm(path, dtype=dtype, quantization=quantization, device=device), lora)
     elif quantization is not None:
         raise ConfigError(f"quantization={quantization} trains adapters only: lora.enabled=False cannot go with it")
     else:
         model = load_causal_lm(path, dtype=dtype, device=device)
+        if model.dtype in HALVES:
+            raise ConfigError(
+                f"model.dtype={settings.dtype} loads {path} in {model.dtype}, where small updates are rounded away, "
+                "and lora.enabled=False trains these weights: leave model.dtype at fp32 (--model.bf16 computes in bf16)"
+            )
         reference = load_causal_lm(path, dtype=dtype, device=device)
     if settings.separate_value_model:
         own = directory / VALUE_MODEL_DIRECTORY
         value_model = transformers.AutoModel.from_pretrained(
-            demo_models.resolve(own if own.is_dir() else base), dtype=dtype
+            demo_models.resolve(own if own.is_dir() else base), dtype=torch.float32
         ).to(device)
     policy = Policy(
         model, reference=reference, value_model=value_model, autocast=torch.bfloat16 if settings.bf16 else None
@@ -77,3 +92,13 @@ def _load_policy(
             enable = getattr(transformer, "activation_checkpointing_enable", None)
             (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
     return policy
+
+
+def _frozen_start(path: str | Path, base: str | Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """The model that adapters from a stage before PPO make of their base, as the reference.
+
+    In half precision they stay beside their base: folded in, they would be rounded, and the KL would not start at 0.
+    """
+    if dtype in HALVES:
+        return with_adapters(load_causal_lm(base, dtype=dtype, device=device), path)
+    return load_whole_causal_lm(path, device=device).to(dtype)

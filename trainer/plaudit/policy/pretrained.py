@@ -40,11 +40,12 @@ def load_causal_lm(
     if quantization is not None:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"quantization={quantization} needs the package bitsandbytes: pip install bitsandbytes")
+        computes_in = _checkpoint_dtype(path) if dtype == "auto" else dtype
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
             load_in_4bit=quantization == "4bit",
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=computes_in,
         )
         options["device_map"] = {"": str(device)}
     with reading(path):
@@ -59,6 +60,13 @@ def load_causal_lm(
         return model.to(device)
     compute_quantised_layers_in_one_way(model)
     return model
+
+
+def _checkpoint_dtype(path: str | Path) -> torch.dtype:
+    """What the configuration says that the weights are; fp32 where it says nothing."""
+    with reading(path):
+        dtype: torch.dtype | None = transformers.AutoConfig.from_pretrained(demo_models.resolve(path)).dtype
+    return dtype or torch.float32
 
 
 def load_whole_causal_lm(

@@ -8,6 +8,7 @@ from plaudit.checks import positive, require
 from plaudit.settings.data import PromptKind
 
 Quantization = Literal["8bit", "4bit"]
+Dtype = Literal["fp32", "bf16", "fp16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,15 @@ class LoraSettings:
 class ModelSettings:
     """Precision, memory and compilation of the policy."""
 
+    dtype: Dtype = "fp32"
+    """Format of the weights that don't learn: the base below adapters, and the reference. `auto` is the checkpoint's
+    own. Adapters, value head, log-probabilities, losses and the optimizer's state are fp32 in any case."""
     quantization: Quantization | None = None
     """Quantise the base weights to 8 or 4 bits (bitsandbytes). Adapters and value head stay in full precision."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass of updates. Saves memory and takes about a third more time."""
     bf16: bool = False
-    """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
+    """Autocast to bfloat16; weights stay as `dtype` says, log-probabilities and losses in fp32."""
     tf32: bool = False
     """Use TF32 (10 bits of mantissa) for fp32 matrix products on GPUs that support it: several times as fast, less
     exact."""
@@ -48,6 +52,9 @@ class ModelSettings:
     """On a GPU, capture the update of a whole mini-batch as one CUDA graph, if model and settings allow it."""
     separate_value_model: bool = False
     """Use a separate transformer for values. It starts as a copy of the policy, and all its parameters are trained."""
+
+    def __post_init__(self) -> None:
+        require(not (self.bf16 and self.dtype == "fp16"), "bf16=True computes in bf16: it cannot go with dtype=fp16")
 
 
 @dataclass(frozen=True)
