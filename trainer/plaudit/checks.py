@@ -18,7 +18,7 @@ def positive(config: object, *names: str) -> None:
 
 
 def fraction(config: object, *names: str) -> None:
-    """Raises `ConfigError` unless each named field lies between 0 and 1, both included."""
+    """Raises `ConfigError` unless each named field is None or lies between 0 and 1, both included."""
     for name in names:
         value = getattr(config, name)
-        require(0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+        require(value is None or 0 <= value <= 1, f"{name}={value} must lie between 0 and 1")

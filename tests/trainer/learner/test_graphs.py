@@ -22,8 +22,10 @@ from harness.tiny_models import ARCHITECTURES
 from plaudit.learner.graphs import FlatMinibatch, Graphs, UpdateGraphs
 from plaudit.learner.minibatches import NonFiniteUpdate
 from plaudit.learner.step_statistics import STATISTICS, measure
-from plaudit.learner.stepper import PPOStepper
+from plaudit.learner.stepper import PPOStepper, _can_record
+from plaudit.parallel.processes import Processes
 from plaudit.policy.samples import Samples
+from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOHyperparameters
 
 
@@ -115,3 +117,18 @@ def test_every_statistic_has_its_name() -> None:
     ones = torch.ones_like(samples.response_ids, dtype=torch.float32)
     flat = FlatMinibatch.of(samples, torch.float32, logprobs=ones, values=ones, advantages=ones, returns=ones)
     assert tuple(measure(flat, stepper.policy.score(flat.given, flat.tokens), stepper.config)) == STATISTICS
+
+
+def test_what_a_graph_cannot_tell_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, generation = make_policy(), GenerationSettings()
+    monkeypatch.setattr(type(policy), "device", torch.device("cuda"))
+    monkeypatch.setattr("plaudit.learner.stepper.skips_on_found_inf", lambda _: True)
+    assert policy.packs
+
+    def records(**changes: Any) -> bool:
+        return _can_record(policy, replace(CONFIG, **changes), generation, Processes())
+
+    assert records()
+    assert records(cliprange_upper=0.3, dual_clip=3.0, value_lam=1.0, lam_alpha=0.1)
+    assert not records(loss_aggregation="sequence_mean")
+    assert not records(loss_aggregation="sequence_sum", loss_tokens=16)

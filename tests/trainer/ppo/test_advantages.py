@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plaudit.ppo.advantages import gae
+from plaudit.ppo.advantages import gae, length_adaptive_lambda
 from plaudit.ppo.masked import scale
 
 
@@ -76,3 +77,20 @@ def test_whitened_rewards_are_zero_on_padding_and_so_are_the_advantages() -> Non
     padded, _ = gae(scaled, values, mask, gamma=1.0, lam=0.95)
     alone, _ = gae(scaled[1:2, :1], values[1:2, :1], mask[1:2, :1], gamma=1.0, lam=0.95)
     assert torch.equal(padded[1:2, :1], alone)
+
+
+def test_each_row_may_have_a_lambda_of_its_own() -> None:
+    rewards, values, mask = example()
+    lams = [0.0, 0.5, 1.0]
+    together, _ = gae(rewards, values, mask, gamma=0.9, lam=torch.tensor(lams, dtype=torch.float64))
+    for row, lam in enumerate(lams):
+        alone, _ = gae(rewards, values, mask, gamma=0.9, lam=lam)
+        assert torch.allclose(together[row], alone[row])
+
+
+def test_the_length_adaptive_lambda_looks_ahead_over_the_same_share_of_every_response() -> None:
+    lengths = torch.tensor([40, 400, 10, 20, 1])
+    lams = length_adaptive_lambda(lengths, alpha=0.05)
+    assert lams.tolist() == pytest.approx([0.5, 0.95, 0.0, 0.0, 0.0])
+    horizon = 1 / (1 - lams[:2])
+    assert horizon.tolist() == pytest.approx([0.05 * 40, 0.05 * 400])

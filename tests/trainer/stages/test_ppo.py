@@ -25,9 +25,11 @@ from plaudit.policy.samples import Rollout, Samples
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.run.metrics import read_metrics
+from plaudit.run.rollouts import read_rollouts
 from plaudit.run.runtime import exclusive
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.settings.watch import WatchSettings
 from plaudit.stages import ppo
 
 
@@ -310,3 +312,25 @@ def test_a_policy_without_tokenizer_files_is_one_line_and_exit_2(
     assert cli.run(["ppo", *flags, "--reward.url", "http://127.0.0.1:9"]) == errors.EXIT_USAGE
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"plaudit ppo: policy='{tmp_path / 'bare'}' has no tokenizer that tells words apart")
+
+
+def test_rollouts_of_a_resumed_run_are_those_of_the_undisturbed_one(config: PPOConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, watch=WatchSettings(rollouts="all"))
+    undisturbed = ppo.run(dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+    ppo.run(dataclasses.replace(config, steps=3))
+    # As if it had been killed in the third step, after its rollouts were written.
+    shutil.rmtree(config.output_dir / "checkpoints" / "step-000003")
+    ppo.run(dataclasses.replace(config, resume="auto"))
+    rows = list(read_rollouts(config.output_dir))
+    assert rows == list(read_rollouts(undisturbed))
+    assert [(row["step"], row["row"]) for row in rows] == [(step, row) for step in range(4) for row in range(8)]
+    for step, record in enumerate(read_metrics(config.output_dir / "metrics.jsonl")):
+        own = [row for row in rows if row["step"] == step]
+        assert record["env/reward_mean"] == pytest.approx(sum(row["reward"] for row in own) / 8, abs=1e-6)
+        assert record["objective/kl"] == pytest.approx(sum(row["kl"] for row in own) / 8, abs=1e-6)
+        assert record["tokens/responses_len_mean"] == sum(row["length"] for row in own) / 8
+
+
+def test_watching_changes_nothing_of_the_training(config: PPOConfig, undisturbed: Path) -> None:
+    ppo.run(dataclasses.replace(config, watch=WatchSettings(rollouts="sampled", rollouts_per_step=3)))
+    assert_same_run(config.output_dir, undisturbed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from plaudit.policy.samples import Rollout
 from plaudit.ppo import kl, rewards
-from plaudit.ppo.advantages import gae
+from plaudit.ppo.advantages import gae, length_adaptive_lambda
 from plaudit.ppo.masked import scale, whiten
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -42,7 +42,7 @@ def make_experience(rollout: Rollout, scores: Tensor, config: PPOHyperparameters
         kls = kl.ESTIMATORS[config.kl_penalty](rollout.logprobs, rollout.ref_logprobs)
     token_rewards, non_score = rewards.token_rewards(scores, kls, mask, kl_coef=kl_coef)
     earned = scale(token_rewards, mask) if config.whiten_rewards else token_rewards
-    advantages, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+    advantages, returns = _advantages_and_returns(earned, rollout, config)
     return Experience(
         rollout=rollout,
         scores=scores,
@@ -52,3 +52,16 @@ def make_experience(rollout: Rollout, scores: Tensor, config: PPOHyperparameters
         advantages=whiten(advantages, mask),
         returns=returns,
     )
+
+
+def _advantages_and_returns(earned: Tensor, rollout: Rollout, config: PPOHyperparameters) -> tuple[Tensor, Tensor]:
+    """Advantages with the policy's lambda and returns with the value head's, both [B, T]."""
+    mask = rollout.samples.mask
+    lam: float | Tensor = config.lam
+    if config.lam_alpha is not None:
+        lam = length_adaptive_lambda(rollout.samples.response_lengths, alpha=config.lam_alpha)
+    advantages, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=lam)
+    if config.value_lam is not None or config.lam_alpha is not None:
+        value_lam = config.lam if config.value_lam is None else config.value_lam
+        _, returns = gae(earned, rollout.values, mask, gamma=config.gamma, lam=value_lam)
+    return advantages, returns

@@ -18,11 +18,12 @@ from plaudit.learner.adam import make_optimizer, step_unless
 from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
-from plaudit.learner.objective import token_losses
+from plaudit.learner.objective import how_to_aggregate, token_losses
 from plaudit.learner.step_statistics import STATISTICS, averaged, measure
 from plaudit.parallel.processes import Processes
 from plaudit.policy.model import Policy, ResponseOutputs
 from plaudit.policy.samples import Samples, on_device, stack_rows
+from plaudit.ppo.aggregation import divisor, group_sum
 from plaudit.ppo.masked import masked_sum
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -274,10 +275,12 @@ class MinibatchEngine:
     def _backward(self, minibatch: "Minibatch", own: range, size: int) -> Tensor:
         """The gradient of this process's `own` rows, in groups of `size`; returns their outputs [3, b, T].
 
-        The loss is a mean over all tokens of the mini-batch, so the groups' gradients add up to its gradient.
+        Each group's loss is divided by what the whole mini-batch has, so the groups' gradients add up to its gradient.
         """
         self.optimizer.zero_grad()
-        divisor = minibatch.mask.sum() * self.config.gradient_accumulation_steps
+        how = how_to_aggregate(self.config)
+        whole = divisor(minibatch.mask, aggregation=self.config.loss_aggregation)
+        whole = whole * self.config.gradient_accumulation_steps
         groups = []
         for start in range(0, self.processes.largest_share(len(minibatch)), size):
             rows = own[start : start + size]
@@ -291,14 +294,14 @@ class MinibatchEngine:
                 temperature=self._temperature,
                 support=group.support,
             )
-            loss = masked_sum(token_losses(group, new, self.config), group.mask)
-            loss = loss if self._divides_gradients else loss / divisor
+            loss = group_sum(token_losses(group, new, self.config), group.mask, **how)
+            loss = loss if self._divides_gradients else loss / whole
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
         if self._divides_gradients:
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.div_(float(divisor))
+                    parameter.grad.div_(float(whole))
         return stack_rows(groups, dim=2)
 
     def _idle_pass(self, minibatch: "Minibatch") -> None:

@@ -3,7 +3,7 @@
 Everything here is computed on the device from tensors of one shape, [b, T] or [N]; nothing is read on the host.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -47,6 +47,16 @@ def clipped_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperpar
     """Policy and value losses of each token (`ppo.losses`)."""
     ratios = (new.logprobs - old.logprobs).exp()
     return (
-        losses.policy_losses(ratios, old.advantages, cliprange=config.cliprange),
+        losses.policy_losses(ratios, old.advantages, **policy_clips(config)),
         losses.value_losses(new.values, old.values, old.returns, cliprange=config.cliprange_value),
     )
+
+
+def policy_clips(config: PPOHyperparameters) -> dict[str, Any]:
+    """The bounds of the policy's ratio, as `ppo.losses` names them."""
+    return {"cliprange": config.cliprange, "upper": config.cliprange_upper, "dual_clip": config.dual_clip}
+
+
+def how_to_aggregate(config: PPOHyperparameters) -> dict[str, Any]:
+    """How the losses of tokens become that of a mini-batch, as `ppo.aggregation` names it."""
+    return {"aggregation": config.loss_aggregation, "tokens": config.loss_tokens}

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from plaudit.learner.experience import Experience
-from plaudit.learner.objective import RolloutTokens, clipped_losses
+from plaudit.learner.objective import RolloutTokens, clipped_losses, how_to_aggregate, policy_clips
 from plaudit.policy.model import ResponseOutputs
 from plaudit.ppo import losses
+from plaudit.ppo.aggregation import aggregate
 from plaudit.ppo.masked import masked_mean, masked_sum, masked_var
 from plaudit.settings.ppo import PPOHyperparameters
 
@@ -31,14 +32,16 @@ def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters
     log_ratios = new.logprobs - old.logprobs
     ratios = log_ratios.exp()
     policy_losses, value_losses = clipped_losses(old, new, config)
-    policy_loss, value_loss = masked_mean(policy_losses, mask), masked_mean(value_losses, mask)
+    how = how_to_aggregate(config)
+    policy_loss, value_loss = aggregate(policy_losses, mask, **how), aggregate(value_losses, mask, **how)
     entropy = masked_mean(new.entropy, mask)
-    policy_clipped = losses.policy_clipped(ratios, old.advantages, cliprange=config.cliprange)
+    entropy_bonus = config.entropy_coef * aggregate(new.entropy, mask, **how)
+    policy_clipped = losses.policy_clipped(ratios, old.advantages, **policy_clips(config))
     value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
     return {
         "ppo/loss/policy": policy_loss,
         "ppo/loss/value": value_loss,
-        "ppo/loss/total": policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy,
+        "ppo/loss/total": policy_loss + config.vf_coef * value_loss - entropy_bonus,
         "ppo/policy/entropy": entropy,
         "ppo/policy/approxkl": 0.5 * masked_mean(log_ratios.square(), mask),
         "ppo/policy/policykl": masked_mean(-log_ratios, mask),

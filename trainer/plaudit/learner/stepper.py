@@ -272,7 +272,9 @@ def _can_record(
 ) -> bool:
     """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU, with this torch."""
     return (
-        policy.device.type == "cuda"
+        # A recorded mini-batch is one row of tokens, which does not say which response a token belongs to.
+        config.loss_aggregation == "token_mean"
+        and policy.device.type == "cuda"
         and processes.count == 1
         and policy.packs
         and policy.language_model.dtype != torch.float16  # whose gradients are divided afterwards

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from plaudit.ppo.shapes import require_rank, require_same_shape
+from plaudit.ppo.shapes import require_one_a_row, require_rank, require_same_shape
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor) -> tuple[Tensor, Tensor]:
     """Advantages and returns of each response token, both [B, T] and 0 outside the mask.
 
     delta_t = r_t + gamma * v_{t+1} - v_t
@@ -20,11 +20,14 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         rewards: [B, T].
         values: [B, T].
         mask: [B, T] bool, True on real tokens.
+        lam: one number, or [B] with one for each row.
 
     Raises:
         ValueError: the shapes differ.
     """
     require_rank(2, rewards=rewards)
+    if isinstance(lam, Tensor):
+        require_one_a_row(rewards, "rewards", lam=lam)
     require_same_shape(rewards=rewards, values=values, mask=mask)
     rewards = rewards.masked_fill(~mask, 0.0)
     values = values.masked_fill(~mask, 0.0)
@@ -36,3 +39,12 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         following = deltas[:, t] + gamma * lam * following
         advantages[:, t] = following
     return advantages, advantages + values
+
+
+def length_adaptive_lambda(lengths: Tensor, *, alpha: float) -> Tensor:
+    """lambda = 1 - 1 / (alpha * R) of responses with R tokens, at least 0: [B] -> [B] (VAPO, arXiv 2504.05118).
+
+    1 / (1 - lambda), the number of tokens over which GAE looks ahead, is then alpha * R: the same share of every
+    response. `lengths` [B] counts response tokens.
+    """
+    return (1.0 - 1.0 / (alpha * lengths.clamp(min=1).to(torch.float32))).clamp(min=0.0)

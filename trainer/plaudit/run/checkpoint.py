@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "model.cuda_graphs",
     "ppo.micro_batch_size",
     "reward.",
+    "watch.rollout",
 )
 """Settings, or prefixes of their names, that may change when a run is resumed."""
 

@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from plaudit.learner.rollout import CollectedRollout
+from plaudit.learner.stepper import StepResult
 from plaudit.parallel.processes import Processes
 from plaudit.run.metrics import MetricsLog, open_tracker
 from plaudit.run.progress import StepProgress
+from plaudit.run.rollouts import RolloutLog
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 
@@ -17,7 +19,8 @@ class StepLog:
     def __init__(self, config: PPOConfig, processes: Processes, progress: StepProgress) -> None:
         self._config, self._processes, self._progress = config, processes, progress
         self._log: MetricsLog
-        """Set in rank 0 by `opened`."""
+        self._rollouts: RolloutLog
+        """Both are set in rank 0 by `opened`."""
 
     @contextmanager
     def opened(self, steps_done: int) -> Iterator["StepLog"]:
@@ -38,13 +41,13 @@ class StepLog:
         """Show progress inside the block, in rank 0."""
         return self._progress.showing() if self._processes.is_main else nullcontext()
 
-    def write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
-        """Write the metrics of one step, and every `log_samples_every` steps some of its samples.
+    def write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout, result: StepResult) -> None:
+        """Write the metrics of one step, its rollouts, and every `log_samples_every` steps some of its samples.
 
         Raises:
             NotWritten: a file can't be written.
         """
-        self._processes.on_main(self._write, step, metrics, collected)
+        self._processes.on_main(self._write, step, metrics, collected, result)
         if self._processes.is_main:
             self._progress.step(metrics)
 
@@ -52,9 +55,11 @@ class StepLog:
         config, directory = self._config, self._config.output_dir
         others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
         tensorboard = "tensorboard" in config.trackers
+        self._rollouts = RolloutLog(directory, config.watch)
         self._log = MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)
 
-    def _write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout) -> None:
+    def _write(self, step: int, metrics: Mapping[str, float], collected: CollectedRollout, result: StepResult) -> None:
+        self._rollouts.write(step, collected, result)
         self._log.write(step, metrics)
         if self._config.log_samples_every and step % self._config.log_samples_every == 0:
             samples = sample_table(collected)

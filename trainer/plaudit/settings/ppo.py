@@ -9,9 +9,11 @@ from plaudit.checks import fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
+from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,22 @@ class PPOHyperparameters:
     kl_penalty: KLPenalty = "kl"
     gamma: float = 1.0
     lam: float = 0.95
+    """Lambda of generalised advantage estimation, for advantages and returns."""
+    value_lam: float | None = None
+    """Lambda of the returns that the value head learns (decoupled GAE). Default: lam."""
+    lam_alpha: float | None = None
+    """Length-adaptive lambda of the advantages, in place of lam: 1 - 1 / (lam_alpha x response length), at least 0."""
     cliprange: float = 0.2
+    cliprange_upper: float | None = None
+    """Clip range of the ratio above 1 (clip-higher). Default: cliprange."""
+    dual_clip: float | None = None
+    """Upper bound of the ratio in the loss of tokens with a negative advantage, above 1 (dual clip). Default: none."""
     cliprange_value: float = 0.2
+    loss_aggregation: Aggregation = "token_mean"
+    """How the losses of a mini-batch's tokens are combined: their mean, the mean over responses of each one's mean, or
+    the mean over responses of each one's sum divided by loss_tokens."""
+    loss_tokens: int | None = None
+    """Divisor of each response's sum with loss_aggregation=sequence_sum, for example generation.max_new_tokens."""
     vf_coef: float = 0.1
     entropy_coef: float = 0.0
     ratio_threshold: float = 10.0
@@ -73,6 +89,9 @@ class PPOHyperparameters:
             "target",
             "horizon",
             "cliprange",
+            "cliprange_upper",
+            "lam_alpha",
+            "loss_tokens",
             "cliprange_value",
             "ratio_threshold",
             "max_grad_norm",
@@ -81,7 +100,13 @@ class PPOHyperparameters:
             "adam_eps",
             "value_head_learning_rate",
         )
-        fraction(self, "gamma", "lam", "adam_beta1", "adam_beta2")
+        fraction(self, "gamma", "lam", "value_lam", "adam_beta1", "adam_beta2")
+        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip={self.dual_clip} must be greater than 1")
+        require(
+            (self.loss_aggregation == "sequence_sum") == (self.loss_tokens is not None),
+            f"loss_tokens={self.loss_tokens} with loss_aggregation={self.loss_aggregation}: sequence_sum needs "
+            "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
+        )
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
         per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
@@ -128,6 +153,7 @@ class PPOConfig:
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
     ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    watch: WatchSettings = field(default_factory=WatchSettings)
     check: bool = False
     """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
     needs."""

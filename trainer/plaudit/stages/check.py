@@ -23,6 +23,7 @@ from plaudit.rewards import RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.storage import NotWritten, writing
 from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.watch import WatchSettings
 from plaudit.stages.ppo_setup import Training, hold_directory, set_up
 
 MIB = 2**20
@@ -52,6 +53,7 @@ def tried_out(config: PPOConfig) -> Iterator[Training]:
                         resume=None if resumed is None else str(resumed.directory),
                         trackers=(),
                         log_samples_every=0,
+                        watch=WatchSettings(),
                     )
                 )
             )

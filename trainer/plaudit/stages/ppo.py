@@ -122,7 +122,7 @@ def take_step(training: Training) -> dict[str, float]:
         "memory/rollout_peak_mib": rollout_peak.mib,
         "memory/update_peak_mib": update_peak.mib,
     }
-    training.log.write(step, metrics, collected)
+    training.log.write(step, metrics, collected, result)
     return metrics
 
 

@@ -30,6 +30,7 @@ from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.metrics import FILE_NAME, forget_steps_after
 from plaudit.run.progress import StepProgress, WaitingLine
+from plaudit.run.rollouts import forget_rollouts_after
 from plaudit.run.runtime import StopSignal, exclusive
 from plaudit.run.step_log import StepLog
 from plaudit.run.storage import NotWritten, write_text
@@ -207,9 +208,10 @@ def _connect(
 
 
 def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
-    """Save the run's settings, and delete metrics and checkpoints of steps that it will repeat."""
+    """Save the run's settings, and delete metrics, rollouts and checkpoints of steps that it will repeat."""
     directory = config.output_dir
     write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     forget_steps_after(directory / FILE_NAME, steps_done)
+    forget_rollouts_after(directory, steps_done)
     for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
         print(f"dropped {dropped}: its steps are taken again")
