@@ -31,6 +31,7 @@ def with_sgd(config: PPOHyperparameters) -> PPOStepper:
         {"cliprange_upper": CONFIG.cliprange},
         {"value_lam": CONFIG.lam},
         {"dual_clip": 1e6},
+        {"kl_loss": "k2", "kl_loss_weighted": False},
     ],
 )
 def test_a_setting_at_its_neutral_value_is_the_default_to_the_bit(changes: dict[str, Any]) -> None:
@@ -41,7 +42,7 @@ def test_a_setting_at_its_neutral_value_is_the_default_to_the_bit(changes: dict[
     assert same(weights(neutral), weights(default))
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss_aggregation": "sequence_mean"}, SEQUENCE_SUM])
+@pytest.mark.parametrize("changes", [{}, {"loss_aggregation": "sequence_mean", "kl_loss_coef": 0.5}, SEQUENCE_SUM])
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_how_many_samples_go_through_the_model_at_once_changes_no_weight(
     changes: dict[str, Any], accumulated: int
@@ -85,6 +86,29 @@ def test_at_ratio_1_the_policy_loss_is_minus_the_aggregated_advantage() -> None:
     assert loss == pytest.approx(-(sums / 6).mean().item(), abs=1e-6)
 
 
+def test_a_kl_term_adds_its_own_gradient_to_the_step_and_its_value_to_the_total() -> None:
+    config = replace(CONFIG, mini_batch_size=4, ppo_epochs=1)
+    without, with_kl = with_sgd(config), with_sgd(replace(config, kl_loss_coef=0.5, kl_loss="k2"))
+    policy = make_stepper(config).policy
+    rollout = rollout_of(without)
+    mask = rollout.samples.mask
+    distance = policy(rollout.samples).logprobs - rollout.ref_logprobs
+    kl = (0.5 * distance.square())[mask].mean()
+    kl.backward()
+
+    before = without.update(rollout, ORDERS).statistics
+    after = with_kl.update(rollout, ORDERS).statistics
+    assert after["ppo/loss/kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert after["ppo/loss/total"] == pytest.approx(before["ppo/loss/total"] + 0.5 * kl.item(), rel=1e-4)
+    assert "ppo/loss/kl" not in before
+    gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert max(gradient.abs().max().item() for gradient in gradients.values()) > 1e-4
+    for name, weight in weights(with_kl).items():
+        if name in gradients:
+            expected = 0.1 * 0.5 * gradients[name]
+            torch.testing.assert_close(weights(without)[name] - weight, expected, rtol=1e-2, atol=1e-7)
+
+
 def test_policy_and_value_head_have_lambdas_of_their_own() -> None:
     stepper = make_stepper()
     rollout = rollout_of(stepper)
@@ -112,6 +136,8 @@ def test_policy_and_value_head_have_lambdas_of_their_own() -> None:
         ({"cliprange_upper": 0.0}, r"cliprange_upper=0.0 must be greater than 0"),
         ({"value_lam": 1.5}, r"value_lam=1.5 must lie between 0 and 1"),
         ({"loss_aggregation": "sequence_sum"}, r"loss_tokens=None with loss_aggregation=sequence_sum"),
+        ({"kl_loss_coef": -1.0}, r"kl_loss_coef=-1.0 must be 0"),
+        ({"kl_loss": "k1", "kl_loss_weighted": False}, r"kl_loss=k1 with kl_loss_weighted=False"),
         ({"loss_tokens": 16}, r"loss_tokens=16 with loss_aggregation=token_mean"),
     ],
 )

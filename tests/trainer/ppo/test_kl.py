@@ -56,3 +56,52 @@ def test_the_controller_steers_by_at_most_a_fifth_of_the_share_of_the_horizon() 
     assert after(6.6) == pytest.approx(0.2 * (1 + 0.1 * 0.01))
     assert after(600.0) == pytest.approx(0.2 * (1 + 0.2 * 0.01))
     assert after(-600.0) == pytest.approx(0.2 * (1 - 0.2 * 0.01))
+
+
+def distributions(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of the policy with a gradient, and log-distributions of the policy that sampled and of the reference."""
+    draw = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return draw[0].requires_grad_(), draw[1].log_softmax(-1), draw[2].log_softmax(-1)
+
+
+def gradient_of_terms(
+    logits: torch.Tensor, old: torch.Tensor, reference: torch.Tensor, estimator: str, *, weighted: bool
+) -> torch.Tensor:
+    """The gradient in expectation over tokens of the policy that sampled: each token of the vocabulary, weighted."""
+    terms = kl.loss_terms(logits.log_softmax(-1), old, reference, estimator=estimator, weighted=weighted)
+    return torch.autograd.grad((old.exp() * terms).sum(), logits)[0]
+
+
+@pytest.mark.parametrize("estimator", kl.LOSS_ESTIMATORS)
+def test_the_gradient_of_a_weighted_kl_term_is_that_of_the_exact_kl_however_far_the_policy_has_moved(
+    estimator: str,
+) -> None:
+    logits, old, reference = distributions()
+    exact = torch.autograd.grad(kl.full_kl(logits.log_softmax(-1), reference), logits)[0]
+    assert torch.allclose(gradient_of_terms(logits, old, reference, estimator, weighted=True), exact)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_value_of_a_weighted_k1_or_k3_term_is_the_exact_kl_on_average(estimator: str) -> None:
+    logits, old, reference = distributions()
+    terms = kl.loss_terms(logits.log_softmax(-1), old, reference, estimator=estimator, weighted=True)
+    assert torch.allclose((old.exp() * terms).sum(), kl.full_kl(logits.log_softmax(-1), reference))
+
+
+def test_without_its_weight_k2_has_the_gradient_of_the_kl_and_k3_that_of_the_reversed_kl() -> None:
+    logits, _, reference = distributions()
+    old = logits.detach().log_softmax(-1)
+    exact = torch.autograd.grad(kl.full_kl(logits.log_softmax(-1), reference), logits)[0]
+    reversed_kl = torch.autograd.grad(kl.full_kl(reference, logits.log_softmax(-1)), logits)[0]
+    assert torch.allclose(gradient_of_terms(logits, old, reference, "k2", weighted=False), exact)
+    assert torch.allclose(gradient_of_terms(logits, old, reference, "k3", weighted=False), reversed_kl)
+    # What a k1 term would do, and why it is refused.
+    k1 = (old.exp() * kl.k1(logits.log_softmax(-1), reference)).sum()
+    assert torch.autograd.grad(k1, logits)[0].abs().max() < 1e-12
+    with pytest.raises(ValueError, match="zero in expectation"):
+        gradient_of_terms(logits, old, reference, "k1", weighted=False)
+
+
+def test_an_estimator_without_a_loss_term_is_named() -> None:
+    with pytest.raises(ValueError, match="full is none of k1, k2, k3"):
+        kl.loss_terms(torch.zeros(1), torch.zeros(1), torch.zeros(1), estimator="full", weighted=True)

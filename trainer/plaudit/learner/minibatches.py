@@ -45,6 +45,7 @@ class Minibatch:
 
     samples: Samples
     logprobs: Tensor
+    ref_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -57,6 +58,7 @@ class Minibatch:
         batch = cls(
             samples=rollout.samples,
             logprobs=rollout.logprobs,
+            ref_logprobs=rollout.ref_logprobs,
             values=rollout.values,
             advantages=experience.advantages,
             returns=experience.returns,
@@ -83,6 +85,7 @@ class Minibatch:
         return Minibatch(
             samples,
             of(self.logprobs),
+            of(self.ref_logprobs),
             of(self.values),
             of(self.advantages),
             of(self.returns),
@@ -281,6 +284,9 @@ class MinibatchEngine:
         how = how_to_aggregate(self.config)
         whole = divisor(minibatch.mask, aggregation=self.config.loss_aggregation)
         whole = whole * self.config.gradient_accumulation_steps
+        later = 1
+        if self._divides_gradients:
+            whole, later = 1, float(whole)
         groups = []
         for start in range(0, self.processes.largest_share(len(minibatch)), size):
             rows = own[start : start + size]
@@ -294,14 +300,13 @@ class MinibatchEngine:
                 temperature=self._temperature,
                 support=group.support,
             )
-            loss = group_sum(token_losses(group, new, self.config), group.mask, **how)
-            loss = loss if self._divides_gradients else loss / whole
+            loss = group_sum(token_losses(group, new, self.config, group.ref_logprobs), group.mask, **how) / whole
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
         if self._divides_gradients:
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.div_(float(whole))
+                    parameter.grad.div_(later)
         return stack_rows(groups, dim=2)
 
     def _idle_pass(self, minibatch: "Minibatch") -> None:
@@ -312,7 +317,7 @@ class MinibatchEngine:
 
     def _statistics(self, old: "Minibatch", new: ResponseOutputs) -> tuple[dict[str, float], bool]:
         """The statistics of a whole mini-batch, and whether it has to be skipped."""
-        measured = measure(old, new, self.config)
+        measured = measure(old, new, self.config, old.ref_logprobs)
         # One copy from the device for all of them.
         return self._check_ratio(dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)))
 
@@ -326,7 +331,7 @@ class MinibatchEngine:
                 "mini-batch skipped",
                 stacklevel=2,
             )
-            statistics |= dict.fromkeys(("ppo/loss/policy", "ppo/loss/value", "ppo/loss/total"), 0.0)
+            statistics |= dict.fromkeys((name for name in statistics if name.startswith("ppo/loss/")), 0.0)
         return statistics | {"ppo/skipped": float(skipped), "ppo/grad_norm": 0.0}, skipped
 
     def _non_finite(self, what: str, experience: Experience, rows: Tensor, epoch: int) -> NonFiniteUpdate:

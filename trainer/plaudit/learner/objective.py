@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from plaudit.policy.model import ResponseOutputs
-from plaudit.ppo import losses
+from plaudit.ppo import kl, losses
 from plaudit.settings.ppo import PPOHyperparameters
 
 
@@ -36,11 +36,28 @@ class RolloutTokens(Protocol):
         """What the value head learns."""
 
 
-def token_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> Tensor:
-    """policy + vf_coef * value - entropy_coef * entropy, for each token: [b, T] or [N]."""
+def token_losses(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None = None
+) -> Tensor:
+    """policy + vf_coef * value - entropy_coef * entropy + kl_loss_coef * kl, for each token: [b, T] or [N].
+
+    `ref_logprobs` are needed for a KL term alone.
+    """
     policy, value = clipped_losses(old, new, config)
     total = policy + config.vf_coef * value
-    return total if config.entropy_coef == 0 else total - config.entropy_coef * new.entropy
+    if config.entropy_coef != 0:
+        total = total - config.entropy_coef * new.entropy
+    return total if config.kl_loss_coef == 0 else total + config.kl_loss_coef * kl_terms(old, new, config, ref_logprobs)
+
+
+def kl_terms(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None
+) -> Tensor:
+    """The KL term of each token (`ppo.kl.loss_terms`)."""
+    assert ref_logprobs is not None
+    return kl.loss_terms(
+        new.logprobs, old.logprobs, ref_logprobs, estimator=config.kl_loss, weighted=config.kl_loss_weighted
+    )
 
 
 def clipped_losses(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> tuple[Tensor, Tensor]:

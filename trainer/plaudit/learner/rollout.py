@@ -60,7 +60,7 @@ class CollectedRollout:
     ended: list[bool]
     """Whether each response ended with an end token or a stop string."""
     components: dict[str, list[float]]
-    """Each reward by its name, before its weight; `rollout.scores` is the weighted sum."""
+    """Each reward by its name, before its weight; `rollout.scores` combines them."""
     waited_s: float
     """Time spent waiting for rewards after everything else was done."""
 

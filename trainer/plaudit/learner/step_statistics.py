@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from plaudit.learner.experience import Experience
-from plaudit.learner.objective import RolloutTokens, clipped_losses, how_to_aggregate, policy_clips
+from plaudit.learner.objective import RolloutTokens, clipped_losses, how_to_aggregate, kl_terms, policy_clips
 from plaudit.policy.model import ResponseOutputs
 from plaudit.ppo import losses
 from plaudit.ppo.aggregation import aggregate
@@ -26,8 +26,13 @@ STATISTICS = (
 """What is measured of each mini-batch, in the order of `measure`."""
 
 
-def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters) -> dict[str, Tensor]:
-    """The statistics of a whole mini-batch: one number on the device for each of `STATISTICS`."""
+def measure(
+    old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The statistics of a whole mini-batch: one number on the device for each of `STATISTICS`.
+
+    With a KL term in the loss, for which `ref_logprobs` are needed, also `ppo/loss/kl`.
+    """
     mask = old.mask
     log_ratios = new.logprobs - old.logprobs
     ratios = log_ratios.exp()
@@ -36,12 +41,17 @@ def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters
     policy_loss, value_loss = aggregate(policy_losses, mask, **how), aggregate(value_losses, mask, **how)
     entropy = masked_mean(new.entropy, mask)
     entropy_bonus = config.entropy_coef * aggregate(new.entropy, mask, **how)
+    total = policy_loss + config.vf_coef * value_loss - entropy_bonus
+    kl_loss = {}
+    if config.kl_loss_coef != 0:
+        kl_loss["ppo/loss/kl"] = aggregate(kl_terms(old, new, config, ref_logprobs), mask, **how)
+        total = total + config.kl_loss_coef * kl_loss["ppo/loss/kl"]
     policy_clipped = losses.policy_clipped(ratios, old.advantages, **policy_clips(config))
     value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
     return {
         "ppo/loss/policy": policy_loss,
         "ppo/loss/value": value_loss,
-        "ppo/loss/total": policy_loss + config.vf_coef * value_loss - entropy_bonus,
+        "ppo/loss/total": total,
         "ppo/policy/entropy": entropy,
         "ppo/policy/approxkl": 0.5 * masked_mean(log_ratios.square(), mask),
         "ppo/policy/policykl": masked_mean(-log_ratios, mask),
@@ -56,6 +66,7 @@ def measure(old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters
         "ppo/val/clipfrac": masked_mean(value_clipped.float(), mask),
         "ppo/val/mean": masked_mean(old.values, mask),
         "ppo/val/var": masked_var(old.values, mask),
+        **kl_loss,
     }
 
 

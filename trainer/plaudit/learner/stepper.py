@@ -272,8 +272,10 @@ def _can_record(
 ) -> bool:
     """Whether a whole mini-batch goes through the model in one pass of fixed shape, on one GPU, with this torch."""
     return (
-        # A recorded mini-batch is one row of tokens, which does not say which response a token belongs to.
+        # A recorded mini-batch is one row of tokens, which does not say which response a token belongs to, and has no
+        # log-probabilities of the reference.
         config.loss_aggregation == "token_mean"
+        and config.kl_loss_coef == 0
         and policy.device.type == "cuda"
         and processes.count == 1
         and policy.packs

@@ -35,6 +35,41 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": k1, "abs": absolute, "mse": k2, "k3": k3}
 """By the name that `kl_penalty` has in the configuration. `full` needs whole distributions and is `full_kl`."""
+LOSS_ESTIMATORS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""By the name that `kl_loss` has in the configuration."""
+
+
+def loss_terms(
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str, weighted: bool
+) -> Tensor:
+    """A KL term of the loss for each sampled token, [B, T] or [N]; the gradient goes through `logprobs` alone.
+
+    Tokens come from the policy that sampled, p_old. `weighted` multiplies by the ratio p / p_old, so that the gradient
+    in expectation is that of KL(p || ref) in every epoch:
+
+    | estimator | term, with d = log p - log ref | its expectation over p_old |
+    | --- | --- | --- |
+    | k1 | ratio * d | KL(p || ref) |
+    | k2 | ratio * d^2 / 2, the ratio without a gradient | another value, the gradient of KL(p || ref) |
+    | k3 | ratio * (exp(-d) - 1 + d) | KL(p || ref) (DeepSeek-V3.2, arXiv 2512.02556) |
+
+    Not `weighted`, the term is the estimator alone: k3 is that of GRPO (arXiv 2402.03300). While p = p_old, the
+    gradient of k2 is then still that of KL(p || ref), and that of k3 is that of KL(ref || p); that of k1 is zero in
+    expectation ("Rethinking KL regularization in RLHF", arXiv 2510.01555), so k1 must be weighted.
+
+    Raises:
+        ValueError: the shapes differ, the estimator has another name, or k1 is not weighted.
+    """
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    if estimator not in LOSS_ESTIMATORS:
+        raise ValueError(f"{estimator} is none of {', '.join(LOSS_ESTIMATORS)}")
+    terms = LOSS_ESTIMATORS[estimator](logprobs, ref_logprobs)
+    if weighted:
+        ratios = (logprobs - old_logprobs).exp()
+        return (ratios.detach() if estimator == "k2" else ratios) * terms
+    if estimator == "k1":
+        raise ValueError("the gradient of k1 as a loss is zero in expectation unless it is weighted")
+    return terms
 
 
 def full_kl(log_distribution: Tensor, ref_log_distribution: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import operator
 import os
 import ssl
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from plaudit.errors import ConfigError
+from plaudit.rewards.combining import combine
 from plaudit.rewards.endpoint import Endpoint
 from plaudit.rewards.function import FunctionSource
 from plaudit.rewards.proxies import proxy_for
@@ -36,7 +38,7 @@ class Scores:
     """The rewards of a list of responses, in the same order."""
 
     totals: list[float]
-    """The weighted sum."""
+    """The rewards of each response, combined as `RewardSettings.combination` says."""
     components: dict[str, list[float]]
     """Each reward by its name, before its weight."""
 
@@ -57,6 +59,7 @@ class RewardClient:
         fields: Collection[str] | None = None,
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
+        self._settings = settings
         self._components = settings.components
         if not settings.says_whom_to_ask:
             raise ConfigError(
@@ -128,7 +131,7 @@ class RewardClient:
 
         A prompt is a text, or the messages that the response answers. `fields` are columns with one value per response.
         Each reward receives the columns that it asks for; a missing value is refused (`RewardRejected`). Several
-        rewards are combined to their weighted sum.
+        rewards are combined (`RewardSettings.combination`).
 
         The future takes at most `patience_s` plus the time of a request. `cancel` cancels the requests.
         """
@@ -142,7 +145,7 @@ class RewardClient:
     def submit_components(
         self, prompts: Sequence[Prompt], responses: Sequence[str], fields: Columns | None = None
     ) -> Future[Scores]:
-        """`submit`, with the individual rewards in addition to the weighted sum."""
+        """`submit`, with the individual rewards in addition to the combined ones."""
         columns = self._checked(prompts, responses, fields)
         return self._start(self._score(list(prompts), list(responses), columns))
 
@@ -185,8 +188,11 @@ class RewardClient:
         rows = rows_of(prompts, responses, columns)
         rewards = await _all([_in_chunks(source, rows) for source in self._sources])
         weights = [component.weight for component in self._components]
+        total = functools.partial(
+            combine, combination=self._settings.combination, std_multiple=self._settings.std_multiple
+        )
         return Scores(
-            totals=[sum(map(operator.mul, weights, of_text)) for of_text in zip(*rewards, strict=True)],
+            totals=[total(list(map(operator.mul, weights, of_text))) for of_text in zip(*rewards, strict=True)],
             components={c.name: r for c, r in zip(self._components, rewards, strict=True)},
         )
 

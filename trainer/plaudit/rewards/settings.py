@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from plaudit.checks import positive, require
+from plaudit.rewards.combining import Combination
 
 EndpointKind = Literal[
     "auto",
@@ -87,7 +88,7 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One reward: its endpoints or function, and its weight in the sum."""
+    """One reward: its endpoints or function, and its weight."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
     """In lists of rewards in settings files, a misspelt key is an error."""
@@ -155,7 +156,12 @@ class RewardSettings:
     """The rewards, their endpoints, and timeouts."""
 
     components: tuple[RewardComponent, ...] = ()
-    """The rewards. Their weighted sum is used."""
+    """The rewards."""
+    combination: Combination = "weighted_sum"
+    """How several rewards become one, each multiplied by its weight first: their sum, the minimum (worst case), or
+    their mean minus std_multiple times their standard deviation."""
+    std_multiple: float = 1.0
+    """Multiple of the standard deviation with combination=mean_minus_std."""
     patience_s: float = 600.0
     """How long to retry without any usable answer before the run saves a checkpoint and exits with 75."""
     request_timeout_s: float = 60.0
@@ -185,6 +191,10 @@ class RewardSettings:
         require(
             self.hedge_after_s is None or self.hedge_after_s < self.request_timeout_s,
             f"hedge_after_s={self.hedge_after_s} must be less than request_timeout_s={self.request_timeout_s}",
+        )
+        require(
+            self.std_multiple >= 0 and math.isfinite(self.std_multiple),
+            f"reward.std_multiple={self.std_multiple} must be 0 or more",
         )
         names = [component.name for component in self.components]
         require(len(set(names)) == len(names), f"rewards need different names, not {', '.join(names)}")

@@ -12,6 +12,7 @@ from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSetti
 from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+KLLoss = Literal["k1", "k2", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
@@ -37,6 +38,13 @@ class PPOHyperparameters:
     horizon: float = 10_000.0
     """Number of samples over which the controller may change the coefficient by about 20 %."""
     kl_penalty: KLPenalty = "kl"
+    kl_loss_coef: float = 0.0
+    """Coefficient of a KL term in the loss, beside the KL in the reward. For the loss alone, set init_kl_coef to 0."""
+    kl_loss: KLLoss = "k3"
+    """Estimator of the KL term in the loss."""
+    kl_loss_weighted: bool = True
+    """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy, reference).
+    Turn off for GRPO's term."""
     gamma: float = 1.0
     lam: float = 0.95
     """Lambda of generalised advantage estimation, for advantages and returns."""
@@ -109,6 +117,11 @@ class PPOHyperparameters:
         )
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
+        require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
+        require(
+            self.kl_loss != "k1" or self.kl_loss_weighted,
+            "kl_loss=k1 with kl_loss_weighted=False has a gradient of zero in expectation: weight it, or take k2 or k3",
+        )
         per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         require(
             self.batch_size % per_optimizer_step == 0,
