@@ -1,1 +1,1 @@
-"""One run on a GPU that measures everything: see docs/gpu.md."""
+"""One run on a GPU that measures everything: see docs/evidence/gpu.md."""

@@ -1,7 +1,7 @@
-"""The result files of `benchmarks.gpu.run` as the tables of docs/gpu.md.
+"""The result files of `benchmarks.gpu.run` as the tables of docs/evidence/gpu.md.
 
     python -m benchmarks.gpu.render OUT                     prints them
-    python -m benchmarks.gpu.render OUT --into docs/gpu.md  puts them between that file's two marks
+    python -m benchmarks.gpu.render OUT --into docs/evidence/gpu.md  puts them between that file's two marks
 
 Wrong here would be a table that doesn't say on which card, with which versions, or that something is missing.
 """

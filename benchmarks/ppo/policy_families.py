@@ -1,6 +1,6 @@
 """Families of policies: their log-probabilities and samples beside plain transformers', and a whole run of stage 3.
 
-    python -m benchmarks.ppo.policy_families [--table docs/models.md] [FAMILY ...]
+    python -m benchmarks.ppo.policy_families [--table docs/evidence/models.md] [FAMILY ...]
 
 Tiny random models of each family, 64 positions, fp32. One table has three parts:
 

@@ -1,6 +1,6 @@
 """Bases in 8 and 4 bits through stage 3, beside fp32 and bf16: what they learn, their memory and their time.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ppo.quantised [--steps 10] [--table docs/models.md]
+    OMP_NUM_THREADS=1 python -m benchmarks.ppo.quantised [--steps 10] [--table docs/evidence/models.md]
 
 Each format is the PPO stage of the demo's preset on the embedded models (the policy's weights in fp32), `plaudit ppo`
 in all but its process, against one reward service on this machine. "Largest log-ratio" is that of the very first

@@ -1,6 +1,6 @@
 """Which families of models give the same numbers here as in plain transformers.
 
-    python -m benchmarks.service.model_families judges [--table docs/models.md] [FAMILY ...]
+    python -m benchmarks.service.model_families judges [--table docs/evidence/models.md] [FAMILY ...]
 
 `judges`: a tiny random classifier of each family in the service's own scorer, in fp32, beside plain transformers
 (`model(**tokenizer(text))`, one text at a time). Each number is the largest difference of any logit, as a share of the

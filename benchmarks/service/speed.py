@@ -11,7 +11,7 @@ is measured runs, the others are stopped (SIGSTOP) meanwhile. `closed` has calle
 they have their last answer; `open` sends texts as they come (Poisson) at shares of what a closed loop of 64 got.
 Rounds are interleaved, so that a slow minute of the machine hits every server; requests for each second of the server's
 own CPU time tell what it does on a core that nobody else uses. Peers are named with the Python of their
-own environment; docs/reward-speed.md says how to make them.
+own environment; docs/evidence/reward-speed.md says how to make them.
 """
 
 import argparse

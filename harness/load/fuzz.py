@@ -3,9 +3,9 @@
 Four parts. `schema`: schemathesis makes requests from the service's own OpenAPI document, such as it allows and such
 as it forbids; an answer must have a status, a content type and a shape that the document names. `texts`: rewards of
 empty texts, halves of surrogate pairs, NULs, a million times one letter, anything Unicode has; the answer must be the
-one that docs/wire.md promises. `bytes`: bodies that are damaged or no documents at all, on every route that takes one.
-`framing`: connections whose bytes two servers may read differently (`hostile_requests`); each request is refused and
-its connection closed, or answered once (`hostile_framing`). Half of all requests are of this part.
+one that docs/reference/wire.md promises. `bytes`: bodies that are damaged or no documents at all, on every route that
+takes one. `framing`: connections whose bytes two servers may read differently (`hostile_requests`); each request is
+refused and its connection closed, or answered once (`hostile_framing`). Half of all requests are of this part.
 """
 
 import asyncio
@@ -242,7 +242,7 @@ def _send_texts(connection: Connection, items: list[dict[str, str]], form: str, 
 
 
 def _wrong_with(answer: Answer, items: list[dict[str, str]], form: str) -> str | None:
-    """What docs/wire.md doesn't promise of the answer, if anything."""
+    """What docs/reference/wire.md doesn't promise of the answer, if anything."""
     if form == "escaped":
         # Two escapes that are a pair come out as one character.
         items = json.loads(json.dumps(items))

@@ -85,7 +85,7 @@ def test_tables_name_versions_and_hold_every_part(whole: Started) -> None:
     text = render.render(whole.out)
     assert text.splitlines()[0].startswith("no GPU: a rehearsal on the CPU, torch ")
     assert all(f"### {title}\n" in text for title in render.TITLES.values())
-    document = render.between_marks((ROOT / "docs" / "gpu.md").read_text(), text)
+    document = render.between_marks((ROOT / "docs" / "evidence" / "gpu.md").read_text(), text)
     assert render.between_marks(document, text) == document
 
 

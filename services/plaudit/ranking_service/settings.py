@@ -34,7 +34,7 @@ class Serve(_Command):
 
     Every flag is also a variable: --public-url is RANK_PUBLIC_URL. SIGTERM answers the accepted requests and ends.
     Without RANK_API_KEY or --api-key-file, only administrators who sign in by link can use the administrators' routes.
-    See docs/ranking.md.
+    See docs/how-to/ranking.md.
     """
 
     host: str = "127.0.0.1"

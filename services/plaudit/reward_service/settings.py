@@ -17,7 +17,7 @@ class Settings(BaseSettings):
     Serve a sequence classifier's logits as rewards over HTTP.
 
     Every flag is also a variable: --max-tokens is REWARD_MAX_TOKENS. SIGHUP reloads the model; SIGTERM answers the
-    accepted requests and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/reward-service.md.
+    accepted requests and ends. OTEL_EXPORTER_OTLP_ENDPOINT says where traces go. See docs/how-to/reward-service.md.
     """
 
     model_config = SettingsConfigDict(
@@ -48,7 +48,7 @@ class Settings(BaseSettings):
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     """Longest token sequence; the model's own limit unless given."""
     dtype: DType = "fp32"
-    """Number format of weights and arithmetic; docs/reward-service.md has the drift. int8 is dynamic, and for CPUs."""
+    """Number format of weights and arithmetic (drift: docs/how-to/reward-service.md). int8: dynamic, for CPUs."""
     devices: Annotated[tuple[str, ...], NoDecode, Field(min_length=1)] = ("cpu",)
     """torch devices, comma separated, one replica on each: cuda:0,cuda:1. CPU replicas (cpu,cpu) share weights."""
     deterministic: bool = False

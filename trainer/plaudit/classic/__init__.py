@@ -3,7 +3,7 @@
     from plaudit.classic import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
     from plaudit.classic.core import LengthSampler
 
-docs/coming-from-trl.md says what is different.
+docs/how-to/coming-from-trl.md says what is different.
 """
 
 from typing import Any

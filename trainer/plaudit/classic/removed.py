@@ -29,8 +29,8 @@ STILL_IN_TRL = {
     *("apply_chat_template", "extract_prompt", "is_conversational", "maybe_apply_chat_template"),
 }
 GONE = {
-    "PPOv2Trainer": "the later PPO is `plaudit ppo`: docs/coming-from-trl.md has its settings",
-    "PPOv2Config": "the later PPO is `plaudit ppo`: docs/coming-from-trl.md has its settings",
+    "PPOv2Trainer": "the later PPO is `plaudit ppo`: docs/how-to/coming-from-trl.md has its settings",
+    "PPOv2Config": "the later PPO is `plaudit ppo`: docs/how-to/coming-from-trl.md has its settings",
     "TextEnvironment": TOOLS,
     "TextHistory": TOOLS,
     "DDPOTrainer": "images are no part of Plaudit",

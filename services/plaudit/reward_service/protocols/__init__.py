@@ -1,6 +1,6 @@
 """Protocols of other servers, as thin adapters over the same engine, so that their clients work unchanged.
 
-docs/wire.md says what each one covers. Plaudit's own trainer needs none of them.
+docs/reference/wire.md says what each one covers. Plaudit's own trainer needs none of them.
 """
 
 from fastapi import APIRouter
