@@ -212,6 +212,8 @@ class MinibatchEngine:
             advantages=minibatch.advantages,
             returns=minibatch.returns,
         )
+        if self.policy.in_pieces(len(flat.mask)):
+            return None
         try:
             return _Recorded(self._updates.run(flat), rows, epoch)
         except RuntimeError as error:
@@ -284,7 +286,7 @@ class MinibatchEngine:
         how = how_to_aggregate(self.config)
         whole = divisor(minibatch.mask, aggregation=self.config.loss_aggregation)
         whole = whole * self.config.gradient_accumulation_steps
-        later = 1
+        later = 1.0
         if self._divides_gradients:
             whole, later = 1, float(whole)
         groups = []

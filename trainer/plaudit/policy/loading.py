@@ -80,7 +80,11 @@ def _load_policy(
             demo_models.resolve(own if own.is_dir() else base), dtype=torch.float32
         ).to(device)
     policy = Policy(
-        model, reference=reference, value_model=value_model, autocast=torch.bfloat16 if settings.bf16 else None
+        model,
+        reference=reference,
+        value_model=value_model,
+        autocast=torch.bfloat16 if settings.bf16 else None,
+        logits_mib=settings.logits_mib,
     )
     if (directory / VALUE_HEAD_FILE).is_file():
         load_value_head(policy, directory)
@@ -100,5 +104,7 @@ def _frozen_start(path: str | Path, base: str | Path, dtype: torch.dtype, device
     In half precision they stay beside their base: folded in, they would be rounded, and the KL would not start at 0.
     """
     if dtype in HALVES:
-        return with_adapters(load_causal_lm(base, dtype=dtype, device=device), path)
-    return load_whole_causal_lm(path, device=device).to(dtype)
+        adapted: nn.Module = with_adapters(load_causal_lm(base, dtype=dtype, device=device), path)
+        return adapted
+    folded: nn.Module = load_whole_causal_lm(path, device=device)
+    return folded.to(dtype)

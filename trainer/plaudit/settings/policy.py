@@ -8,6 +8,7 @@ from plaudit.checks import positive, require
 from plaudit.settings.data import PromptKind
 
 Quantization = Literal["8bit", "4bit"]
+LOGITS_MIB = 512.0
 Dtype = Literal["fp32", "bf16", "fp16", "auto"]
 
 
@@ -39,6 +40,9 @@ class ModelSettings:
     own. Adapters, value head, log-probabilities, losses and the optimizer's state are fp32 in any case."""
     quantization: Quantization | None = None
     """Quantise the base weights to 8 or 4 bits (bitsandbytes). Adapters and value head stay in full precision."""
+    logits_mib: float = LOGITS_MIB
+    """Largest size of the fp32 logits of a pass's response tokens. Above it, tokens go through the output head in
+    pieces of an eighth of it, forward and backward, which takes one more product with the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass of updates. Saves memory and takes about a third more time."""
     bf16: bool = False
@@ -54,6 +58,7 @@ class ModelSettings:
     """Use a separate transformer for values. It starts as a copy of the policy, and all its parameters are trained."""
 
     def __post_init__(self) -> None:
+        positive(self, "logits_mib")
         require(not (self.bf16 and self.dtype == "fp16"), "bf16=True computes in bf16: it cannot go with dtype=fp16")
 
 
