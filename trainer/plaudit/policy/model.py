@@ -87,20 +87,26 @@ class Policy(nn.Module):
         self._reference: list[Any] = []
         if self.device.type == "cuda":
             fuse_activations(self)
+        self._logits_mib, self._vocabulary = logits_mib, int(getattr(head, "out_features", head.weight.shape[0]))
+        self._takes_own_mask = self._packs = self._head_is_last = False
+        if self.device.type != "meta":
+            self._try_forms_of_input()
+        self._last_input: tuple[Samples, ModelInput] | None = None
+        if reference is not None:
+            self.use_reference(reference)
+
+    def _try_forms_of_input(self) -> None:
+        """Which forms of input the model gives the same logits for. It is asked, not believed."""
         probe, positions = probe_samples(self.device), self._takes_positions
         plain = padded(probe, takes_positions=positions)
-        agrees = functools.partial(same_logits, model, plain, autocast=autocast)
+        agrees = functools.partial(same_logits, self.model, plain, autocast=self.autocast)
         self._takes_own_mask = takes_own_mask(self.language_model)
         self._takes_own_mask = self._takes_own_mask and agrees(
             padded(probe, takes_positions=positions, mask_dtype=self.mask_dtype)
         )
         # By their positions, most architectures tell the samples of a row apart.
         self._packs = positions and agrees(packed(probe, mask_dtype=self.mask_dtype))
-        self._logits_mib, self._vocabulary = logits_mib, int(getattr(head, "out_features", head.weight.shape[0]))
-        self._head_is_last = ends_with_its_head(model, plain, autocast=autocast)
-        self._last_input: tuple[Samples, ModelInput] | None = None
-        if reference is not None:
-            self.use_reference(reference)
+        self._head_is_last = ends_with_its_head(self.model, plain, autocast=self.autocast)
 
     def use_reference(self, model: nn.Module) -> None:
         """Holds the policy to this model from now on; its parameters are frozen."""
