@@ -18,10 +18,10 @@ SCORES = [1.0, -2.0, 0.5, 3.0]
 CONFIG = PPOHyperparameters(batch_size=4, mini_batch_size=2, ppo_epochs=2, learning_rate=1e-3)
 
 
-def make_policy(architecture: str = "gpt2", seed: int = 0) -> Policy:
+def make_policy(architecture: str = "gpt2", seed: int = 0, *, value_head: bool = True) -> Policy:
     """A tiny policy whose adapters and value head are not zero, as fresh ones would be."""
     torch.manual_seed(seed)
-    policy = Policy(add_lora(ARCHITECTURES[architecture](seed), LoraSettings(r=4, alpha=8)))
+    policy = Policy(add_lora(ARCHITECTURES[architecture](seed), LoraSettings(r=4, alpha=8)), value_head=value_head)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name or "v_head" in name:

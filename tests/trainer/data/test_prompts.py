@@ -248,3 +248,19 @@ def test_another_field_is_another_fingerprint(conversations: Path) -> None:
     assert Prompts(loaded.token_ids, loaded.texts).fingerprint() == fingerprint(
         zip(loaded.token_ids, loaded.texts, strict=True)
     )
+
+
+def test_each_prompt_is_there_as_often_as_it_has_responses_with_its_fields(conversations: Path) -> None:
+    loaded: Prompts = load(conversations, MESSAGES)
+    grouped = PromptSchedule(loaded, 12, seed=1, responses_per_prompt=3)
+    alone = PromptSchedule(loaded, 4, seed=1)
+    assert grouped.steps_per_epoch == alone.steps_per_epoch == len(loaded) // 4
+    for step in (0, 3, grouped.steps_per_epoch):
+        batch, once = grouped.batch(step), alone.batch(step)
+        assert batch.texts == [text for text in once.texts for _ in range(3)]
+        assert batch.token_ids[::3] == batch.token_ids[2::3] == once.token_ids
+        assert batch.fields["id"] == [name for name in once.fields["id"] for _ in range(3)]
+    with pytest.raises(
+        ConfigError, match=r"4 prompts of 3 responses each are fewer than one batch of ppo.batch_size=15"
+    ):
+        PromptSchedule(loaded.rows(0, 4), 15, seed=1, responses_per_prompt=3)

@@ -132,4 +132,6 @@ def test_what_a_graph_cannot_tell_is_not_recorded(monkeypatch: pytest.MonkeyPatc
     assert records(cliprange_upper=0.3, dual_clip=3.0, value_lam=1.0, lam_alpha=0.1)
     assert not records(loss_aggregation="sequence_mean")
     assert not records(kl_loss_coef=0.1)
+    assert records(responses_per_prompt=2)
+    assert not records(responses_per_prompt=2, advantage_estimator="rloo")
     assert not records(loss_aggregation="sequence_sum", loss_tokens=16)

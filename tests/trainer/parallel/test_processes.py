@@ -61,6 +61,16 @@ def test_shares_are_consecutive_and_cover_every_row_once() -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_shares_of_groups_hold_whole_ones() -> None:
+    for rows, group, count in [(12, 3, 2), (9, 3, 2), (128, 8, 5)]:
+        processes = [Processes(rank, count) for rank in range(count)]
+        shares = [process.share(rows, group=group) for process in processes]
+        assert [row for share in shares for row in share] == list(range(rows))
+        assert all(share.start % group == 0 and len(share) % group == 0 for share in shares)
+        assert max(map(len, shares)) == processes[0].largest_share(rows, group=group)
+        assert max(map(len, shares)) - min(map(len, shares)) <= group
+
+
 def test_alone_an_error_is_raised_as_it_is() -> None:
     def fail() -> None:
         raise StopRequested(signal.SIGTERM)

@@ -233,6 +233,27 @@ def test_a_killed_process_resumes_to_the_bit(config: PPOConfig, tmp_path: Path, 
     assert_same_run(config.output_dir, undisturbed)
 
 
+def test_a_killed_run_with_groups_and_no_critic_resumes_to_the_bit(config: PPOConfig, tmp_path: Path) -> None:
+    grouped = dataclasses.replace(config.ppo, responses_per_prompt=2, advantage_estimator="rloo", kl_loss_coef=0.1)
+    watch = WatchSettings(rollouts="all")
+    config = dataclasses.replace(config, steps=5, ppo=grouped, watch=watch)
+    undisturbed = single_threaded(ppo.run, dataclasses.replace(config, output_dir=tmp_path / "undisturbed")).output_dir
+    first = TrainerProcess(config)
+    first.wait_for_step(1)
+    first.signal(signal.SIGKILL)
+    assert first.end()[0] == -signal.SIGKILL
+    code, stderr = TrainerProcess(config, "--resume", "auto").end()
+    assert code == 0, stderr
+    assert_same_run(config.output_dir, undisturbed)
+    assert not (config.output_dir / "value_head.safetensors").exists()
+    assert "value_head" not in (config.output_dir / "README.md").read_text().partition("```yaml")[0]
+    rows = list(read_rollouts(config.output_dir))
+    assert len(rows) == 5 * 8
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one["prompt"] == other["prompt"]
+        assert one["response"] != other["response"], "each has draws of its own"
+
+
 def test_exit_code_75_when_the_patience_runs_out(config: PPOConfig, stub_reward_server: StubRewardServer) -> None:
     stub_reward_server.script([{"do": "score", "times": 1}, {"do": "status", "status": 503, "times": 1000}])
     code, stderr = TrainerProcess(config).end()

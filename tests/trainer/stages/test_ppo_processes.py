@@ -62,6 +62,18 @@ EVERYTHING = PPOHyperparameters(
     whiten_rewards=True,
     max_grad_norm=0.5,
 )
+WITHOUT_CRITIC = PPOHyperparameters(
+    batch_size=18,
+    mini_batch_size=9,
+    responses_per_prompt=3,
+    advantage_estimator="grpo",
+    loss_aggregation="sequence_mean",
+    kl_loss_coef=0.1,
+    cliprange_upper=0.3,
+    learning_rate=1e-3,
+    ppo_epochs=2,
+)
+"""Three groups in a mini-batch, which two processes share as two and one."""
 
 
 def train_with_ranks(config: PPOConfig) -> None:
@@ -74,12 +86,21 @@ def train_with_accelerate(config: PPOConfig) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
 
 
-@pytest.mark.parametrize("train", [train_with_ranks, train_with_accelerate])
+@pytest.mark.parametrize(
+    ("train", "hyperparameters"),
+    # Everything on, and mini-batches that two can't share evenly.
+    [(train_with_ranks, EVERYTHING), (train_with_accelerate, None), (train_with_ranks, WITHOUT_CRITIC)],
+)
 def test_two_processes_train_as_one_does(
-    config: PPOConfig, stub_reward_server: StubRewardServer, tmp_path: Path, train: Callable[[PPOConfig], None]
+    config: PPOConfig,
+    stub_reward_server: StubRewardServer,
+    tmp_path: Path,
+    train: Callable[[PPOConfig], None],
+    hyperparameters: PPOHyperparameters | None,
 ) -> None:
-    if train is train_with_ranks:  # everything on, and mini-batches that two can't share evenly
-        config = dataclasses.replace(config, ppo=EVERYTHING, generation=GenerationSettings(top_k=50, temperature=0.8))
+    if hyperparameters is not None:
+        generation = GenerationSettings(top_k=50, temperature=0.8)
+        config = dataclasses.replace(config, ppo=hyperparameters, generation=generation)
     alone = dataclasses.replace(config, output_dir=tmp_path / "alone")
     single_threaded(ppo.run, alone)
     seen = stub_reward_server.state["scored"]

@@ -80,25 +80,37 @@ class Prompts:
 
 
 class PromptSchedule:
-    """The prompts of each step: a new permutation every epoch, which depends only on seed and epoch."""
+    """The prompts of each step: a new permutation every epoch, which depends only on seed and epoch.
 
-    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int) -> None:
+    With `responses_per_prompt`, each prompt is there as many times, one after another; `batch_size` counts them all.
+    """
+
+    def __init__(self, prompts: Prompts, batch_size: int, *, seed: int, responses_per_prompt: int = 1) -> None:
+        """`responses_per_prompt` divides `batch_size`.
+
+        Raises `ConfigError` for fewer prompts than a batch has.
+        """
+        batch_size //= responses_per_prompt
         self.steps_per_epoch = len(prompts) // batch_size
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"{len(prompts)} prompts are fewer than one batch of ppo.batch_size={batch_size}")
+            each = f" of {responses_per_prompt} responses each" if responses_per_prompt > 1 else ""
+            batch = f"ppo.batch_size={batch_size * responses_per_prompt}"
+            raise ConfigError(f"{len(prompts)} prompts{each} are fewer than one batch of {batch}")
+        self._responses_per_prompt = responses_per_prompt
         self._prompts = prompts
         self._batch_size = batch_size
         self._seed = seed
         self._order: tuple[int, torch.Tensor] | None = None
 
     def batch(self, step: int) -> Prompts:
-        """The prompts of step `step`, counted from 0."""
+        """The prompts of step `step`, counted from 0, as many as responses."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self._prompts), generator=generator)
         start = position * self._batch_size
-        return self._prompts.select(self._order[1][start : start + self._batch_size].tolist())
+        chosen = self._order[1][start : start + self._batch_size]
+        return self._prompts.select(chosen.repeat_interleave(self._responses_per_prompt).tolist())
 
 
 def load_prompts(

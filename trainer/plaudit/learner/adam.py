@@ -22,7 +22,7 @@ OWN_OPTIONS = ("fused", "foreach", "capturable", "lr")
 
 def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Processes) -> torch.optim.Adam:
     """Adam without weight decay over everything that learns. The value head may have its own learning rate."""
-    modules = [policy.v_head] if policy.value_model is None else [policy.v_head, policy.value_model]
+    modules = [module for module in (policy.v_head, policy.value_model) if module is not None]
     head = {id(parameter) for module in modules for parameter in module.parameters()}
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     rate, head_rate = config.learning_rate, config.value_head_learning_rate

@@ -116,7 +116,7 @@ class MinibatchEngine:
         self.policy, self.config, self.processes = policy, config, processes
         self._optimizer: torch.optim.Optimizer = make_optimizer(policy, config, processes)
         # With sharded weights, a process that tried again would leave the others waiting in a collective operation.
-        share = processes.largest_share(config.mini_batch_size)
+        share = processes.largest_share(config.mini_batch_size, group=config.responses_per_prompt)
         self.batch_size_finder = BatchSizeFinder(
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
@@ -264,7 +264,7 @@ class MinibatchEngine:
         """Adds a mini-batch's gradient to the accumulated one, unless its mean ratio exceeds `ratio_threshold`."""
         old = Minibatch.of(experience, rows)
         before = [parameter.grad for parameter in self.parameters()]
-        own = self.processes.share(len(rows))
+        own = self.processes.share(len(rows), group=self.config.responses_per_prompt)
         outputs = self.batch_size_finder.run(lambda size: self._backward(old, own, size))
         new = ResponseOutputs(*self.processes.all_gather_rows(outputs, own, old.mask.shape))
         statistics, skipped = self._statistics(old, new)
@@ -290,7 +290,8 @@ class MinibatchEngine:
         if self._divides_gradients:
             whole, later = 1, float(whole)
         groups = []
-        for start in range(0, self.processes.largest_share(len(minibatch)), size):
+        largest = self.processes.largest_share(len(minibatch), group=self.config.responses_per_prompt)
+        for start in range(0, largest, size):
             rows = own[start : start + size]
             if not rows:
                 if self.processes.is_sharded:

@@ -190,7 +190,7 @@ class RolloutCollector:
         """This process's rows. Prompts and draws are those of the batch: they don't depend on the processes."""
         prompts = self.schedule.batch(step)
         draws = Draws.of(self.settings, len(prompts), seed=self.seed, step=step)
-        rows = self.stepper.processes.share(len(prompts))
+        rows = self.stepper.processes.share(len(prompts), group=self.stepper.config.responses_per_prompt)
         collected = collect_rollout(
             self.stepper,
             self.tokenizer,

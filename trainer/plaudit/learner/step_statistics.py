@@ -25,13 +25,16 @@ STATISTICS = (
 )
 """What is measured of each mini-batch, in the order of `measure`."""
 
+OF_THE_CRITIC = ("ppo/loss/value", "ppo/returns/", "ppo/val/")
+
 
 def measure(
     old: RolloutTokens, new: ResponseOutputs, config: PPOHyperparameters, ref_logprobs: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The statistics of a whole mini-batch: one number on the device for each of `STATISTICS`.
 
-    With a KL term in the loss, for which `ref_logprobs` are needed, also `ppo/loss/kl`.
+    Without a critic, those of values and returns are left out. With a KL term in the loss, for which `ref_logprobs` are
+    needed, `ppo/loss/kl` is one more.
     """
     mask = old.mask
     log_ratios = new.logprobs - old.logprobs
@@ -48,7 +51,7 @@ def measure(
         total = total + config.kl_loss_coef * kl_loss["ppo/loss/kl"]
     policy_clipped = losses.policy_clipped(ratios, old.advantages, **policy_clips(config))
     value_clipped = losses.value_clipped(new.values, old.values, old.returns, cliprange=config.cliprange_value)
-    return {
+    statistics = {
         "ppo/loss/policy": policy_loss,
         "ppo/loss/value": value_loss,
         "ppo/loss/total": total,
@@ -68,13 +71,15 @@ def measure(
         "ppo/val/var": masked_var(old.values, mask),
         **kl_loss,
     }
+    return {k: v for k, v in statistics.items() if not (config.critic_free and k.startswith(OF_THE_CRITIC))}
 
 
 def averaged(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The statistics of all mini-batches of a step, averaged; the ratio's drift is that of the first one."""
     statistics = {name: sum(entry[name] for entry in history) / len(history) for name in history[0]}
-    variance = statistics["ppo/returns/var"]
-    statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / variance if variance > 0 else 0.0
+    if "ppo/returns/var" in statistics:
+        variance = statistics["ppo/returns/var"]
+        statistics["ppo/val/var_explained"] = 1 - statistics["ppo/val/error"] / variance if variance > 0 else 0.0
     statistics["ppo/policy/ratio_drift"] = history[0]["ppo/policy/ratio_drift"]
     return statistics
 

@@ -49,7 +49,7 @@ class StepResult:
     rewards: Tensor
     """Before whitening."""
     advantages: Tensor
-    """Whitened over the batch."""
+    """Whitened over the batch if they come from GAE."""
     returns: Tensor
     minibatch_permutations: Sequence[Sequence[int]]
     """The order in which each epoch took the samples."""
@@ -80,7 +80,8 @@ class PPOStepper:
         """`seed` draws the order of samples in each epoch.
 
         Raises:
-            ConfigError: the schedule needs `total_steps`, or a mini-batch has fewer samples than there are processes.
+            ConfigError: the schedule needs `total_steps`, a mini-batch has fewer samples than there are processes, or
+                the policy has a value head where advantages need none, or none where they need one.
         """
         if config.lr_schedule != "constant" and total_steps is None:
             raise ConfigError(f"lr_schedule={config.lr_schedule} needs to know the number of steps")
@@ -89,8 +90,12 @@ class PPOStepper:
         self.policy = policy
         self.config = config
         self.processes = processes or Processes()
-        if config.mini_batch_size < self.processes.count:
-            raise ConfigError(f"mini_batch_size={config.mini_batch_size} is less than {self.processes.count} processes")
+        _require_rows_for_all(config, self.processes)
+        if config.critic_free == (policy.v_head is not None):
+            raise ConfigError(
+                f"advantage_estimator={config.advantage_estimator} needs a policy made with "
+                f"Policy(..., value_head={not config.critic_free})"
+            )
         generation = generation or GenerationSettings()
         self.total_steps = total_steps
         self.kl_coef = config.init_kl_coef
@@ -139,7 +144,8 @@ class PPOStepper:
     ) -> StepResult:
         """One PPO step on token lists and one score for each, from any source.
 
-        `minibatch_permutations` gives each epoch's order of samples; without it they are drawn.
+        `minibatch_permutations` gives each epoch's order of samples; without it they are drawn. With
+        `responses_per_prompt`, the responses to one prompt follow each other.
 
         Raises:
             ValueError: the counts differ from each other or from `batch_size`, or a score is not finite.
@@ -179,7 +185,8 @@ class PPOStepper:
         """Epochs x mini-batches of clipped updates, then the KL coefficient of the next step.
 
         Raises:
-            ValueError: `minibatch_permutations` has too few epochs, or one that is no permutation of the samples.
+            ValueError: `minibatch_permutations` has too few epochs, one that is no permutation of the samples, or one
+                that puts the responses to a prompt into two mini-batches.
             NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
         """
         config, rollout = self.config, experience.rollout
@@ -235,14 +242,21 @@ class PPOStepper:
         return set_learning_rates(self.optimizer, factor)
 
     def _order(self, epoch: int, permutations: Sequence[Sequence[int]] | None) -> Tensor:
-        """The order [B] in which this epoch takes the samples: the given one, or a drawn one."""
+        """The order [B] in which this epoch takes the samples: the given one, or a drawn one of whole groups."""
+        n = self.config.responses_per_prompt
         if permutations is None:
-            return torch.randperm(self.config.batch_size, generator=self._shuffles)
+            groups = torch.randperm(self.config.batch_size // n, generator=self._shuffles)
+            return (n * groups.unsqueeze(1) + torch.arange(n)).flatten()
         if epoch >= len(permutations):
             raise ValueError(f"epoch {epoch} has no permutation among the {len(permutations)} given")
         order = torch.as_tensor(permutations[epoch])
         if not torch.equal(order.sort().values, torch.arange(self.config.batch_size)):
             raise ValueError(f"{order.tolist()} is not a permutation of {self.config.batch_size} samples")
+        groups = (order // n).view(-1, self.config.mini_batch_size).sort(1).values.view(-1, n)
+        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise ValueError(
+                f"{order.tolist()} has responses to one prompt, {n} consecutive samples, in two mini-batches"
+            )
         return order
 
     def state_dict(self) -> dict[str, Any]:
@@ -267,6 +281,14 @@ class PPOStepper:
         self._shuffles.set_state(state["shuffles"].cpu())
 
 
+def _require_rows_for_all(config: PPOHyperparameters, processes: Processes) -> None:
+    """Raises `ConfigError` where a process would have no row of a mini-batch."""
+    n = config.responses_per_prompt
+    if config.mini_batch_size // n < processes.count:
+        groups = f", {config.mini_batch_size // n} prompts with {n} responses each," if n > 1 else ""
+        raise ConfigError(f"mini_batch_size={config.mini_batch_size}{groups} is less than {processes.count} processes")
+
+
 def _can_record(
     policy: Policy, config: PPOHyperparameters, generation: GenerationSettings, processes: Processes
 ) -> bool:
@@ -276,6 +298,8 @@ def _can_record(
         # log-probabilities of the reference.
         config.loss_aggregation == "token_mean"
         and config.kl_loss_coef == 0
+        # Its statistics have fixed names, those of the values among them.
+        and not config.critic_free
         and policy.device.type == "cuda"
         and processes.count == 1
         and policy.packs

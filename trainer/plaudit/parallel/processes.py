@@ -53,15 +53,18 @@ class Processes:
 
     # Rows of a batch
 
-    def share(self, rows: int) -> range:
-        """This process's part of so many rows; parts are consecutive and differ by one row at most."""
-        size, longer = divmod(rows, self.count)
-        start = self.rank * size + min(self.rank, longer)
-        return range(start, start + size + (self.rank < longer))
+    def share(self, rows: int, *, group: int = 1) -> range:
+        """This process's part of so many rows, in whole groups of `group` rows.
 
-    def largest_share(self, rows: int) -> int:
+        Parts are consecutive and differ by one group at most.
+        """
+        size, longer = divmod(rows // group, self.count)
+        start = self.rank * size + min(self.rank, longer)
+        return range(group * start, group * (start + size + (self.rank < longer)))
+
+    def largest_share(self, rows: int, *, group: int = 1) -> int:
         """How many of so many rows the process with the most of them has."""
-        return -(-rows // self.count)
+        return group * -(-(rows // group) // self.count)
 
     def all_gather_rows(self, own: Tensor, rows: range, shape: Sequence[int]) -> Tensor:
         """All-gather: [N, B, T] of all processes' rows, `own` [N, b, t] being `rows` of this one, and `shape` (B, T).
@@ -187,7 +190,7 @@ class Processes:
         return PolicyWeights(
             # Of a model with adapters, its base is not written.
             model=of(policy.model, learning=policy.has_adapters),
-            value_head=of(policy.v_head),
+            value_head={} if policy.v_head is None else of(policy.v_head),
             value_model={} if policy.value_model is None else of(policy.value_model),
         )
 

@@ -90,4 +90,4 @@ def _units(policy: Policy) -> tuple[list[FSDPModule], list[FSDPModule]]:
 
 
 def _roots(policy: Policy) -> list[nn.Module]:
-    return [*policy.transformers, policy.v_head]
+    return [*policy.transformers, *([] if policy.v_head is None else [policy.v_head])]

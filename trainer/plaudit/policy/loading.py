@@ -37,20 +37,24 @@ def load_policy(
     settings: ModelSettings | None = None,
     *,
     device: torch.device | str = "cpu",
+    value_head: bool = True,
 ) -> Policy:
     """The policy in a directory, or of a hub id: a whole model, or adapters to go on training (with their base).
 
     A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
     of PPO's own adapters, which a value head tells, is their base; other adapters are a stage before PPO, and the
     reference is a frozen copy of the model with them folded in. A separate value model is the one saved beside the
-    policy, or else a copy of the policy's start. Raises `ModelNotFound`.
+    policy, or else a copy of the policy's start. Without `value_head` there are no values, and a saved one is not read.
+    Raises `ModelNotFound`.
     """
     with reading(path):
-        return _load_policy(path, lora or LoraSettings(), settings or ModelSettings(), device=device)
+        return _load_policy(
+            path, lora or LoraSettings(), settings or ModelSettings(), device=device, value_head=value_head
+        )
 
 
 def _load_policy(
-    path: str | Path, lora: LoraSettings, settings: ModelSettings, *, device: torch.device | str
+    path: str | Path, lora: LoraSettings, settings: ModelSettings, *, device: torch.device | str, value_head: bool
 ) -> Policy:
     quantization, dtype = settings.quantization, DTYPES[settings.dtype]
     directory = Path(path)
@@ -85,8 +89,9 @@ def _load_policy(
         value_model=value_model,
         autocast=torch.bfloat16 if settings.bf16 else None,
         logits_mib=settings.logits_mib,
+        value_head=value_head,
     )
-    if (directory / VALUE_HEAD_FILE).is_file():
+    if value_head and (directory / VALUE_HEAD_FILE).is_file():
         load_value_head(policy, directory)
     if settings.compile:
         policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)

@@ -65,20 +65,24 @@ class Policy(nn.Module):
         value_model: PreTrainedModel | None = None,
         autocast: torch.dtype | None = None,
         logits_mib: float = LOGITS_MIB,
+        value_head: bool = True,
     ) -> None:
         """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
 
         `value_model` is a headless transformer of its own for the values; without it they share the policy's. Response
-        tokens whose logits take more than `logits_mib` go through the output head in pieces.
+        tokens whose logits take more than `logits_mib` go through the output head in pieces. Without a `value_head`,
+        for advantages that need no critic, all values are 0.
         """
         super().__init__()
         self.model: Any = model
         self.value_model = value_model
         head = head_of(model)
         width = head.in_features if value_model is None else value_model.config.hidden_size
-        self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
-        nn.init.zeros_(self.v_head.weight)
-        nn.init.zeros_(self.v_head.bias)
+        self.v_head: Any = None
+        if value_head:
+            self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
+            nn.init.zeros_(self.v_head.weight)
+            nn.init.zeros_(self.v_head.bias)
         self.autocast = autocast
         # BLOOM, MPT and others read positions off the attention mask and take none.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
@@ -133,7 +137,9 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the policy's inputs belong."""
-        return self.v_head.weight.device
+        head = head_of(self.model) if self.v_head is None else self.v_head
+        device: torch.device = head.weight.device
+        return device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Policy":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -181,9 +187,12 @@ class Policy(nn.Module):
         """
         logits = self._response_logits(self.model, given)
         logprobs, entropies = self._statistics(logits, tokens, support, temperature=temperature, entropy=entropy)
-        states = logits.states if self.value_model is None else self._value_states(given)
-        with torch.autocast(states.device.type, enabled=False):
-            values: Tensor = self.v_head(states.float()).squeeze(-1)
+        if self.v_head is None:
+            values = torch.zeros_like(logprobs)
+        else:
+            states = logits.states if self.value_model is None else self._value_states(given)
+            with torch.autocast(states.device.type, enabled=False):
+                values = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(logprobs, values, torch.zeros_like(logprobs) if entropies is None else entropies)
 
     @property

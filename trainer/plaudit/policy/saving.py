@@ -28,8 +28,8 @@ class PolicyWeights:
     model: dict[str, Tensor]
     """Of the adapters, or of the whole model where there are none."""
     value_head: dict[str, Tensor]
+    """Empty where there is none, as is `value_model`."""
     value_model: dict[str, Tensor]
-    """Empty where there is none."""
 
 
 def save_policy(policy: Policy, directory: Path, weights: PolicyWeights | None = None) -> None:
@@ -41,8 +41,9 @@ def save_policy(policy: Policy, directory: Path, weights: PolicyWeights | None =
     if policy.value_model is not None:
         own = directory / VALUE_MODEL_DIRECTORY
         policy.value_model.save_pretrained(own, state_dict=weights and weights.value_model)
-    head = policy.v_head.state_dict() if weights is None else weights.value_head
-    save_file({name: tensor.contiguous() for name, tensor in head.items()}, directory / VALUE_HEAD_FILE)
+    head = _value_head(policy, weights)
+    if head:
+        save_file({name: tensor.contiguous() for name, tensor in head.items()}, directory / VALUE_HEAD_FILE)
 
 
 def check_saved(policy: Policy, directory: Path, weights: PolicyWeights | None = None) -> None:
@@ -56,11 +57,18 @@ def check_saved(policy: Policy, directory: Path, weights: PolicyWeights | None =
         whole = peft.get_peft_model_state_dict(policy.model, state_dict=weights and weights.model)
     else:
         whole = _as_saved(policy.model, None if weights is None else weights.model)
-    head = policy.v_head.state_dict() if weights is None else weights.value_head
+    head = _value_head(policy, weights)
     _require_saved(directory, {**whole, **head}, some_are_tied=not policy.has_adapters)
     if policy.value_model is not None:
         own = _as_saved(policy.value_model, None if weights is None else weights.value_model)
         _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=True)
+
+
+def _value_head(policy: Policy, weights: PolicyWeights | None) -> Mapping[str, Tensor]:
+    """The value head's tensors; none of a policy without one."""
+    if weights is not None:
+        return weights.value_head
+    return {} if policy.v_head is None else policy.v_head.state_dict()
 
 
 def load_value_head(policy: Policy, directory: Path) -> None:

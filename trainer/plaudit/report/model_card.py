@@ -10,6 +10,8 @@ from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 
+VALUE_HEAD = "`value_head.safetensors` is the value head (a linear layer on the last hidden state). "
+
 
 def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
     """Write `directory/README.md`, with the hub's metadata in its front matter.
@@ -60,7 +62,7 @@ Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against 
 {loading}
 ```
 
-`value_head.safetensors` is the value head (a linear layer on the last hidden state). All settings:
+{"" if config.ppo.critic_free else VALUE_HEAD}All settings:
 
 ```yaml
 {yaml.safe_dump(to_dict(config), sort_keys=False).strip()}

@@ -12,6 +12,7 @@ from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSetti
 from plaudit.settings.watch import WatchSettings
 
 KLPenalty = Literal["kl", "abs", "mse", "full", "k3"]
+AdvantageEstimator = Literal["gae", "rloo", "grpo", "dr_grpo"]
 KLLoss = Literal["k1", "k2", "k3"]
 LearningRateSchedule = Literal["constant", "linear", "cosine"]
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -24,6 +25,9 @@ class PPOHyperparameters:
     learning_rate: float = 1.41e-5
     batch_size: int = 128
     """Samples per step, over all processes."""
+    responses_per_prompt: int = 1
+    """Responses to each prompt of a step, each with draws of its own. A step has batch_size / responses_per_prompt
+    prompts; the responses to one stay in one mini-batch and one process."""
     mini_batch_size: int = 128
     """Samples per gradient accumulation step."""
     gradient_accumulation_steps: int = 1
@@ -45,6 +49,9 @@ class PPOHyperparameters:
     kl_loss_weighted: bool = True
     """Weight each token's KL term with its ratio, so that its gradient in expectation is that of KL(policy, reference).
     Turn off for GRPO's term."""
+    advantage_estimator: AdvantageEstimator = "gae"
+    """`gae` with a value head; or without one, by comparison with the other responses to the prompt: `rloo` (reward
+    minus the mean of the others), `dr_grpo` (minus the mean of all), `grpo` (and over their standard deviation)."""
     gamma: float = 1.0
     lam: float = 0.95
     """Lambda of generalised advantage estimation, for advantages and returns."""
@@ -91,6 +98,7 @@ class PPOHyperparameters:
             "learning_rate",
             "batch_size",
             "mini_batch_size",
+            "responses_per_prompt",
             "gradient_accumulation_steps",
             "micro_batch_size",
             "ppo_epochs",
@@ -129,9 +137,39 @@ class PPOHyperparameters:
             f"= {per_optimizer_step} does not divide batch_size={self.batch_size}",
         )
         require(
+            self.mini_batch_size % self.responses_per_prompt == 0,
+            f"responses_per_prompt={self.responses_per_prompt} does not divide mini_batch_size={self.mini_batch_size}: "
+            "the responses to one prompt stay in one mini-batch",
+        )
+        if self.critic_free:
+            self._require_critic_free()
+        require(
             self.use_score_scaling or not self.use_score_norm,
             "use_score_norm=True needs use_score_scaling=True",
         )
+
+    @property
+    def critic_free(self) -> bool:
+        """Whether advantages need no value head."""
+        return self.advantage_estimator != "gae"
+
+    def _require_critic_free(self) -> None:
+        """Raises `ConfigError` for a setting that needs a value head or advantages for each token."""
+        chosen = f"advantage_estimator={self.advantage_estimator}"
+        require(
+            self.responses_per_prompt > 1,
+            f"{chosen} compares the responses to one prompt: give responses_per_prompt=2 or more, not "
+            f"{self.responses_per_prompt}",
+        )
+        for name, off in (
+            ("value_head_learning_rate", None),
+            ("value_lam", None),
+            ("lam_alpha", None),
+            ("whiten_rewards", False),
+            ("gamma", 1.0),
+        ):
+            value = getattr(self, name)
+            require(value == off, f"{name}={value} needs advantage_estimator=gae: {chosen} has no use for it")
 
 
 @dataclass(frozen=True)
@@ -193,4 +231,9 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
+        require(
+            not (self.ppo.critic_free and self.model.separate_value_model),
+            f"ppo.advantage_estimator={self.ppo.advantage_estimator} uses no values: leave out "
+            "model.separate_value_model",
+        )
         require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")

@@ -96,14 +96,18 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         resumed = processes.on_main(hold_directory, config, held)
         with reading(config.policy):
             tokenizer = load_tokenizer(config.policy)
-            policy = load_policy(config.policy, config.lora, config.model, device=device)
+            policy = load_policy(
+                config.policy, config.lora, config.model, device=device, value_head=not config.ppo.critic_free
+            )
         cached = check_policy(policy, config.policy)
         prompts = _load_prompts(config, tokenizer, policy)
         inputs = _fingerprints(prompts, policy)
         if resumed is not None:
             checkpoints.check_same_inputs(resumed, inputs)
         _distribute_weights(policy, processes)
-        schedule = PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed)
+        schedule = PromptSchedule(
+            prompts, config.ppo.batch_size, seed=config.seed, responses_per_prompt=config.ppo.responses_per_prompt
+        )
         total_steps = config.steps if config.steps is not None else schedule.steps_per_epoch
         stepper = PPOStepper(
             policy,
