@@ -193,13 +193,14 @@ class PPOStepper:
         learning_rate = self._set_learning_rates()
         # Drawn as they are taken: epochs that early stopping leaves out draw nothing.
         orders = (self._order(epoch, minibatch_permutations) for epoch in range(config.ppo_epochs))
-        minibatches, permutations = self._engine.run(experience, orders, step=self.steps_done)
+        value_only = self.steps_done < config.value_warmup_steps
+        minibatches, permutations = self._engine.run(experience, orders, step=self.steps_done, value_only=value_only)
         statistics = {
             **step_statistics.of_experience(experience, kl_coef=self.kl_coef),
             **minibatches,
             "ppo/learning_rate": learning_rate,
         }
-        if config.adap_kl_ctrl:
+        if config.adap_kl_ctrl and not value_only:
             self.kl_coef = kl.adapt_coefficient(
                 self.kl_coef,
                 statistics["objective/kl"],

@@ -66,13 +66,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def check_room(model: PreTrainedModel, longest_prompt: int, settings: GenerationSettings, source: str) -> None:
+def check_room(
+    model: PreTrainedModel, longest_prompt: int, settings: GenerationSettings, source: str, *, setting: str = "policy"
+) -> None:
     """Raises `ConfigError` where a prompt and its response need more positions than the model has."""
     positions = max_positions(model)
     needed = longest_prompt + settings.max_new_tokens - 1  # nothing is read after the last token
     if positions is not None and needed > positions:
         raise ConfigError(
-            f"policy={source!r} has {positions} positions, and a prompt of {longest_prompt} tokens with "
+            f"{setting}={source!r} has {positions} positions, and a prompt of {longest_prompt} tokens with "
             f"generation.max_new_tokens={settings.max_new_tokens} needs {needed}: lower prompts.max_tokens or "
             "generation.max_new_tokens"
         )

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import transformers
 from torch import nn
 
-from plaudit import demo_models
 from plaudit.errors import ConfigError
 from plaudit.policy.adapters import add_lora, base_of, is_adapters, with_adapters
 from plaudit.policy.head import HALVES
@@ -19,6 +17,8 @@ from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_causal_lm, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.saving import VALUE_HEAD_FILE, VALUE_MODEL_DIRECTORY, load_value_head
+from plaudit.policy.transformer import bare
+from plaudit.policy.value_model import load_value_model
 from plaudit.settings.policy import Dtype, LoraSettings, ModelSettings
 
 COMPILER = "inductor"
@@ -44,7 +44,7 @@ def load_policy(
     A value head saved beside it is loaded too. `lora` off loads a second, frozen copy as the reference. The reference
     of PPO's own adapters, which a value head tells, is their base; other adapters are a stage before PPO, and the
     reference is a frozen copy of the model with them folded in. A separate value model is the one saved beside the
-    policy, or else a copy of the policy's start. Without `value_head` there are no values, and a saved one is not read.
+    policy, or else what `value_model` names. Without `value_head` there are no values, and a saved one is not read.
     Raises `ModelNotFound`.
     """
     with reading(path):
@@ -78,11 +78,13 @@ def _load_policy(
                 "and lora.enabled=False trains these weights: leave model.dtype at fp32 (--model.bf16 computes in bf16)"
             )
         reference = load_causal_lm(path, dtype=dtype, device=device)
-    if settings.separate_value_model:
-        own = directory / VALUE_MODEL_DIRECTORY
-        value_model = transformers.AutoModel.from_pretrained(
-            demo_models.resolve(own if own.is_dir() else base), dtype=torch.float32
-        ).to(device)
+    score = None
+    own = directory / VALUE_MODEL_DIRECTORY
+    if settings.value_source != "shared":
+        start = base if settings.value_source == "copy" else settings.value_source
+        adapters = lora if settings.value_model_lora else None
+        source = own if own.is_dir() else start
+        value_model, score = load_value_model(source, lora=adapters, dtype=dtype, device=device)
     policy = Policy(
         model,
         reference=reference,
@@ -91,12 +93,17 @@ def _load_policy(
         logits_mib=settings.logits_mib,
         value_head=value_head,
     )
-    if value_head and (directory / VALUE_HEAD_FILE).is_file():
+    # A value head belongs to the states that it was trained on.
+    fresh = settings.value_source not in ("shared", "copy") and not own.is_dir()
+    foreign = settings.value_source == "shared" and own.is_dir()
+    if value_head and score is not None:
+        policy.v_head.load_state_dict({"bias": torch.zeros(1), **score.state_dict()})
+    elif value_head and (directory / VALUE_HEAD_FILE).is_file() and not (fresh or foreign):
         load_value_head(policy, directory)
     if settings.compile:
         policy.language_model.base_model.compile(backend=COMPILER, dynamic=True)
     if settings.gradient_checkpointing:
-        for transformer in filter(None, (policy.language_model, value_model)):
+        for transformer in (policy.language_model, *([] if value_model is None else [bare(value_model)])):
             # transformers 5.23 gave it this name; before, it has only the other.
             enable = getattr(transformer, "activation_checkpointing_enable", None)
             (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -5,7 +5,6 @@ Failure modes: a log-probability that depends on padding; a reference that is th
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from plaudit.policy.response_logits import (
 )
 from plaudit.policy.samples import Samples
 from plaudit.policy.transformer import bare, disable_dropout, fuse_activations, head_of, numel
+from plaudit.policy.value_model import same_states, value_states
 from plaudit.ppo import distributions, kl
 from plaudit.settings.policy import LOGITS_MIB
 
@@ -62,22 +62,23 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         reference: nn.Module | None = None,
-        value_model: PreTrainedModel | None = None,
+        value_model: nn.Module | None = None,
         autocast: torch.dtype | None = None,
         logits_mib: float = LOGITS_MIB,
         value_head: bool = True,
     ) -> None:
         """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
 
-        `value_model` is a headless transformer of its own for the values; without it they share the policy's. Response
+        `value_model` is a headless transformer of its own for the values, or such a one with adapters (`value_model`);
+        without it they share the policy's. Response
         tokens whose logits take more than `logits_mib` go through the output head in pieces. Without a `value_head`,
         for advantages that need no critic, all values are 0.
         """
         super().__init__()
         self.model: Any = model
-        self.value_model = value_model
+        self.value_model: Any = value_model
         head = head_of(model)
-        width = head.in_features if value_model is None else value_model.config.hidden_size
+        width = head.in_features if value_model is None else bare(value_model).config.hidden_size
         self.v_head: Any = None
         if value_head:
             self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
@@ -100,11 +101,16 @@ class Policy(nn.Module):
             self.use_reference(reference)
 
     def _try_forms_of_input(self) -> None:
-        """Which forms of input the model gives the same logits for. It is asked, not believed."""
+        """Which forms of input give the same logits and values. The models are asked, not believed."""
         probe, positions = probe_samples(self.device), self._takes_positions
         plain = padded(probe, takes_positions=positions)
-        agrees = functools.partial(same_logits, self.model, plain, autocast=self.autocast)
-        self._takes_own_mask = takes_own_mask(self.language_model)
+
+        def agrees(other: ModelInput) -> bool:
+            return same_logits(self.model, plain, other, autocast=self.autocast) and (
+                self.value_model is None or same_states(self.value_model, plain, other, autocast=self.autocast)
+            )
+
+        self._takes_own_mask = all(map(takes_own_mask, self.transformers))
         self._takes_own_mask = self._takes_own_mask and agrees(
             padded(probe, takes_positions=positions, mask_dtype=self.mask_dtype)
         )
@@ -132,7 +138,7 @@ class Policy(nn.Module):
     @property
     def transformers(self) -> list[PreTrainedModel]:
         """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
-        return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
+        return [self.language_model, *self._reference, *([] if self.value_model is None else [bare(self.value_model)])]
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +196,9 @@ class Policy(nn.Module):
         if self.v_head is None:
             values = torch.zeros_like(logprobs)
         else:
-            states = logits.states if self.value_model is None else self._value_states(given)
+            states = logits.states
+            if self.value_model is not None:
+                states = value_states(self.value_model, given, autocast=self.autocast)
             with torch.autocast(states.device.type, enabled=False):
                 values = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(logprobs, values, torch.zeros_like(logprobs) if entropies is None else entropies)
@@ -309,12 +317,6 @@ class Policy(nn.Module):
     def _response_logits(self, model: Any, given: ModelInput) -> ResponseLogits:
         whole = not self.in_pieces(len(given.states))
         return response_logits(model, given, autocast=self.autocast, whole=whole)
-
-    def _value_states(self, given: ModelInput) -> Tensor:
-        assert self.value_model is not None
-        with self.autocasting():
-            states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
-        return states.flatten(0, 1).index_select(0, given.states)
 
     def _input_of(self, samples: Samples) -> ModelInput:
         # Policy, reference and values are asked about the same samples in turn.

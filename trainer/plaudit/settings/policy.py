@@ -54,11 +54,30 @@ class ModelSettings:
     """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, then faster steps."""
     cuda_graphs: bool = True
     """On a GPU, capture the update of a whole mini-batch as one CUDA graph, if model and settings allow it."""
+    value_model: str = "shared"
+    """Transformer of the value head. `shared`: the policy's own. `copy`: a copy of the policy's start. Otherwise the
+    directory or hub id of a causal model with the policy's vocabulary, such as a reward model made from one, whose
+    score head the value head starts from. If a run has saved a value model beside the policy, that one is used."""
+    value_model_lora: bool = False
+    """Train adapters on the value model, with the settings of `lora`, instead of all its parameters."""
     separate_value_model: bool = False
-    """Use a separate transformer for values. It starts as a copy of the policy, and all its parameters are trained."""
+    """Earlier name of value_model=copy."""
+
+    @property
+    def value_source(self) -> str:
+        """`value_model`, under whichever name it was given."""
+        return "copy" if self.separate_value_model else self.value_model
 
     def __post_init__(self) -> None:
         positive(self, "logits_mib")
+        require(
+            not self.separate_value_model or self.value_model in ("shared", "copy"),
+            f"separate_value_model=True means value_model=copy, and cannot go with value_model={self.value_model}",
+        )
+        require(
+            not (self.value_model_lora and self.value_source == "shared"),
+            "value_model_lora=True needs a value model of its own: give value_model=copy or a directory",
+        )
         require(not (self.bf16 and self.dtype == "fp16"), "bf16=True computes in bf16: it cannot go with dtype=fp16")
 
 

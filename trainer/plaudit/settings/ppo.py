@@ -87,6 +87,9 @@ class PPOHyperparameters:
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
     """Learning rate of the value head and a separate value model. Default: the policy's."""
+    value_warmup_steps: int = 0
+    """First PPO steps that train the value head and a value model alone. The policy and the KL coefficient stay as they
+    are."""
     lr_schedule: LearningRateSchedule = "constant"
     """Decay of the learning rate to 0 over the run's steps, after the warm-up."""
     lr_warmup_steps: int = 0
@@ -123,6 +126,7 @@ class PPOHyperparameters:
             f"loss_tokens={self.loss_tokens} with loss_aggregation={self.loss_aggregation}: sequence_sum needs "
             "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
         )
+        require(self.value_warmup_steps >= 0, f"value_warmup_steps={self.value_warmup_steps} must be 0 (off) or more")
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
         require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
@@ -164,6 +168,7 @@ class PPOHyperparameters:
         for name, off in (
             ("value_head_learning_rate", None),
             ("value_lam", None),
+            ("value_warmup_steps", 0),
             ("lam_alpha", None),
             ("whiten_rewards", False),
             ("gamma", 1.0),
@@ -232,8 +237,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
         require(
-            not (self.ppo.critic_free and self.model.separate_value_model),
+            not (self.ppo.critic_free and self.model.value_source != "shared"),
             f"ppo.advantage_estimator={self.ppo.advantage_estimator} uses no values: leave out "
-            "model.separate_value_model",
+            f"model.value_model={self.model.value_source}",
         )
         require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")
