@@ -86,7 +86,7 @@ class PPOHyperparameters:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
-    """Learning rate of the value head and a separate value model. Default: the policy's."""
+    """Learning rate of the value head and a separate value model, where there is one. Default: the policy's."""
     lr_schedule: LearningRateSchedule = "constant"
     """Decay of the learning rate to 0 over the run's steps, after the warm-up."""
     lr_warmup_steps: int = 0
@@ -162,7 +162,6 @@ class PPOHyperparameters:
             f"{self.responses_per_prompt}",
         )
         for name, off in (
-            ("value_head_learning_rate", None),
             ("value_lam", None),
             ("lam_alpha", None),
             ("whiten_rewards", False),
