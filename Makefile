@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install demo test coverage parts-test compose-test ray-test gpu-bundle check format lint types clean
+.PHONY: help install demo test coverage test-system parts-test compose-test ray-test gpu-bundle docs workflows dist release-check \
+	release-notes check format-check format lint types clean
 
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +28,9 @@ coverage: install  ## Run the whole test suite and report its code coverage, chi
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
+test-system:  ## Install what some tests need from the system (Debian, Ubuntu): a browser and PostgreSQL.
+	.ci/system-packages
+
 parts-test: install  ## Install each extra alone in a fresh environment and import all of its modules.
 	PYTHON=$(PYTHON) .ci/install-parts
 
@@ -40,7 +44,24 @@ ray-test: install  ## Run the reward service on a Ray cluster of two local nodes
 gpu-bundle: install  ## Collect what benchmarks/gpu needs on a machine without a network, in .gpu-bundle/.
 	PYTHONPATH=services:trainer $(BIN)/python -m benchmarks.gpu.bundle
 
-check: install format-check lint types test  ## Run formatting, lint, type checks and tests: all must pass before a commit.
+docs: install  ## Build the documentation in build/docs/html. A warning is an error.
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -j auto -b html docs build/docs/html
+
+workflows: install  ## Check .github/workflows with zizmor, and with actionlint where it is installed.
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	@if command -v actionlint >/dev/null; then actionlint; else echo "actionlint is not installed: skipped"; fi
+
+dist: install  ## Build the sdist and the wheel in dist/.
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
+release-check: install  ## Check that TAG is the version in pyproject.toml and has a dated section in CHANGELOG.md.
+	$(BIN)/python .ci/release.py check "$(TAG)"
+
+release-notes: install
+	$(BIN)/python .ci/release.py notes "$(TAG)"
+
+check: install format-check lint types workflows docs test  ## All of these must pass before a commit.
 
 format-check: install
 	$(BIN)/ruff format --check .
@@ -56,4 +77,4 @@ types: install
 	$(BIN)/mypy
 
 clean:  ## Remove the environment and caches, but keep runs/.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.*

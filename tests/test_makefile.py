@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["check", "format-check", "lint", "types", "test", "coverage", "parts-test", "compose-test", "demo"]
+TARGETS = [
+    *("check", "format-check", "lint", "types", "workflows", "docs", "test", "coverage"),
+    *("parts-test", "compose-test", "demo", "dist", "release-check"),
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -38,7 +38,7 @@ from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.stages import evaluate, loop, ppo
-from plaudit.stages.ppo_setup import CONFIG_FILE
+from plaudit.stages.ppo_results import CONFIG_FILE
 
 ARMS = {"one round": 1, "two rounds": 2}
 LARGEST_DIFFERENCE = 0.1

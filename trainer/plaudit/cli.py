@@ -45,7 +45,15 @@ from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
 
-REPEATABLE = ("--reward.url", "--reward.header", "--generation.stop", "--prompts.fields", "--stop")
+REPEATABLE = (
+    "--reward.url",
+    "--reward.header",
+    "--generation.stop",
+    "--prompts.fields",
+    "--stop",
+    "--watch.judges.url",
+    "--watch.judges.header",
+)
 
 T = TypeVar("T")
 

@@ -62,6 +62,13 @@ def test_a_value_head_is_neither_made_nor_trained_nor_reported() -> None:
     assert result.statistics["ppo/policy/ratio_drift"] < 1e-5
 
 
+def test_a_rate_for_the_value_head_is_of_no_consequence_without_one() -> None:
+    plain, with_rate = make_stepper(), make_stepper(replace(RLOO, value_head_learning_rate=1.0))
+    for stepper in (plain, with_rate):
+        stepper.step(GROUPS, RESPONSES, SCORES, [[0, 1, 2, 3]] * 2)
+    assert same(weights(with_rate), weights(plain))
+
+
 def test_steps_without_a_critic_raise_the_probability_of_what_scored_well() -> None:
     stepper = make_stepper(replace(RLOO, learning_rate=1e-2, mini_batch_size=4, ppo_epochs=4))
     good, bad = [[20, 21], [40, 41]]

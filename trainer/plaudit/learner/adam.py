@@ -27,7 +27,7 @@ def make_optimizer(policy: Policy, config: PPOHyperparameters, processes: Proces
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     rate, head_rate = config.learning_rate, config.value_head_learning_rate
     groups: list[dict[str, Any]] = [{"params": learning, "lr": rate, "initial_lr": rate}]
-    if head_rate is not None:
+    if head_rate is not None and head:
         groups = [
             {"params": [p for p in learning if id(p) not in head], "lr": rate, "initial_lr": rate},
             {"params": [p for p in learning if id(p) in head], "lr": head_rate, "initial_lr": head_rate},

@@ -132,6 +132,18 @@ def win_rate(table: Comparisons, policy: str, against: str) -> WinRate:
     return WinRate(int(both.sum()), mean, mean_ci95(scores.tolist()), mean - ties / 2, ties, 1 - mean - ties / 2)
 
 
+def win_rate_by_scores(scores: Sequence[float], against: Sequence[float]) -> WinRate:
+    """How often a policy's answer has a higher score than another policy's answer to the same prompt.
+
+    Index i of both is the answer to prompt i. Raises `ValueError` if the counts differ.
+    """
+    rows = [
+        Judgement(str(i), ("one", "other"), (1 + (own < other), 1 + (own > other)))
+        for i, (own, other) in enumerate(zip(scores, against, strict=True))
+    ]
+    return win_rate(comparisons(rows), "one", "other")
+
+
 def strengths(table: Comparisons, *, resamples: int = RESAMPLES, seed: int = 0) -> Strengths:
     """Bradley-Terry scores of the policies, with percentile intervals by bootstrap over prompts (Efron 1979).
 

@@ -58,7 +58,9 @@ class RewardClient:
         *,
         fields: Collection[str] | None = None,
         on_wait: Callable[[str], None] | None = None,
+        environment_key: bool = True,
     ) -> None:
+        """Turn `environment_key` off for rewards that the key in PLAUDIT_REWARD_API_KEY is not meant for."""
         self._settings = settings
         self._components = settings.components
         if not settings.says_whom_to_ask:
@@ -67,7 +69,9 @@ class RewardClient:
             )
         # The key in the environment is meant for the first reward. Other URLs may belong to another organisation.
         self._clients = {
-            c.name: _http_client(c, settings, os.environ.get(API_KEY_VARIABLE) if index == 0 else None)
+            c.name: _http_client(
+                c, settings, os.environ.get(API_KEY_VARIABLE) if environment_key and index == 0 else None
+            )
             for index, c in enumerate(self._components)
             if c.function is None
         }

@@ -44,7 +44,10 @@ FREE_TO_CHANGE = (
     "model.cuda_graphs",
     "ppo.micro_batch_size",
     "reward.",
+    "watch.eval_every",
+    "watch.judges.",
     "watch.rollout",
+    "watch.stop_",
 )
 """Settings, or prefixes of their names, that may change when a run is resumed."""
 
@@ -79,21 +82,39 @@ def save_checkpoint(
     Raises:
         NotWritten: the disk is full or the directory cannot be written; earlier checkpoints are untouched.
     """
-    processes, inputs = stepper.processes, dict(inputs or {})
+    inputs = dict(inputs or {})
+    manifest, fill = contents(policy, stepper, config=config, reward_revision=reward_revision, inputs=inputs)
+    checkpoint = Checkpoint(
+        root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision, inputs
+    )
+    stepper.processes.on_main(write_checkpoint, checkpoint.directory, manifest, fill, keep=keep)
+    return checkpoint
+
+
+def contents(
+    policy: Policy,
+    stepper: PPOStepper,
+    *,
+    config: dict[str, Any],
+    reward_revision: str | None,
+    inputs: Mapping[str, str],
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """The manifest of a checkpoint of the state as it is now, and what writes its other files into a directory.
+
+    All processes call this; only rank 0 may write.
+    """
+    processes = stepper.processes
     manifest = {
         "format": FORMAT,
         "step": stepper.steps_done,
         "config": config,
         "reward_revision": reward_revision,
-        "inputs": inputs,
+        "inputs": dict(inputs),
     }
     weights = {
         name: processes.full_tensor_on_main(parameter.detach()).contiguous() for name, parameter in _trainable(policy)
     }
     state = stepper.state_dict()
-    checkpoint = Checkpoint(
-        root / f"step-{stepper.steps_done:06d}", stepper.steps_done, config, reward_revision, inputs
-    )
 
     def fill(beside: Path) -> None:
         save_file(weights, beside / WEIGHTS)
@@ -101,8 +122,7 @@ def save_checkpoint(
         with (beside / STATE).open("wb") as file:
             torch.save(state, file)
 
-    processes.on_main(write_checkpoint, checkpoint.directory, manifest, fill, keep=keep)
-    return checkpoint
+    return manifest, fill
 
 
 def write_checkpoint(final: Path, manifest: dict[str, Any], fill: Callable[[Path], None], *, keep: int) -> None:

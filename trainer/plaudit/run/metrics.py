@@ -4,6 +4,7 @@ Failure modes: a line cut off by a crash makes the rest unreadable; a step that 
 """
 
 import html
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ class MetricsLog:
             # Unbuffered, so that a line that failed to be written is not retried when the file is closed.
             self._file = self._path.open("ab", buffering=0)
             if torn:
-                self._append("\n")
+                self._append("\n", self._file)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -65,14 +66,23 @@ class MetricsLog:
         numbers = {name: float(value) for name, value in metrics.items()}
         record = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         with writing(self._path):
-            self._append(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
+            self._append(json.dumps({"step": step, **record}, allow_nan=False) + "\n", self._file)
+        self._log_numbers(step, numbers)
+
+    def _log_numbers(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._tensorboard is not None:
             with writing(self._directory / TENSORBOARD_DIR):
                 for name, value in numbers.items():
                     self._tensorboard.add_scalar(name, value, step)
                 self._tensorboard.flush()
         for tracker in self._trackers:
-            tracker.log(numbers, step=step)
+            tracker.log(dict(numbers), step=step)
+
+    def write_evaluation(self, path: Path, step: int, record: Mapping[str, float]) -> None:
+        """Append one evaluation, after `step` steps, to the file `path`, and write it to TensorBoard and trackers."""
+        with writing(path), path.open("ab", buffering=0) as file:
+            self._append(json.dumps(dict(record), allow_nan=False) + "\n", file)
+        self._log_numbers(step, {name: value for name, value in record.items() if name != "step"})
 
     def write_samples(
         self,
@@ -112,10 +122,11 @@ class MetricsLog:
             with writing(self._directory / TENSORBOARD_DIR):
                 self._tensorboard.close()
 
-    def _append(self, line: str) -> None:
+    @staticmethod
+    def _append(line: str, file: io.FileIO) -> None:
         data = line.encode()
         while data:
-            data = data[self._file.write(data) :]
+            data = data[file.write(data) :]
 
     def __enter__(self) -> "MetricsLog":
         return self

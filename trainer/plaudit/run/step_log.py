@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from plaudit.learner.rollout import CollectedRollout
 from plaudit.learner.stepper import StepResult
 from plaudit.parallel.processes import Processes
+from plaudit.run.evaluations import FILE_NAME as EVALUATIONS
 from plaudit.run.metrics import MetricsLog, open_tracker
 from plaudit.run.progress import StepProgress
 from plaudit.run.rollouts import RolloutLog
@@ -50,6 +51,13 @@ class StepLog:
         self._processes.on_main(self._write, step, metrics, collected, result)
         if self._processes.is_main:
             self._progress.step(metrics)
+
+    def write_evaluation(self, record: Mapping[str, float]) -> None:
+        """Write a held-out evaluation to evaluations.jsonl and the trackers. Raises `NotWritten`."""
+        self._processes.on_main(self._write_evaluation, record)
+
+    def _write_evaluation(self, record: Mapping[str, float]) -> None:
+        self._log.write_evaluation(self._config.output_dir / EVALUATIONS, int(record["step"]), record)
 
     def _open(self, steps_done: int) -> None:
         config, directory = self._config, self._config.output_dir

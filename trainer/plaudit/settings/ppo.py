@@ -86,7 +86,7 @@ class PPOHyperparameters:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
-    """Learning rate of the value head and a separate value model. Default: the policy's."""
+    """Learning rate of the value head and a separate value model, where there is one. Default: the policy's."""
     value_warmup_steps: int = 0
     """First PPO steps that train the value head and a value model alone. The policy and the KL coefficient stay as they
     are."""
@@ -166,7 +166,6 @@ class PPOHyperparameters:
             f"{self.responses_per_prompt}",
         )
         for name, off in (
-            ("value_head_learning_rate", None),
             ("value_lam", None),
             ("value_warmup_steps", 0),
             ("lam_alpha", None),

@@ -46,7 +46,7 @@ from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
 from plaudit.stages import by_people
 from plaudit.stages.by_people import BothAnswers, PeopleResult
-from plaudit.stages.ppo_setup import CONFIG_FILE
+from plaudit.stages.ppo_results import CONFIG_FILE
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLES_FILE = "samples.csv"

@@ -25,6 +25,7 @@ from plaudit.policy.generation import Draws, generate
 from plaudit.policy.loading import load_policy
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
+from plaudit.policy.reading import settle
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import tokens_in_front
 from plaudit.policy.uncached_generation import generate_uncached
@@ -34,8 +35,7 @@ from plaudit.settings.files import from_dict
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo_results import MERGED
-from plaudit.stages.ppo_setup import CONFIG_FILE
+from plaudit.stages.ppo_results import CONFIG_FILE, MERGED
 from plaudit.wire import ChatMessage
 
 Prompt = str | list[ChatMessage]
@@ -54,6 +54,7 @@ class Answer:
 def run(config: GenerateConfig) -> list[Answer]:
     """Answer every prompt, and print the answers as they are generated."""
     settle_arithmetic()
+    settle(config.run)
     trained = settings_of(config.run)
     writer = _writer(config, trained)
     prompts = prompts_of(config, trained)

@@ -17,7 +17,7 @@ import torch
 from plaudit import atomic
 from plaudit.errors import ConfigError
 from plaudit.policy.reading import settle
-from plaudit.report.comparison import Judgement, comparisons, win_rate
+from plaudit.report.comparison import win_rate_by_scores
 from plaudit.report.rounds import render_rounds, rounds_table
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.loop_state import LoopState, open_state, write_rounds
@@ -181,11 +181,8 @@ def _ppo(this: Round, reward: RewardSettings) -> dict[str, Any]:
 def _compare(this: Round, policy: str, reward: RewardSettings, name: str) -> dict[str, Any]:
     """This round's policy against another one, by the scores of `reward`."""
     result = evaluate.by_rewards(this.evaluate(policy, reward, name))
-    rows = [
-        Judgement(str(i), ("before", "after"), (1 + (s.change > 0), 1 + (s.change < 0)))
-        for i, s in enumerate(result.samples)
-    ]
-    figures, rate = result.evaluation, win_rate(comparisons(rows), "after", "before")
+    figures, samples = result.evaluation, result.samples
+    rate = win_rate_by_scores([s.reward_after for s in samples], [s.reward_before for s in samples])
     return {
         "win_rate": dataclasses.asdict(rate),
         "before": figures.reward.before.mean,

@@ -16,12 +16,14 @@ from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.rewards import RewardRejected, RewardUnavailable
+from plaudit.run.evaluations import reason_to_stop
 from plaudit.run.metrics import ENDED_SHARE, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
 from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
 from plaudit.run.storage import NotWritten
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
 from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
+from plaudit.stages.held_out import evaluation_line
 from plaudit.stages.ppo_results import write_results
 from plaudit.stages.ppo_setup import Training, set_up
 
@@ -60,11 +62,13 @@ def train(training: Training) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with training.log.showing():
         try:
-            while stepper.steps_done < training.total_steps:
+            while not is_finished(training):
                 metrics = take_step(training)
                 if stepper.steps_done % config.checkpoint_every == 0 or stepper.steps_done == training.total_steps:
                     training.save_checkpoint()
                 stepper.processes.on_all(training.stop.check)
+            if stepper.steps_done < training.total_steps:
+                training.save_checkpoint()
         except (RewardUnavailable, RewardRejected, StopRequested) as error:
             if isinstance(error, RewardRejected) and stepper.processes.is_main:
                 error.leave_in(config.output_dir)
@@ -75,6 +79,22 @@ def train(training: Training) -> dict[str, float]:
                 error.add_note(f"no checkpoint of the last step: {unsaved}")
             raise
     return metrics
+
+
+def is_finished(training: Training) -> bool:
+    """Whether the run ends here. Evaluates the policy first, if that is due; it may end the run early."""
+    held_out, stepper = training.held_out, training.stepper
+    if held_out is None:
+        return stepper.steps_done >= training.total_steps
+    if held_out.is_due:
+        record = held_out.evaluate(reward_revision=training.client.revision, inputs=dict(training.inputs))
+        training.log.write_evaluation(record)
+        if stepper.processes.is_main:
+            print(evaluation_line(record, training.config), flush=True)
+    reason = reason_to_stop(held_out.records, training.config.watch)
+    if reason is not None and stepper.processes.is_main:
+        print(f"the run ends early: {reason}", flush=True)
+    return reason is not None or stepper.steps_done >= training.total_steps
 
 
 def check(config: PPOConfig) -> PPOResult:

@@ -16,6 +16,8 @@ from plaudit.run.storage import replaced_model
 from plaudit.settings.ppo import PPOConfig
 
 MERGED = "merged"
+CONFIG_FILE = "run.json"
+"""The run's settings."""
 
 
 def write_results(

@@ -30,6 +30,7 @@ from plaudit.policy.transformer import bare
 from plaudit.policy.value_model import require_same_vocabulary
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
+from plaudit.run.evaluations import BEST, forget_evaluations_after
 from plaudit.run.metrics import FILE_NAME, forget_steps_after
 from plaudit.run.progress import StepProgress, WaitingLine
 from plaudit.run.rollouts import forget_rollouts_after
@@ -38,10 +39,10 @@ from plaudit.run.step_log import StepLog
 from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo_results import require_same_kind
+from plaudit.stages.held_out import HeldOut, open_held_out
+from plaudit.stages.ppo_results import CONFIG_FILE, require_same_kind
 
 CHECKPOINTS = "checkpoints"
-CONFIG_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Training:
     stop: StopSignal
     inputs: Mapping[str, str]
     """Fingerprints of the run's inputs, for its checkpoints."""
+    held_out: HeldOut | None = None
+    """Evaluation while training, if it is on."""
 
     def save_checkpoint(self) -> checkpoints.Checkpoint:
         """Save the state after the last complete step. All processes call this. Raises `NotWritten`."""
@@ -132,13 +135,16 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         rollouts = RolloutCollector(
             stepper, tokenizer, schedule, generation, client, sample, wait=stop.wait, seed=config.seed
         )
+        held_out = open_held_out(config, rollouts, held, cached=cached, on_wait=progress.waiting, inputs=inputs)
+        if resumed is not None and held_out is not None:
+            checkpoints.check_same_inputs(resumed, inputs)
         processes.on_main(_prepare_directory, config, stepper.steps_done)
         log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
         if processes.is_main:
             print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
             if not cached:
                 print("sampling without a key-value cache, since this model keeps none: right, and slow")
-        yield Training(config, total_steps, stepper, rollouts, client, log, stop, inputs)
+        yield Training(config, total_steps, stepper, rollouts, client, log, stop, inputs, held_out)
 
 
 @contextmanager
@@ -157,6 +163,9 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
     """Lock the output directory; return the checkpoint to continue from."""
     held.enter_context(exclusive(config.output_dir))
     require_same_kind(config)
+    if (config.output_dir / BEST).is_dir():
+        with exclusive(config.output_dir / BEST):
+            """Entering finishes a replacement that a kill interrupted."""
     root = config.output_dir / CHECKPOINTS
     return checkpoints.checkpoint_to_resume(root, config.output_dir, config.resume, config)
 
@@ -226,10 +235,12 @@ def _connect(
 
 
 def _prepare_directory(config: PPOConfig, steps_done: int) -> None:
-    """Save the run's settings, and delete metrics, rollouts and checkpoints of steps that it will repeat."""
+    """Save the run's settings, and delete what it recorded of steps that it will repeat."""
     directory = config.output_dir
     write_text(directory / CONFIG_FILE, json.dumps(to_dict(config), indent=2) + "\n")
     forget_steps_after(directory / FILE_NAME, steps_done)
     forget_rollouts_after(directory, steps_done)
-    for dropped in checkpoints.forget_checkpoints_after(directory / CHECKPOINTS, steps_done):
+    for dropped in forget_evaluations_after(directory, steps_done) + checkpoints.forget_checkpoints_after(
+        directory / CHECKPOINTS, steps_done
+    ):
         print(f"dropped {dropped}: its steps are taken again")
