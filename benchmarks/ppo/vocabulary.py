@@ -74,24 +74,26 @@ class Case:
     name: str
     settings: ModelSettings
     model: Model = field(default_factory=lambda: Model(151_936))
-    samples: int = 32
+    samples: int = 16
     tokens: int = 32
 
 
+PIECES = 64
+"""MiB of logits above which passes go in pieces here, where a step is small."""
 PHASES = (
     Case("fp32, whole logits", ModelSettings(logits_mib=WHOLE)),
-    Case("fp32", ModelSettings()),
-    Case("8 bits, whole logits", ModelSettings(quantization="8bit", logits_mib=WHOLE)),
-    Case("8 bits", ModelSettings(quantization="8bit")),
+    Case("fp32", ModelSettings(logits_mib=PIECES)),
     Case("QLoRA (4 bits), whole logits", ModelSettings(quantization="4bit", logits_mib=WHOLE)),
-    Case("QLoRA (4 bits)", ModelSettings(quantization="4bit")),
-    Case("bf16", ModelSettings(dtype="bf16")),
-    Case("QLoRA (4 bits), the rest bf16", ModelSettings(quantization="4bit", dtype="bf16")),
+    Case("QLoRA (4 bits)", ModelSettings(quantization="4bit", logits_mib=PIECES)),
+    Case("8 bits", ModelSettings(quantization="8bit", logits_mib=PIECES)),
+    Case("bf16", ModelSettings(dtype="bf16", logits_mib=PIECES)),
+    Case("8 bits, whole logits", ModelSettings(quantization="8bit", logits_mib=WHOLE)),
+    Case("QLoRA (4 bits), the rest bf16", ModelSettings(quantization="4bit", dtype="bf16", logits_mib=PIECES)),
 )
 NARROW = (Model(32_000, 2, 256, 4), Model(151_936, 2, 256, 4))
 SLOPES = tuple(
     Case(f"{words}, V = {model.vocabulary:,}, N = {samples * 32:,}", settings, model, samples)
-    for words, settings in (("whole", ModelSettings(logits_mib=WHOLE)), ("in pieces", ModelSettings(logits_mib=64)))
+    for words, settings in (("whole", ModelSettings(logits_mib=WHOLE)), ("in pieces", ModelSettings(logits_mib=PIECES)))
     for model in NARROW
     for samples in (16, 64)
 )

@@ -39,6 +39,8 @@ CRITICS: dict[str, dict[str, Any]] = {
     "judge with adapters": {"model": ModelSettings(value_model="judge", value_model_lora=True)},
 }
 
+FAST = ("shared", "judge with adapters")
+
 
 def with_critic(config: PPOConfig, critic: str, judge: Path) -> PPOConfig:
     config = dataclasses.replace(config, **CRITICS[critic])
@@ -51,7 +53,9 @@ def of_the_policy(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in weights(directory).items() if "value" not in name.split("/")[0]}
 
 
-@pytest.mark.parametrize("critic", CRITICS)
+@pytest.mark.parametrize(
+    "critic", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CRITICS]
+)
 def test_the_policy_stays_in_the_warm_up_and_moves_after_it_and_a_resumed_run_ends_the_same(
     critic: str, config: PPOConfig, judge: Path, tmp_path: Path
 ) -> None:
@@ -90,3 +94,16 @@ def test_a_critic_with_another_vocabulary_ends_the_run_before_its_first_step(con
     tiny_wordpiece_tokenizer().save_pretrained(judge)
     with pytest.raises(ConfigError, match="another vocabulary than the policy"):
         ppo.run(with_critic(config, "judge", judge))
+
+
+def test_the_earlier_name_of_a_copy_still_works_and_says_the_new_one(
+    config: PPOConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(config, steps=1)
+    earlier = dataclasses.replace(config, model=ModelSettings(separate_value_model=True))
+    new = dataclasses.replace(
+        config, model=ModelSettings(value_model="copy"), output_dir=config.output_dir.with_name("new")
+    )
+    ppo.run(earlier)
+    assert "model.separate_value_model is model.value_model=copy now" in capsys.readouterr().out
+    assert_same_run(earlier.output_dir, ppo.run(new).output_dir)

@@ -141,6 +141,8 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         processes.on_main(_prepare_directory, config, stepper.steps_done)
         log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
         if processes.is_main:
+            if config.model.separate_value_model:
+                print("model.separate_value_model is model.value_model=copy now: 0.3.0 removes the earlier name")
             print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
             if not cached:
                 print("sampling without a key-value cache, since this model keeps none: right, and slow")
