@@ -152,7 +152,7 @@ def test_another_vocabulary_is_refused_and_one_with_more_tokens_is_not(tmp_path:
     model = tiny_gpt2().transformer
     require_same_vocabulary(tmp_path / "same", model, tokenizer, VOCAB_SIZE)
     require_same_vocabulary(tmp_path / "more", model, tokenizer, VOCAB_SIZE)
-    with pytest.raises(ConfigError, match="another vocabulary than the policy: .* of the policy's 300 tokens"):
+    with pytest.raises(ConfigError, match=r"another vocabulary than the policy: .* of the policy's 300 tokens"):
         require_same_vocabulary(tmp_path / "other", model, tokenizer, VOCAB_SIZE)
     with pytest.raises(ConfigError, match="embeddings for 300 tokens, and the policy writes 301"):
         require_same_vocabulary(tmp_path / "same", model, tokenizer, VOCAB_SIZE + 1)
