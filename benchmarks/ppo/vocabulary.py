@@ -74,7 +74,7 @@ class Case:
     name: str
     settings: ModelSettings
     model: Model = field(default_factory=lambda: Model(151_936))
-    samples: int = 16
+    samples: int = 8
     tokens: int = 32
 
 
