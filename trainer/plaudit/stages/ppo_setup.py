@@ -104,8 +104,8 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
             policy = load_policy(
                 config.policy, config.lora, config.model, device=device, value_head=not config.ppo.critic_free
             )
-        cached = check_policy(policy, config.policy)
         check_value_model(policy, config, tokenizer)
+        cached = check_policy(policy, config.policy)
         prompts = _load_prompts(config, tokenizer, policy)
         inputs = _fingerprints(prompts, policy)
         if resumed is not None:
