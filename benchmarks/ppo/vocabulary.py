@@ -75,7 +75,7 @@ class Case:
     settings: ModelSettings
     model: Model = field(default_factory=lambda: Model(151_936))
     samples: int = 8
-    tokens: int = 32
+    tokens: int = 16
 
 
 PIECES = 64
@@ -92,7 +92,7 @@ PHASES = (
 )
 NARROW = (Model(32_000, 2, 256, 4), Model(151_936, 2, 256, 4))
 SLOPES = tuple(
-    Case(f"{words}, V = {model.vocabulary:,}, N = {samples * 32:,}", settings, model, samples)
+    Case(f"{words}, V = {model.vocabulary:,}, N = {samples * 32:,}", settings, model, samples, 32)
     for words, settings in (("whole", ModelSettings(logits_mib=WHOLE)), ("in pieces", ModelSettings(logits_mib=PIECES)))
     for model in NARROW
     for samples in (16, 64)
