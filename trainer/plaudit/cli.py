@@ -44,6 +44,7 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
+from plaudit.settings.size import SizeConfig
 
 REPEATABLE = (
     "--reward.url",
@@ -134,6 +135,12 @@ COMMANDS = {
         "plaudit.stages.generate",
         "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
+    ),
+    "size": Command(
+        SizeConfig,
+        "plaudit.stages.size",
+        "say how many reward services a number of trainers needs, from a run's metrics",
+        "plaudit size runs/demo --trainers 10 --judge distilbert-base",
     ),
     "demo": Command(
         DemoConfig,

@@ -148,8 +148,7 @@ def _opinions(config: RewardModelConfig, run: Run, left_out: LeftOut) -> tuple[l
         write_text(weights_file, json.dumps(weights, indent=2) + "\n")
         write_text(file, "".join(row.model_dump_json() + "\n" for row in rows))
     else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [wire.RankingRow.model_validate_json(line) for line in lines]
+        rows = wire.rows_of(file.read_text(encoding="utf-8"), wire.RankingRow)
         weights = json.loads(weights_file.read_text(encoding="utf-8"))
     return opinions_of_rankings(rows, left_out), weights
 
