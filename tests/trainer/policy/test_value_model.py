@@ -34,18 +34,11 @@ def samples() -> Samples:
     return Samples.from_lists(QUERIES, RESPONSES, pad_token_id=0)
 
 
-def reward_model(family: str, labels: int = 1, **settings: Any) -> torch.nn.Module:
+def reward_model(family: str, labels: int = 1) -> Any:
     torch.manual_seed(3)
     if family == "gpt2":
-        shape = {
-            "n_embd": 16,
-            "n_head": 2,
-            "n_layer": 1,
-            "n_positions": 64,
-            "pad_token_id": 0,
-            "initializer_range": 0.5,
-        }
-        config = GPT2Config(**{"vocab_size": VOCAB_SIZE, "num_labels": labels} | shape | settings)
+        shape = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 64, "pad_token_id": 0}
+        config = GPT2Config(vocab_size=VOCAB_SIZE, num_labels=labels, initializer_range=0.5, **shape)
         return GPT2ForSequenceClassification(config).eval()
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     if family == "bert":
