@@ -1,6 +1,6 @@
 """Each setting of the algorithm beside the default: reward and KL at the end of runs on the embedded models.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --steps 16 --into docs/explanation/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --steps 12 --into docs/explanation/ppo.md
 
 A run is the PPO stage of a preset with some settings changed, against one reward service on this machine. It leaves one
 JSON file in `--runs`; a run whose file is there is not taken again. Prints a Markdown table, which `--into` puts into a
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=16, help="PPO steps of a run")
+    parser.add_argument("--steps", type=int, default=12, help="PPO steps of a run")
     parser.add_argument("--preset", type=Path, default=Path("presets/demo.yaml"))
     parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
     parser.add_argument("--runs", type=Path, default=Path("runs/settings"))

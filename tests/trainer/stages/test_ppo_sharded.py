@@ -46,6 +46,19 @@ UNEVEN = PPOHyperparameters(
     ppo_epochs=2,
     max_grad_norm=0.5,
 )
+# Three groups of 3 in a mini-batch, two samples at a time: three passes in the first process, two in the second.
+GROUPS = PPOHyperparameters(
+    batch_size=9,
+    mini_batch_size=9,
+    micro_batch_size=2,
+    responses_per_prompt=3,
+    advantage_estimator="rloo",
+    loss_aggregation="sequence_sum",
+    loss_tokens=16,
+    kl_loss_coef=0.1,
+    learning_rate=1e-3,
+    ppo_epochs=2,
+)
 EVERYTHING_LEARNS = {"lora": LoraSettings(enabled=False), "model": ModelSettings(separate_value_model=True)}
 
 
@@ -69,6 +82,7 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
             {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block,GPT2MLP"}, {"merge": True}, id="nested-blocks"
         ),
         pytest.param(ZERO_2, {}, id="zero-2"),
+        pytest.param(FSDP, {"ppo": GROUPS, "lora": LoraSettings(enabled=False)}, id="groups-without-critic"),
     ],
 )
 def test_two_processes_with_half_the_weights_each_train_as_one_does(
