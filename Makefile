@@ -34,8 +34,8 @@ test-system:  ## Install what some tests need from the system (Debian, Ubuntu): 
 parts-test: install  ## Install each extra alone in a fresh environment and import all of its modules.
 	PYTHON=$(PYTHON) .ci/install-parts
 
-compose-test: install  ## Run the Compose stack on a Docker engine, kill a replica, stop and resume the trainer.
-	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py -s
+compose-test: install  ## Run the Compose stack on a Docker engine: a killed replica, a stopped trainer, two rounds of the loop.
+	PLAUDIT_COMPOSE_TEST=1 $(BIN)/pytest tests/compose/test_compose.py tests/compose/test_loop.py -s
 
 ray-test: install  ## Run the reward service on a Ray cluster of two local nodes. Installs Ray into .venv.
 	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'

@@ -39,6 +39,7 @@ PARTS = {
         "plaudit.rewards",
         "plaudit.run",
         "plaudit.settings",
+        "plaudit.sizing",
         "plaudit.stages",
         "plaudit.wire",
     ),

@@ -1,7 +1,7 @@
 """Programs in processes of their own: started, waited for, read line by line, ended. None outlives this process.
 
-What would be wrong here: a wait without a bound, a program that goes on after its test, a failure that hides what the
-program said.
+Failure modes: a wait without a bound; a program that continues after its test; a failure that hides the program's
+output.
 """
 
 import atexit

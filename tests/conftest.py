@@ -36,3 +36,10 @@ def start_stub(idle_stubs: list[StubRewardServer]) -> Iterator[Callable[[], Stub
 @pytest.fixture
 def stub_reward_server(start_stub: Callable[[], StubRewardServer]) -> StubRewardServer:
     return start_stub()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints what passed tests have measured (`record_property`), with any number of workers."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {name}: {value}")

@@ -79,6 +79,7 @@ ORDER = (
         ("cli",),
         ("stages",),
         ("classic", "report"),
+        ("sizing",),
         ("run",),
         ("learner",),
         ("parallel",),

@@ -8,7 +8,7 @@ Runs in an environment of its own, since that version needs older libraries:
 
 One sample is generated at a time, policy and reference are two copies, the classifier runs in the same process. With
 `--library plaudit.classic` the same program runs over Plaudit's classic API, in Plaudit's environment; otherwise it
-imports nothing of Plaudit. Prints a JSON line for each step: seconds a phase, and samples.
+imports nothing of Plaudit. Prints a JSON line for each step: seconds a phase, the step's processor time, and samples.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
     for step in range(arguments.steps):
         offset = step * arguments.batch_size
         queries = [prompts[(offset + i) % len(prompts)] for i in range(arguments.batch_size)]
-        began = time.perf_counter()
+        processor_began, began = time.process_time(), time.perf_counter()
         responses = []
         for query in queries:
             length = int(torch.randint(4, 17, (), generator=lengths))
@@ -88,6 +88,7 @@ def main() -> None:
             "evaluate": ended - judged - update,
             "update": update,
             "step": ended - began,
+            "processor": time.process_time() - processor_began,
             "samples": arguments.batch_size,
         }
         print(json.dumps(record), flush=True)

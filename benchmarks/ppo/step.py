@@ -4,10 +4,10 @@
 
 Sizes: `demo`, the embedded models; `124m` and `1b`, GPT-2s with random weights judged by a DistilBERT-base with random
 weights. Rewards come over HTTP from a service on the same machine. Settings are the recipe's: 128 prompts of 2 to 8
-tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-api` runs the classic program, one query at a time,
-over `plaudit.classic` as well. `--classic-python` names the Python of an environment in which
-`benchmarks.ppo.classic_recipe` runs (its docstring says how to make one); both then take turns on the same models and
-prompts. Prints Markdown tables.
+tokens, responses of 4 to 16, one mini-batch, 4 epochs. `--classic-python` names the Python of an environment with TRL
+0.11.4 for `benchmarks.ppo.classic_recipe` (its docstring says how to make one). `--classic-api` runs the same
+program, one query at a time, over `plaudit.classic` as well, each time directly before TRL. All take turns on the same
+models and prompts, `--rounds` times. Prints Markdown tables, and the ratios with those of each round.
 
 The roofline: operations that a phase cannot do without (real tokens through the weights, forward and backward; the
 language model head on response tokens alone) over its time, as a share of the rate of one large matrix product measured
@@ -209,10 +209,35 @@ def classic_steps(
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def counted(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The steps of one turn without the first of several, which is a warm-up."""
+    return steps[1:] or steps
+
+
 def median(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Phase by phase; the first step of several is a warm-up."""
-    counted = steps[1:] or steps
-    return {name: statistics.median(step[name] for step in counted) for name in counted[0]}
+    """Phase by phase."""
+    return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+
+
+Turns = list[list[dict[str, float]]]
+"""The steps of each round."""
+
+
+def ratio_lines(name: str, turns: Turns, other: str, other_turns: Turns) -> Iterator[str]:
+    """How many times as many samples/s `name` has as `other`: the median over the rounds, and each round's own.
+
+    The same by processor time, on which other processes of the machine have less influence, where both run alone in
+    their process.
+    """
+    for what, clock in (("", "step"), (" by processor time", "processor")):
+        if clock in turns[0][0]:
+            ratios = [
+                statistics.median(step[clock] / step["samples"] for step in theirs)
+                / statistics.median(step[clock] / step["samples"] for step in own)
+                for own, theirs in zip(turns, other_turns, strict=True)
+            ]
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            yield f"{name}: {statistics.median(ratios):.2f} x the samples/s of {other}{what} (round by round: {each})"
 
 
 def row(name: str, step: dict[str, float]) -> str:
@@ -247,31 +272,32 @@ def main() -> None:
         classics = [(sys.executable, "plaudit.classic", "plaudit.classic")] if arguments.classic_api else []
         if arguments.classic_python:
             classics.append((arguments.classic_python, "trl", "trl 0.11.4"))
-        own: list[dict[str, float]] = []
-        classic: dict[str, list[dict[str, float]]] = {}
+        rounds: dict[str, Turns] = {"plaudit": []}
         with judged(models) as client:
             ours = Ours(models, prompts, client, arguments)
             for _ in range(arguments.rounds):
-                own += [ours.step(index) for index in range(arguments.steps)][arguments.steps > 1 :]
-                for python, library, version in classics:
-                    for what, lora_r in (("as published", 0), ("same LoRA", arguments.lora_r)):
+                rounds["plaudit"].append(counted([ours.step(index) for index in range(arguments.steps)]))
+                for what, lora_r in (("as published", 0), ("same LoRA", arguments.lora_r)):
+                    for python, library, version in classics:
                         steps = classic_steps(python, library, models, prompt_file, arguments, lora_r)
-                        classic.setdefault(f"{version}, {what}", []).extend(steps[len(steps) > 1 :])
+                        rounds.setdefault(f"{version}, {what}", []).append(counted(steps))
         rate = product_rate(arguments)
 
-    step = median(own) if len(own) == 1 else {n: statistics.median(s[n] for s in own) for n in own[0]}
+    steps_of = {name: median([step for steps in taken for step in steps]) for name, taken in rounds.items()}
+    step = steps_of["plaudit"]
     print(
         f"\n{arguments.size}, {arguments.device}, {torch.get_num_threads()} threads, "
         f"matrix products at {rate / 1e9:.0f} GFLOP/s\n"
     )
     print(f"| seconds | {' | '.join(PHASES)} | samples/s |")
     print(f"| --- |{' ---: |' * (len(PHASES) + 1)}")
-    print(row("plaudit", step))
-    for name, steps in classic.items():
-        print(row(name, {n: statistics.median(s[n] for s in steps) for n in steps[0]}))
-    for name, steps in classic.items():
-        ratio = statistics.median(s["step"] / s["samples"] for s in steps) / (step["step"] / step["samples"])
-        print(f"\n{ratio:.2f} x the samples/s of {name}")
+    for name in rounds:
+        print(row(name, steps_of[name]))
+    for name in rounds:
+        if name.startswith("trl"):
+            for faster in ("plaudit", name.replace("trl 0.11.4", "plaudit.classic")):
+                if faster in rounds:
+                    print("", *ratio_lines(faster, rounds[faster], name, rounds[name]), sep="\n")
     operations = ours.operations()
     print("\n| phase | GFLOP | share of the roofline |\n| --- | ---: | ---: |")
     for phase, needed in operations.items():

@@ -59,12 +59,6 @@ def collate(rows):
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def print_number_of_trainable_model_parameters(model):
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"{learning:,} of {everything:,} parameters learn ({100 * learning / everything:.2f} %)")
-
-
 def main():
     arguments = parse_arguments()
     config = PPOConfig(
@@ -84,7 +78,7 @@ def main():
     model = AutoModelForCausalLMWithValueHead.from_pretrained(
         config.model_name, peft_config=lora, load_in_8bit=arguments.load_in_8bit
     )
-    print_number_of_trainable_model_parameters(model)
+    model.print_trainable_parameters()
     # The reference is the same model with its adapters off.
     ppo_trainer = PPOTrainer(config, model, None, tokenizer, dataset=dataset, data_collator=collate)
 

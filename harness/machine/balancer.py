@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.processes import free_port
+
 CONFIG = Path(__file__).parents[2] / "deploy" / "balancer" / "haproxy.cfg"
 REPLICAS = "server-template replica 16 reward:8000 resolvers docker init-addr none"
 STATISTICS = "/;csv"
@@ -27,7 +29,7 @@ def balancer_file(
         "bind :8000": f"bind 127.0.0.1:{port}",
         # One port for both: in the image the statistics have one that only the container itself reaches.
         "    http-request return status 404\n": "    stats enable\n    stats uri /\n",
-        "bind 127.0.0.1:8405": "bind 127.0.0.1:0",
+        "bind 127.0.0.1:8405": f"bind 127.0.0.1:{free_port()}",
         "bind :8404": f"bind 127.0.0.1:{operations}",
         REPLICAS: servers,
     }.items():

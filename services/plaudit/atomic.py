@@ -214,6 +214,15 @@ def version(directory: Path, what: str) -> str | None:
     return None if record is None else record.version
 
 
+def recorded_files(directory: Path, what: str) -> tuple[str, ...] | None:
+    """The names of the files of the result `what`, relative to the directory; None for a result of others.
+
+    Raises `OSError` for a record that is damaged.
+    """
+    record = _Plan.read(directory / _record(what))
+    return None if record is None else record.put
+
+
 def current_files(directory: Path, pattern: str) -> list[Path]:
     """The files of a directory that match, each where it is now: those of an unfinished replacement stand for the old.
 

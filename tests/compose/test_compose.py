@@ -3,97 +3,47 @@
 import json
 import os
 import shutil
-import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from harness import processes
 from harness.machine.balancer import STATISTICS, asking_without_pause, replicas_up_in
+from harness.machine.compose import CALLER, ROOT, Project, answers, docker, reason_to_skip, until
 from harness.machine.prometheus import Prometheus, dashboard_queries
 from harness.processes import free_port
 from harness.reward_service import status_of_a_request
 
-ROOT = Path(__file__).parents[2]
 RUN_NAME = "compose-test"
 RUN = ROOT / "runs" / RUN_NAME
 PRESET = ROOT / "runs" / f"{RUN_NAME}.yaml"
 STEPS = 30
-WAIT_S = 600.0
 OBSERVABILITY = ("--profile", "observability")
-CALLER = os.getuid() or 4321
-"""Whose the results are to be; root stands for somebody else, since what belongs to root shows nothing."""
-
-
-def answers(*command: str) -> bool:
-    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
-def reason_to_skip() -> str | None:
-    if os.environ.get("PLAUDIT_COMPOSE_TEST") != "1":
-        return "run it with `make compose-test`"
-    if not answers("docker", "info"):
-        return "no Docker engine answers"
-    if not answers("docker", "compose", "version") and shutil.which("docker-compose") is None:
-        return "neither `docker compose` nor docker-compose is installed"
-    return None
-
-
 SKIP = reason_to_skip()
 pytestmark = [pytest.mark.skipif(SKIP is not None, reason=str(SKIP)), pytest.mark.timeout(3600)]
 
 
-def docker(*arguments: str) -> str:
-    done = subprocess.run(["docker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout.strip()
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    processes.until(condition, what, wait_s=WAIT_S)
-
-
-class Stack:
+class Stack(Project):
     """The Compose project under test, with ports and a name of its own."""
 
     def __init__(self) -> None:
         self.tensorboard = free_port()
         self.balancer = free_port()
         self.prometheus = free_port()
-        self._environment = os.environ | {
-            "COMPOSE_PROJECT_NAME": "plaudit-test",
-            "UID": str(CALLER),
-            "GID": str(CALLER if os.getuid() == 0 else os.getgid()),
-            "RUN_NAME": RUN_NAME,
-            "PRESET": f"runs/{PRESET.name}",
-            "N_PROMPTS": "64",
-            "OMP_NUM_THREADS": "1",
-            "TENSORBOARD_PORT": str(self.tensorboard),
-            "BALANCER_PORT": str(self.balancer),
-            "PROMETHEUS_PORT": str(self.prometheus),
-        }
-        if not answers("docker", "buildx", "version"):
-            self._environment |= {"DOCKER_BUILDKIT": "0", "COMPOSE_DOCKER_CLI_BUILD": "0"}
-        self._command = ["docker", "compose"] if answers("docker", "compose", "version") else ["docker-compose"]
-
-    def compose(self, *arguments: str, **environment: str) -> str:
-        done = subprocess.run(
-            [*self._command, *arguments],
-            cwd=ROOT,
-            env=self._environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        super().__init__(
+            "plaudit-test",
+            {
+                "RUN_NAME": RUN_NAME,
+                "PRESET": f"runs/{PRESET.name}",
+                "N_PROMPTS": "64",
+                "TENSORBOARD_PORT": str(self.tensorboard),
+                "BALANCER_PORT": str(self.balancer),
+                "PROMETHEUS_PORT": str(self.prometheus),
+            },
         )
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout.strip()
-
-    def containers(self, service: str) -> list[str]:
-        return self.compose("ps", "-q", service).split()
 
     def replicas_up(self) -> int:
         """How many reward services the balancer sends requests to."""
@@ -116,13 +66,6 @@ class Stack:
             docker("start", replica)
             until(lambda: self.replicas_up() == 2, "the replica's return")
         return statuses.total() - statuses[200], statuses.total()
-
-    def trainer_exit_code(self) -> int:
-        (trainer,) = (
-            self.containers("trainer")
-            or docker("ps", "-aq", "-f", "label=com.docker.compose.project=plaudit-test", "-f", "name=trainer").split()
-        )
-        return int(subprocess.run(["docker", "wait", trainer], capture_output=True, text=True, timeout=WAIT_S).stdout)
 
 
 def steps() -> list[int]:
@@ -162,7 +105,7 @@ def test_a_killed_replica_and_a_stopped_trainer_cost_nothing(stack: Stack) -> No
     lost, asked = stack.kill_and_restart(first)
     docker("stop", "-t", "120", *stack.containers("trainer"))
     print(f"the trainer stopped after step {len(steps())} of {STEPS}")
-    assert stack.trainer_exit_code() == 128 + 15
+    assert stack.exit_code("trainer") == 128 + 15
     stopped_after = len(steps())
     assert stopped_after < STEPS
     assert (RUN / "ppo" / "checkpoints" / f"step-{stopped_after:06d}" / "manifest.json").is_file()
@@ -172,7 +115,7 @@ def test_a_killed_replica_and_a_stopped_trainer_cost_nothing(stack: Stack) -> No
     more_lost, more_asked = stack.kill_and_restart(second)
     print(f"{lost + more_lost} of {asked + more_asked} requests of other callers lost, with each replica killed once")
     assert lost + more_lost == 0
-    assert stack.trainer_exit_code() == 0
+    assert stack.exit_code("trainer") == 0
     assert steps() == list(range(STEPS))
 
     log = stack.compose("logs", "--no-color", "trainer")
@@ -238,7 +181,7 @@ def test_a_remote_endpoint_needs_the_trainer_alone_and_a_stop_ends_the_wait_for_
         lambda: " s more: https://rewards.example: connection failed" in docker("logs", trainer), "the trainer to wait"
     )
     docker("stop", "-t", "60", trainer)
-    assert stack.trainer_exit_code() == 128 + 15
+    assert stack.exit_code("trainer") == 128 + 15
     assert "stopped by SIGTERM" in docker("logs", trainer)
 
 

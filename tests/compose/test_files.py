@@ -170,7 +170,7 @@ def test_the_loop_talks_to_its_own_services_and_each_serves_what_it_writes() -> 
     asked = {urlsplit(url).hostname for url in (config.rank_url, config.judge, *config.reward_urls)}
     assert asked == {"loop-rank", "balancer", "loop-reward"}
     assert asked <= set(services["loop"]["depends_on"])
-    reads = Path(services["loop-reward"]["environment"]["REWARD_MODEL"])
+    reads = Path(VARIABLE.sub(lambda found: found[2], services["loop-reward"]["environment"]["REWARD_MODEL"]))
     assert reads == Path("/app") / config.output_dir / SERVED
     assert "./runs:/app/runs:ro" in services["loop-reward"]["volumes"]
     assert "./runs:/app/runs" in services["loop"]["volumes"]

@@ -3,10 +3,12 @@
     python -m venv infinity && infinity/bin/pip install infinity-emb[all]==0.0.78 transformers==4.57.6
     PLAUDIT_INFINITY_PYTHON=infinity/bin/python pytest tests/foreign
 
-Likewise PLAUDIT_KSERVE_PYTHON (`kserve`) and PLAUDIT_OPENRLHF_PYTHON (`openrlhf` and `deepspeed`, without flash-attn).
+Likewise PLAUDIT_KSERVE_PYTHON (`kserve`), PLAUDIT_OPENRLHF_PYTHON (`openrlhf` and `deepspeed`, without flash-attn) and
+PLAUDIT_LLAMACPP_PYTHON (`xllamacpp` and `gguf`).
 """
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import (
@@ -26,10 +29,11 @@ from transformers import (
 from harness.foreign import stand_ins as foreign
 from harness.processes import free_port
 from harness.tiny_models import VOCAB_SIZE, save, tiny_classifier_dir, tiny_gpt2_dir
+from plaudit.demo_models import resolve
 from plaudit.learner import rollout
 from plaudit.learner.rollout import CollectedRollout
 from plaudit.rewards import RewardClient, RewardRejected
-from plaudit.rewards.settings import RewardSettings
+from plaudit.rewards.settings import JudgeSettings, RewardSettings
 from plaudit.run.metrics import REWARD_MEAN, read_metrics
 from plaudit.settings.data import DataSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
@@ -167,3 +171,46 @@ def test_openrlhfs_reward_server_gives_every_text_its_reward(tmp_path: Path, tra
         texts, rewards = train(settings)
         expected = logits_of(model, texts, add_special_tokens=False, max_length=64)[:, 0]
         assert rewards == pytest.approx(expected.tolist(), abs=0.1 * (expected.max() - expected.min()).item())
+
+
+SCORE = {
+    "type": "object",
+    "properties": {"score": {"type": "integer", "minimum": 1, "maximum": 5}},
+    "required": ["score"],
+    "additionalProperties": False,
+}
+
+
+def test_llama_cpp_judges_by_probabilities_json_and_pattern(tmp_path: Path) -> None:
+    """A tiny random judge, whose first token is almost always one of the scores; which one depends on the answer."""
+    tokenizer = Path(resolve("imdb-gpt2-mini")) / "tokenizer.json"
+    question, schema = tmp_path / "question.txt", tmp_path / "schema.json"
+    question.write_text("{prompt}{response}")
+    schema.write_text(json.dumps(SCORE))
+    prompts, responses = PROMPTS[:8], RESPONSES[:8]
+    command = ("-m", "harness.foreign.llama_cpp", str(tokenizer), "PORT")
+    with running("PLAUDIT_LLAMACPP_PYTHON", *command, log=tmp_path / "log") as url:
+
+        def scored(**judge: Any) -> list[float]:
+            settings = RewardSettings.of(
+                url=(url,),
+                kind="chat-judge",
+                judge=JudgeSettings(prompt=question, low=1, high=5, **judge),
+                patience_s=90.0,
+            )
+            with RewardClient(settings) as client:
+                assert client.connect().id == "tiny-judge"
+                return client.score(prompts, responses)
+
+        by_probability = scored(answer="logprobs")
+        expected = []
+        for text in TEXTS[:8]:
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"logprobs": True, "top_logprobs": 5}).json()
+            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            weights = {float(entry["token"]): math.exp(entry["logprob"]) for entry in top}
+            expected.append(sum(score * weight for score, weight in weights.items()) / sum(weights.values()))
+        assert by_probability == pytest.approx(expected, abs=1e-4)
+        assert len(set(by_probability)) > 4
+        assert set(scored(answer="json", schema=schema, max_tokens=64)) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+        assert set(scored(answer="pattern", pattern=r"^(\d)", max_tokens=2)) <= {1.0, 2.0, 3.0, 4.0, 5.0}

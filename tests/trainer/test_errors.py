@@ -23,6 +23,8 @@ CODES = {
     "StopRequested": 1,  # each has that of its signal
     "RankingsRejected": 65,
     "RankingsUnavailable": 75,
+    "HubRejected": 65,
+    "HubUnavailable": 75,
     "RewardError": 1,
     "RewardRejected": 65,
     "NoScore": 65,

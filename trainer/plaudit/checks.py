@@ -22,3 +22,9 @@ def fraction(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or 0 <= value <= 1, f"{name}={value} must lie between 0 and 1")
+
+
+def check_push(config: object) -> None:
+    """Raises `ConfigError` for a private repository (`hub_private`) that nothing is pushed to (`push_to_hub`)."""
+    repo, private = getattr(config, "push_to_hub", None), getattr(config, "hub_private", False)
+    require(repo is not None or not private, "hub_private=True without push_to_hub: name the repository")

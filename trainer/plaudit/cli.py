@@ -41,9 +41,11 @@ from plaudit.settings.evaluate_judge import JudgeConfig
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.push import PushConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
+from plaudit.settings.size import SizeConfig
 
 REPEATABLE = (
     "--reward.url",
@@ -134,6 +136,18 @@ COMMANDS = {
         "plaudit.stages.generate",
         "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
+    ),
+    "push": Command(
+        PushConfig,
+        "plaudit.stages.push",
+        "upload a finished directory to the Hugging Face hub",
+        "plaudit push runs/ppo me/my-policy",
+    ),
+    "size": Command(
+        SizeConfig,
+        "plaudit.stages.size",
+        "say how many reward services a number of trainers needs, from a run's metrics",
+        "plaudit size runs/demo --trainers 10 --judge distilbert-base",
     ),
     "demo": Command(
         DemoConfig,
@@ -250,10 +264,13 @@ def _field_docstrings(config_type: type) -> dict[str, str]:
 
 def _quiet_libraries() -> None:
     """Turn off the libraries' progress bars, log lines and warnings that would disturb the stage's own output."""
+    import huggingface_hub
     import stamina.instrumentation
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]
     # On some processors it suggests a package that only speeds up 4-bit inference.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # It mistakes a text that begins with the padding token for a padded one.

@@ -14,6 +14,8 @@
     ├── StopRequested  128 + n   (run.runtime) SIGTERM or Ctrl-C: resume
     ├── RankingsRejected   65    (run.rankings) the ranking service refused a request: a retry won't help
     ├── RankingsUnavailable 75   (run.rankings) it is unreachable, or people have not finished: continue later
+    ├── HubRejected        65    (run.hub) the model hub refused an upload: a retry won't help
+    ├── HubUnavailable     75    (run.hub) the model hub is unreachable: push again later
     └── RewardError              (rewards.errors)
         ├── RewardRejected 65    the reward service refused a request: a retry won't help
         │   └── NoScore    65    a generative judge's answer contains no score

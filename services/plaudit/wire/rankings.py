@@ -8,7 +8,7 @@ Failure modes: a message that turns a tie into an order, drops a skip, or loses 
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, model_validator
 
@@ -63,6 +63,7 @@ class Turn(_Message):
 
 Prompt: TypeAlias = Text | Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS)]
 """One text, or the turns of a conversation that the answer continues."""
+Row = TypeVar("Row", bound=_Message)
 
 
 class Answer(_Message):
@@ -404,6 +405,13 @@ def as_json(prompt: str | list[Turn]) -> Any:
 def group_of(prompt: str | list[Turn]) -> str:
     """The group of a prompt whose source text is not known: a hash of the prompt itself."""
     return content_hash("group", as_json(prompt))
+
+
+def rows_of(lines: str, kind: type[Row]) -> list[Row]:
+    """The rows of JSON lines. Only a newline ends a row: texts may contain U+2028, U+0085 and others at which
+    `str.splitlines` splits.
+    """
+    return [kind.model_validate_json(line) for line in lines.split("\n") if line]
 
 
 def new_answer(text: str, *, policy: str = "", revision: str = "", seed: int | None = None) -> Answer:

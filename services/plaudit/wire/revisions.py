@@ -1,7 +1,8 @@
 """The revision of a reward model: a hash of what its files hold, as every message of the reward service names it.
 
-Whoever has the directory can compute it, and so knows whether a service serves the same bytes. What would be wrong
-here: the same revision for two models, or another one for a copy.
+Whoever has the directory can compute it, and so knows whether a service serves the same bytes.
+
+Failure modes: two models have the same revision, or a copy has another one.
 """
 
 import hashlib

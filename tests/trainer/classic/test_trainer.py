@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from harness.foreign.hub import Hub
 from harness.tiny_models import tiny_gpt2, tiny_gpt2_dir, tiny_tokenizer
 from plaudit.classic import (
     AutoModelForCausalLMWithValueHead,
@@ -21,6 +22,7 @@ from plaudit.classic import (
 )
 from plaudit.errors import ConfigError
 from plaudit.policy.loading import load_policy
+from plaudit.run.hub import HubRejected
 from plaudit.settings.policy import LoraSettings
 
 QUERIES = [torch.tensor(ids) for ids in ([5, 6, 7, 8], [9, 10], [11, 12, 13], [14])]
@@ -425,27 +427,25 @@ def test_what_is_saved_is_a_policy_that_the_stages_load(tmp_path: Path, lora: bo
     assert all(torch.equal(own[name], p) for name, p in saved.items())
 
 
-def test_the_best_policy_is_uploaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    uploads: list[tuple[str, set[str]]] = []
-
-    class Hub:
-        def __init__(self, token: Any = None) -> None:
-            pass
-
-        def create_repo(self, repo_id: str, **_: Any) -> Any:
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})()
-
-        def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
-            uploads.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
-            return "url"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_the_best_policy_is_uploaded_whole(hub: Hub) -> None:
     trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "policy"})
     for scores in ([1.0] * 4, [0.5] * 4, [2.0] * 4):
         trainer.step(QUERIES, RESPONSES, [torch.tensor(score) for score in scores])
-    assert [name for name, _ in uploads] == ["me/policy"] * 2
+    assert [name for name, _, _ in hub.commits] == ["me/policy"] * 2
     wanted = {"model.safetensors", "config.json", "value_head.safetensors", "tokenizer.json", "README.md"}
-    assert wanted <= uploads[0][1]
-    assert trainer.model.push_to_hub("alone") == "url"
+    assert wanted <= hub.repos["me/policy"].keys()
+    assert trainer.model.push_to_hub("me/alone", private=True) == f"{hub.url}/me/alone"
+    assert "README.md" not in hub.repos["me/alone"]
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_hub_that_refuses_the_best_policy_does_not_end_the_training(hub: Hub) -> None:
+    trainer = make_trainer(push_to_hub_if_best_kwargs={"repo_id": "policy"})
+    hub.fail("commit", 403, "no")
+    with pytest.warns(UserWarning, match="the best policy so far was not uploaded: policy at .*the hub answers 403"):
+        statistics = trainer.step(QUERIES, RESPONSES, SCORES)
+    assert statistics["ppo/mean_scores"] == pytest.approx(0.625)
+    hub.fail("commit", 403, "no")
+    with pytest.raises(HubRejected):  # the program asked for it
+        trainer.push_to_hub("policy")

@@ -38,7 +38,13 @@ from plaudit.stages.ranked_answers import AtChance
 pytestmark = pytest.mark.slow
 
 ADMIN_KEY = "the-administrators-key"
-STAGES = ("sample", "people", "reward-model", "ppo", "against-stage-1", "judged-against-stage-1")
+STAGES = (
+    *("round-1/sample", "round-1/people", "round-1/reward-model", "round-1/ppo"),
+    *("round-1/against-stage-1", "round-1/judged-against-stage-1"),
+    *("round-2/sample", "round-2/people", "round-2/reward-model", "round-2/ppo"),
+    *("round-2/against-stage-1", "round-2/against-round-1"),
+    *("round-2/judged-against-stage-1", "round-2/judged-against-round-1"),
+)
 MOMENTS = {"ppo": "PPO step 1/"}
 """What a stage has said when it is killed; of the others, that it has begun."""
 
@@ -81,8 +87,11 @@ def stage_dirs(config: LoopConfig) -> list[Path]:
     return [path for path in paths if path.is_dir()]
 
 
-def test_a_loop_that_is_killed_in_every_stage_repeats_nothing_that_was_finished(
-    config: LoopConfig, stub_reward_server: StubRewardServer, monkeypatch: pytest.MonkeyPatch
+def test_a_loop_that_is_killed_in_every_stage_of_both_rounds_repeats_nothing_that_was_finished(
+    config: LoopConfig,
+    stub_reward_server: StubRewardServer,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     monkeypatch.setenv("REWARD_ADMIN_KEY", ADMIN_KEY)
     served = tiny_classifier_dir(config.output_dir / loop.SERVED, labels=("score",))
@@ -99,19 +108,20 @@ def test_a_loop_that_is_killed_in_every_stage_repeats_nothing_that_was_finished(
     try:
         for stage in STAGES:
             running = TrainerProcess(config, environment=environment, command="loop")
-            running.wait_for_line(f"round-1/{stage}: begun")
-            if stage in MOMENTS:
-                running.wait_for_line(MOMENTS[stage])
+            running.wait_for_line(f"{stage}: begun")
+            if (name := stage.partition("/")[2]) in MOMENTS:
+                running.wait_for_line(MOMENTS[name])
             running.signal(signal.SIGKILL)
             assert running.end()[0] == -signal.SIGKILL
-            assert json.loads((config.output_dir / STATE_FILE).read_text())["at"] == f"round-1/{stage}"
+            assert json.loads((config.output_dir / STATE_FILE).read_text())["at"] == stage
             kept |= {path: files_of(path) for path in stage_dirs(config) if path not in kept}
         last = TrainerProcess(config, environment=environment, command="loop")
         code, said = last.end()
         assert code == 0, said
     finally:
         reward.kill()
-    assert {path.name for path in kept} == {"answers", "reward-model", "ppo", "against-stage-1"}
+    finished = {str(path.relative_to(config.output_dir)) for path in kept}
+    assert finished == {stage.replace("sample", "answers") for stage in STAGES[:-1] if not stage.endswith("people")}
     for path, files in kept.items():
         assert files_of(path) == files, path
     records = [json.loads(line) for line in (config.output_dir / ROUNDS_FILE).read_text().splitlines()]
@@ -130,7 +140,8 @@ def test_a_loop_that_is_killed_in_every_stage_repeats_nothing_that_was_finished(
     prompts = [[json.loads(line)["prompt"] for line in text.splitlines()] for text in answers]
     assert not set(prompts[0]) & set(prompts[1])
     assert len(prompts[0]) == len(prompts[1]) == 10
-    print("seconds of each stage:", *(record["seconds"] for record in records))
+    total = sum(seconds for record in records for seconds in record["seconds"].values())
+    record_property("seconds of all stages of two rounds, start-ups apart", round(total, 1))
 
 
 def test_with_nothing_but_models_the_loop_starts_every_service(

@@ -181,3 +181,34 @@ def test_logits_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:
 def test_a_pairwise_model_needs_ranked_answers() -> None:
     with pytest.raises(ConfigError, match="ranked=FILE"):
         RewardModelConfig(kind="pairwise")
+
+
+@pytest.mark.parametrize(("quantization", "family"), [("8bit", "distilbert"), ("4bit", "gpt2")])
+def test_a_quantised_body_is_trained_and_the_result_is_in_full_precision(
+    quantization: Any, family: str, reviews: Path, tmp_path: Path
+) -> None:
+    start = tiny_classifier_dir(tmp_path / "start", family=family)
+    before = load_file(start / "model.safetensors")
+
+    def trained(quantization: Any) -> dict[str, torch.Tensor]:
+        settings = RewardModelConfig(
+            model=str(start),
+            output_dir=tmp_path / f"judge-{quantization}",
+            dataset=DataSettings(str(reviews), max_texts=64),
+            optimizer=OptimizerSettings(learning_rate=1e-2, batch_size=16, max_steps=4),
+            lora=LoraSettings(r=4, dropout=0.0),
+            quantization=quantization,
+            max_length=48,
+        )
+        reward_model.run(settings)
+        return load_file(settings.output_dir / "model.safetensors")
+
+    plain, after = trained(None), trained(quantization)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in before.items()
+    }
+
+    def changed(weights: dict[str, torch.Tensor]) -> set[str]:
+        return {name for name in weights if not torch.equal(weights[name], before[name])}
+
+    assert changed(after) == changed(plain)  # head and layers with adapters; the others are the base's own

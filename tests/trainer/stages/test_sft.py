@@ -19,15 +19,16 @@ from plaudit.errors import ConfigError
 from plaudit.policy.adapters import add_lora, base_of
 from plaudit.policy.from_scratch import train_tokenizer
 from plaudit.policy.loading import load_policy
-from plaudit.policy.pretrained import load_whole_causal_lm
+from plaudit.policy.pretrained import load_tokenizer, load_whole_causal_lm
 from plaudit.policy.samples import Samples
 from plaudit.policy.texts import end_tokens
+from plaudit.policy.writer import load_writer
 from plaudit.rewards.settings import RewardSettings
 from plaudit.run.metrics import KL, read_metrics
 from plaudit.run.runtime import StopRequested
-from plaudit.settings.data import DataSettings
+from plaudit.settings.data import DataSettings, PromptSettings
 from plaudit.settings.evaluate import EvaluateConfig
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import GenerationSettings, LoraSettings
 from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 from plaudit.settings.sft import SFTConfig
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
@@ -255,6 +256,77 @@ def test_ppo_goes_on_from_adapters_and_is_held_to_what_they_had_learnt(
     assert abs(records[0][KL]) < 1e-4  # nothing has moved before the first update
     evaluation = EvaluateConfig(after=str(tmp_path / "ppo"), dataset=DataSettings(str(reviews)), reward=reward)
     assert evaluate._before(evaluation) == str(tmp_path / "sft")
+
+
+def test_adapters_end_responses_where_the_merged_model_does(
+    chat_policy_dir: Path, tmp_path: Path, stub_reward_server: StubRewardServer
+) -> None:
+    """The end of a turn, which the base doesn't know, ends a response in every stage that reads the adapters."""
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"prompt": f"Say good {i}."} for i in range(40)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = {}
+    for name, merge in (("merged", True), ("adapters", False)):
+        directory = tmp_path / name
+        stage_1 = chat_config(chat_policy_dir, tmp_path, steps=1, lora=LORA, merge=merge)
+        sft.run(dataclasses.replace(stage_1, output_dir=directory))
+        trained = PPOConfig(
+            policy=str(directory),
+            output_dir=tmp_path / f"ppo-{name}",
+            dataset=DataSettings(str(questions)),
+            prompts=PromptSettings(column="prompt"),
+            generation=GenerationSettings(max_new_tokens=4),
+            reward=RewardSettings.of(url=(stub_reward_server.url,), patience_s=0.5, request_timeout_s=10.0),
+            ppo=PPOHyperparameters(batch_size=4, mini_batch_size=4, ppo_epochs=1),
+            lora=LORA,
+            merge=True,
+            steps=1,
+        )
+        ppo.run(trained)
+        tokenizer = load_tokenizer(directory)
+        models = {
+            "ppo": load_policy(directory, LORA).language_model,
+            "generate": load_writer(str(directory)).model,
+            "after ppo": load_policy(trained.output_dir).language_model,
+            "generate after ppo": load_writer(str(trained.output_dir)).model,
+            "evaluate": evaluate.load_pair(EvaluateConfig(after=str(trained.output_dir)))[0].language_model,
+            "merged after ppo": load_writer(str(trained.output_dir / "merged")).model,
+        }
+        ends[name] = {stage: end_tokens(model, tokenizer) for stage, model in models.items()}
+    end = chat_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert end not in end_tokens(load_whole_causal_lm(chat_policy_dir), chat_tokenizer())
+    assert ends["adapters"] == ends["merged"]
+    assert all(end in found for found in ends["adapters"].values())
+
+
+@pytest.mark.parametrize(("quantization", "merge"), [("8bit", True), ("4bit", False)])
+def test_a_quantised_base_is_trained_and_the_result_is_in_full_precision(
+    quantization: Any, merge: bool, chat_policy_dir: Path, tmp_path: Path
+) -> None:
+    config = chat_config(chat_policy_dir, tmp_path, steps=30, lora=LoraSettings(r=8, dropout=0.0), merge=merge)
+    plain = sft.run(dataclasses.replace(config, output_dir=tmp_path / "plain"))
+    config = dataclasses.replace(config, quantization=quantization)
+    result = sft.run(config)
+    untrained = transformers.AutoModelForCausalLM.from_pretrained(chat_policy_dir).state_dict()
+    model = load_whole_causal_lm(config.output_dir)
+    trained = model.state_dict()
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    changed = {name for name in trained if not torch.equal(trained[name], untrained[name])}
+    assert changed == {name for name in trained if name.endswith("c_attn.weight")}
+    assert result.held_out_loss == pytest.approx(plain.held_out_loss, abs=0.1)
+    assert result.held_out_loss < math.log(300) - 0.2  # uniform guessing
+    assert json.loads((config.output_dir / "sft.json").read_text())["perplexity"] == result.perplexity
+
+
+def test_only_adapters_of_a_model_on_disk_are_trained_on_a_quantised_base(
+    chat_policy_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="quantization=8bit trains adapters only"):
+        chat_config(chat_policy_dir, tmp_path, quantization="8bit")
+    adapters = tmp_path / "adapters"
+    add_lora(tiny_gpt2(), LORA).save_pretrained(adapters)
+    with pytest.raises(ConfigError, match=r"needs a base on disk, and model=.* holds adapters"):
+        sft.run(chat_config(adapters, tmp_path, quantization="8bit", lora=LORA))
 
 
 def test_adapters_and_a_whole_model_do_not_lie_in_one_directory(

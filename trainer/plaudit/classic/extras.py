@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plaudit.classic.arguments import generation_arguments
 from plaudit.classic.core import set_seed
-from plaudit.classic.models import generation_arguments
 from plaudit.errors import ConfigError
 
 

@@ -1,11 +1,9 @@
 """Language models with a value head, as programs load, read and save them. The step works on `policy_of` such a model.
 
-Failure modes: a reference that moves with the policy, a value head that is saved and not found again, or weights that
-transformers loads in another precision than the program expects.
+Failure mode: weights that transformers loads in another precision than the program expects.
 """
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +12,14 @@ from typing import Any, ClassVar, NoReturn
 import peft
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.utils import cached_file
 
 from plaudit import demo_models
+from plaudit.classic.arguments import generation_arguments, loading_arguments
+from plaudit.classic.hub import upload
+from plaudit.classic.references import create_reference_model
+from plaudit.classic.value_head_files import saved_value_head, tensors_named
 from plaudit.errors import ConfigError
 from plaudit.policy.model import Policy
 from plaudit.policy.reading import reading
@@ -28,10 +28,15 @@ from plaudit.policy.transformer import compute_quantised_layers_in_one_way
 from plaudit.run.runtime import exclusive
 from plaudit.run.storage import replaced_model
 
-LAYER_PATTERNS = ("transformer.h.{}.", "model.decoder.layers.{}.", "gpt_neox.layers.{}.", "model.layers.{}.")
-"""How architectures name their layers."""
-NO_TOKEN = 2**31 - 1
-"""A token that no vocabulary has, so that nothing ends a text early."""
+__all__ = [
+    "SUPPORTED_ARCHITECTURES",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "PreTrainedModelWrapper",
+    "ValueHead",
+    "create_reference_model",
+    "policy_of",
+]
 KBIT_OPTIONS = ("use_gradient_checkpointing", "gradient_checkpointing_kwargs", "layer_norm_names")
 """Arguments of `peft.prepare_model_for_kbit_training` that `from_pretrained` passes on."""
 
@@ -234,8 +239,6 @@ class PreTrainedModelWrapper(nn.Module):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Uploads what `save_pretrained` writes; `kwargs` are `private`, `token` and `commit_message`."""
-        from plaudit.classic.hub import upload
-
         return upload(repo_id, self.write, **kwargs)
 
     # Reward adapters
@@ -244,7 +247,7 @@ class PreTrainedModelWrapper(nn.Module):
         if not self.is_peft_model:
             raise ConfigError("reward_adapter needs a model with adapters: give peft_config too")
         self.pretrained_model.load_adapter(source, name, is_trainable=False)
-        weights = _tensors_named("score.", source, "adapter_model.safetensors", "adapter_model.bin")
+        weights = tensors_named("score.", source, "adapter_model.safetensors", "adapter_model.bin")
         if not weights:
             raise ConfigError(
                 f"reward_adapter={source!r} has no weight of a `score` head: train it as a sequence classifier "
@@ -334,31 +337,6 @@ def _refuse_encoder_decoder() -> NoReturn:
 SUPPORTED_ARCHITECTURES = (AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead)
 
 
-def create_reference_model(model: Any, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
-    """A frozen copy of a model, to hold its policy to.
-
-    With `num_shared_layers`, embeddings and that many first layers are frozen in the model too, and are the same
-    tensors in both. `pattern` names a layer, with `{layer}` for its number; known architectures need none.
-
-    Raises:
-        ConfigError: no parameter's name fits the pattern, so nobody can tell which layers come first.
-    """
-    shared: list[nn.Parameter] = []
-    if num_shared_layers is not None:
-        names = [name for name, _ in model.named_parameters()]
-        patterns = LAYER_PATTERNS if pattern is None else (pattern.replace("{layer}", "{}"),)
-        first = next((i for p in patterns for i, name in enumerate(names) if p.format(num_shared_layers) in name), None)
-        if first is None:
-            raise ConfigError(
-                f"num_shared_layers={num_shared_layers}: no parameter of {type(model).__name__} belongs to such a "
-                "layer; give fewer, or name its layers with pattern='….{layer}.'"
-            )
-        shared = [parameter.requires_grad_(False) for _, parameter in list(model.named_parameters())[:first]]
-    # What is in the memo already is not copied.
-    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
-    return reference.requires_grad_(False).eval()
-
-
 def policy_of(model: PreTrainedModelWrapper, *, reference: Any = None) -> Policy:
     """The policy that the step trains: the wrapped model and its value head, the same tensors."""
     policy = Policy(model.pretrained_model, reference=reference)
@@ -367,96 +345,12 @@ def policy_of(model: PreTrainedModelWrapper, *, reference: Any = None) -> Policy
 
 
 def policy_line(model: PreTrainedModelWrapper) -> str:
-    """`trainable params: … || all params: … || trainable%: …` of model and value head."""
+    """`trainable params: … || all params: … || trainable%: …` of model and value head, as `plaudit ppo` prints it."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     learning, everything = sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
-    return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {100 * learning / everything}"
-
-
-def generation_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` as programs write them, in the form that transformers takes today.
-
-    No least length may be -1, `top_k` may be 0.0, and an end-of-text token that no vocabulary has (-1) means no end.
-    """
-    taken = {k: v for k, v in arguments.items() if not (k in ("min_length", "min_new_tokens") and (v or 0) <= 0)}
-    if isinstance(taken.get("top_k"), float):
-        taken["top_k"] = int(taken["top_k"])
-    if isinstance(taken.get("eos_token_id"), int) and taken["eos_token_id"] < 0:
-        taken["eos_token_id"] = NO_TOKEN
-    return taken
-
-
-def loading_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `from_pretrained` as programs write them, in the form that transformers takes today.
-
-    `load_in_8bit` and `load_in_4bit` become its `quantization_config`. A device by number is a GPU; on a machine
-    without one, `{"": 0}` is the CPU.
-    """
-    options = dict(options)
-    places = options.get("device_map")
-    if isinstance(places, dict) and not torch.accelerator.is_available():
-        options["device_map"] = {name: "cpu" if isinstance(place, int) else place for name, place in places.items()}
-    bits = {name: options.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in options}
-    if any(bits.values()):
-        options["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
-        options.setdefault("device_map", {"": current_device()})
-    return options
-
-
-def current_device() -> str:
-    """This process's device, for `device_map`."""
-    from accelerate import PartialState
-
-    return str(PartialState().device)
-
-
-def saved_value_head(source: str) -> dict[str, Tensor] | None:
-    """The value head's `weight` and `bias` beside a model, as Plaudit or TRL saved them; None where there is none."""
-    own = _file(source, VALUE_HEAD_FILE)
-    if own is not None:
-        return _tensors(own)
     return (
-        _tensors_named("v_head.summary.", source, "model.safetensors", "pytorch_model.bin")
-        or _tensors_named("v_head.summary.", source, "model.safetensors.index.json")
-        or None
+        f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {100 * learning / everything:.4f}"
     )
-
-
-def _tensors_named(part: str, source: str, *files: str) -> dict[str, Tensor]:
-    """The tensors of a model's files whose names hold `part`, by what follows it. An index names the files itself."""
-    for name in files:
-        path = _file(source, name)
-        if path is None:
-            continue
-        if name.endswith(".index.json"):
-            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted({shard for tensor, shard in places.items() if part in tensor})
-            found = {n: t for shard in shards for n, t in _tensors_named(part, source, shard).items()}
-        else:
-            found = {n.rpartition(part)[2]: t for n, t in _tensors(path, part).items()}
-        if found:
-            return found
-    return {}
-
-
-def _tensors(path: Path, part: str = "") -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if part in name}  # noqa: SIM118
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor for name, tensor in loaded.items() if part in name}
-
-
-def _file(source: str, name: str) -> Path | None:
-    """A file of a model directory or of a hub id; None if there is none, or none within reach."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    try:
-        found = cached_file(source, name)
-    except OSError:
-        return None
-    return None if found is None else Path(found)
 
 
 def _is_quantised(model: Any) -> bool:

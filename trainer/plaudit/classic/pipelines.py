@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from plaudit import demo_models
-from plaudit.classic.models import loading_arguments
+from plaudit.classic.arguments import loading_arguments
 
 CLASSIFIERS = ("text-classification", "sentiment-analysis")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plaudit.classic.models import generation_arguments
+from plaudit.classic.arguments import generation_arguments
 from plaudit.policy.generation import Draws, generate
 from plaudit.policy.texts import end_tokens
 from plaudit.settings.policy import GenerationSettings

@@ -7,25 +7,27 @@ and the step does not train, or a learning rate that two parties set.
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
+from plaudit.classic.batches import checked_scores
 from plaudit.classic.config import PPOConfig
 from plaudit.classic.controllers import AdaptiveKLController, FixedKLController
 from plaudit.classic.core import convert_to_scalar, set_seed, stats_to_np
+from plaudit.classic.hub import BestUploads, upload, upload_best
+from plaudit.classic.logs import Clock, log_table, model_card, start_trackers
 from plaudit.classic.models import PreTrainedModelWrapper, create_reference_model, policy_of
+from plaudit.classic.rates import rates_left_alone
 from plaudit.classic.removed import HOOKS, refuse_overrides
 from plaudit.classic.sampling import KEPT_BATCHES, PLAIN, Drawn, respond, settings_of
+from plaudit.classic.set_up import checked_arguments, data_loader, give_pad_token
+from plaudit.classic.state import restore_trainer, trainer_state
 from plaudit.classic.statistics import classic_statistics
 from plaudit.errors import ConfigError
 from plaudit.learner.step_statistics import std_or_zero
@@ -67,18 +69,7 @@ class PPOTrainer:
             ConfigError: an argument is missing or of another kind, a setting cannot work, or accelerate's
                 configuration asks for sharded weights.
         """
-        if not isinstance(config, PPOConfig):
-            raise ConfigError(f"config is a {type(config).__name__}: give a plaudit.classic.PPOConfig")
-        if not isinstance(model, PreTrainedModelWrapper):
-            raise ConfigError(
-                f"model is a {type(model).__name__}: give AutoModelForCausalLMWithValueHead.from_pretrained(…)"
-            )
-        if ref_model is not None and not isinstance(ref_model, PreTrainedModelWrapper):
-            raise ConfigError(
-                f"ref_model is a {type(ref_model).__name__}: give another model with a value head, or None"
-            )
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}: give the model's, from AutoTokenizer")
+        config, model = checked_arguments(config, model, ref_model, tokenizer)
         if training_data_collator is not None:
             warnings.warn("training_data_collator has no effect: the step pads and packs token lists", stacklevel=2)
         set_seed(config.seed)
@@ -126,14 +117,11 @@ class PPOTrainer:
             self.kl_ctl = AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
 
         self.tokenizer = tokenizer
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise ConfigError("tokenizer has neither a pad token nor an end-of-text token: set tokenizer.pad_token")
-            tokenizer.pad_token = tokenizer.eos_token
+        give_pad_token(tokenizer)
         self.dataset = dataset
         self.dataloader: Any = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
         self._drawn = Drawn(KEPT_BATCHES * config.batch_size)
-        self._highest_reward, self._compared = -float("inf"), 0
+        self._best = BestUploads(config)
         self.current_step = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -154,12 +142,7 @@ class PPOTrainer:
         config.global_batch_size = config.batch_size * config.world_size
         config.global_backward_batch_size = (config.backward_batch_size or 0) * config.world_size
         config.is_encoder_decoder, config.is_peft_model = self.is_encoder_decoder, self.is_peft_model
-        known = config.to_dict()
-        if config.log_with == "tensorboard":
-            known = {name: value for name, value in known.items() if isinstance(value, bool | int | float | str)}
-        else:
-            known = {"trl_ppo_trainer_config": known}
-        self.accelerator.init_trackers(config.tracker_project_name, config=known, init_kwargs=config.tracker_kwargs)
+        start_trackers(self.accelerator, config)
 
     def _placed(self, model: PreTrainedModelWrapper) -> torch.device:
         """Moves the model to this process's device, unless it was loaded onto one of its own; returns which it is."""
@@ -185,17 +168,7 @@ class PPOTrainer:
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[[list[Any]], Any] | None = None) -> Any:
         """Batches of `batch_size` in random order, each process its own; the last one is left out if it is short."""
-        columns = getattr(dataset, "column_names", None)
-        if columns is not None and self.config.remove_unused_columns and hasattr(dataset, "remove_columns"):
-            used = {"input_ids", "attention_mask", "past_key_values", "label", "query", "response"}
-            dataset = dataset.remove_columns([name for name in columns if name not in used])
-        if len(dataset) < self.config.batch_size:
-            raise ConfigError(
-                f"dataset has {len(dataset)} rows, fewer than batch_size={self.config.batch_size}: no batch is full"
-            )
-        loader = DataLoader(
-            dataset, batch_size=self.config.batch_size, collate_fn=data_collator, shuffle=True, drop_last=True
-        )
+        loader = data_loader(dataset, self.config, data_collator)
         return self.accelerator.prepare(loader)
 
     @property
@@ -298,14 +271,14 @@ class PPOTrainer:
             NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
         """
         began = time.perf_counter()
-        clock = _Clock(began)
+        clock = Clock(began)
         rollout = self._rollout(queries, responses, scores, response_masks)
         times = {"forward_pass": clock.lap()}
         self.stepper.kl_coef = self.kl_ctl.value
         experience = self.stepper.make_experience(rollout)
         # Rewards and advantages are computed in one go.
         times |= {"compute_rewards": clock.lap(), "compute_advantages": 0.0}
-        with _rates_left_alone(self.optimizer):
+        with rates_left_alone(self.optimizer):
             result = self.stepper.learn(experience, minibatch_permutations)
         times["optimize_step"] = clock.lap()
         side = self.tokenizer.padding_side
@@ -320,7 +293,8 @@ class PPOTrainer:
         self.kl_ctl.update(statistics["objective/kl"], self.stepper.config.batch_size)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._upload_if_best(float(result.scores.mean()))
+        if self._best.is_beaten_by(float(result.scores.mean())) and self.accelerator.is_main_process:
+            upload_best(self)
         statistics |= {f"time/ppo/{name}": seconds for name, seconds in times.items()}
         return statistics if self.config.log_with == "wandb" else convert_to_scalar(statistics)
 
@@ -332,7 +306,7 @@ class PPOTrainer:
         response_masks: Sequence[Tensor] | None,
     ) -> Rollout:
         """What all processes' samples were, under the policy as it is now."""
-        numbers = self._checked(queries, responses, scores, response_masks)
+        numbers = checked_scores(queries, responses, scores, response_masks, batch_size=self.config.batch_size)
         drawn, settings = self._drawn.match(queries, responses)
         self._drawn.forget()
         samples = Samples.from_lists(queries, drawn, self.tokenizer.pad_token_id, self.current_device)
@@ -347,69 +321,18 @@ class PPOTrainer:
         whole = EvaluatedSamples.concatenate([part for part, _ in parts])
         return whole.with_scores(torch.cat([part for _, part in parts])).to(self.current_device)
 
-    def _checked(
-        self,
-        queries: Sequence[Tensor],
-        responses: Sequence[Tensor],
-        scores: Sequence[Tensor],
-        masks: Sequence[Tensor] | None,
-    ) -> Tensor:
-        """The scores as [B], once everything has been found to be as many and of the right shapes."""
-        lists: dict[str, Sequence[Any]] = {"queries": queries, "responses": responses, "scores": scores}
-        for name, entries in (lists if masks is None else {**lists, "response_masks": masks}).items():
-            if len(entries) != self.config.batch_size:
-                raise ValueError(f"{len(entries)} {name} in a step with batch_size={self.config.batch_size}")
-        numbers = [torch.as_tensor(score, dtype=torch.float32).detach().cpu() for score in scores]
-        for i, number in enumerate(numbers):
-            if number.numel() != 1:
-                raise ValueError(f"score {i} has the shape {tuple(number.shape)}: give one number a sample")
-        for i, (response, mask) in enumerate(zip(responses, masks or [], strict=False)):
-            if mask.shape != response.shape or not bool(mask.any()):
-                raise ValueError(
-                    f"response_masks[{i}] has the shape {tuple(mask.shape)} and {int(mask.sum())} ones, for "
-                    f"{len(response)} response tokens: as many, and at least one must be 1"
-                )
-        return torch.stack([number.reshape(()) for number in numbers])
-
     def _agreed(self, settings: GenerationSettings) -> GenerationSettings:
         """How the responses of all processes were drawn."""
         found = set(self._processes.on_all(lambda: settings))
         return found.pop() if len(found) == 1 else PLAIN
 
-    def _upload_if_best(self, score: float) -> None:
-        kwargs = self.config.push_to_hub_if_best_kwargs
-        if not kwargs:
-            return
-        if self._compared % self.config.compare_steps == 0 and score > self._highest_reward:
-            self._highest_reward = score
-            if self.accelerator.is_main_process:
-                self.push_to_hub(**kwargs)
-        self._compared += 1
-
     def state_dict(self) -> dict[str, Any]:
         """Everything but the model's weights and the batch that the next `generate` and `step` depend on."""
-        return {
-            "stepper": self.stepper.state_dict(),
-            "rates": [float(group["lr"]) for group in self.optimizer.param_groups],
-            "kl_coef": self.kl_ctl.value,
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
-            "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state(),
-        }
+        return trainer_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`, once the model has the weights of that moment."""
-        self.stepper.load_state_dict(state["stepper"])
-        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        self.kl_ctl.value = state["kl_coef"]
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        torch.set_rng_state(state["torch"])
-        np.random.set_state(state["numpy"])
+        restore_trainer(self, state)
 
     # Logs and files
 
@@ -429,7 +352,7 @@ class PPOTrainer:
         numbers = self.accelerator.gather(numbers.to(self.accelerator.device)).flatten().cpu()
         self.current_step += 1
         if self.config.log_with == "wandb":
-            self._log_table(batch, numbers, tuple(columns_to_log))
+            log_table(self.accelerator, self._processes, batch, numbers, tuple(columns_to_log), step=self.current_step)
         logs = {
             **stats,
             "env/reward_mean": numbers.mean().item(),
@@ -437,17 +360,6 @@ class PPOTrainer:
             "env/reward_dist": numbers.numpy(),
         }
         self.accelerator.log(logs, step=self.current_step)
-
-    def _log_table(self, batch: Mapping[str, Any], rewards: Tensor, columns: tuple[str, ...]) -> None:
-        missing = [name for name in columns if name not in batch]
-        if missing:
-            raise ValueError(f"columns_to_log names {missing[0]!r}, and the batch has {sorted(batch)}")
-        parts = self._processes.on_all(lambda: [list(batch[name]) for name in columns])
-        cells = [[cell for part in parts for cell in part[i]] for i in range(len(columns))]
-        rows = [list(row) for row in zip(*cells, rewards.tolist(), strict=True)]
-        if self.accelerator.is_main_process:
-            tracker = self.accelerator.get_tracker("wandb")
-            tracker.log_table("game_log", columns=[*columns, "reward"], data=rows, step=self.current_step)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """The model with its value head, the tokenizer and a model card, together. Raises `NotWritten`."""
@@ -462,64 +374,16 @@ class PPOTrainer:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Uploads what `save_pretrained` writes; `kwargs` are `private`, `token` and `commit_message`."""
-        from plaudit.classic.hub import upload
-
         return upload(repo_id, self._write, **kwargs)
 
     def create_model_card(self, path: str | Path, model_name: str | None = None) -> None:
         """Writes `README.md` into the directory. Needs no account and no network."""
-        name = model_name or f"{self.config.model_name}, tuned by PPO"
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        settings = "\n".join(f"| {key} | {value} |" for key, value in self.config.to_dict().items())
-        write_text(
-            directory / "README.md",
-            f"""---
-base_model: {self.config.model_name}
-library_name: {"peft" if self.is_peft_model else "transformers"}
-pipeline_tag: text-generation
-tags: [ppo, rlhf, plaudit]
----
-
-# {name}
-
-Trained for {self.stepper.steps_done} PPO steps of {self.stepper.config.batch_size} samples. The value head is in
-`value_head.safetensors`; `plaudit.classic.AutoModelForCausalLMWithValueHead.from_pretrained` loads it too.
-
-| setting | value |
-| --- | --- |
-{settings}
-""",
-        )
+        steps, samples = self.stepper.steps_done, self.stepper.config.batch_size
+        card = model_card(self.config, model_name, steps=steps, samples=samples, adapters=self.is_peft_model)
+        write_text(directory / "README.md", card)
 
     def compute_reward_model_score(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The reward adapter's scores at every token (`PreTrainedModelWrapper.compute_reward_score`)."""
         return self.model.compute_reward_score(input_ids, attention_mask, **kwargs)
-
-
-class _Clock:
-    """Seconds since the last look."""
-
-    def __init__(self, now: float) -> None:
-        self._last = now
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        self._last, seconds = now, now - self._last
-        return seconds
-
-
-@contextmanager
-def _rates_left_alone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The stepper sets each rate from `initial_lr`; in the block that is the rate which a scheduler has set."""
-    initial = [group.get("initial_lr") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["initial_lr"] = float(group["lr"])
-    try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, initial, strict=True):
-            if rate is None:
-                del group["initial_lr"]
-            else:
-                group["initial_lr"] = rate

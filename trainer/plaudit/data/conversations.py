@@ -1,7 +1,8 @@
 """Conversations from the rows of a table, checked message by message.
 
-What would be wrong here: a message that reaches the policy in another form than the judge, or not at all. A message has
-a role and a text, and nothing else that a template might show to the one and the wire would not carry to the other.
+Failure modes: a message reaches the policy in another form than the judge, or not at all. A message therefore has a
+role and a text only, because a template might show other fields to the policy that the wire does not carry to the
+judge.
 """
 
 import contextlib

@@ -1,15 +1,19 @@
 """Low-rank adapters: fresh ones on a model, or those in a directory, with the model they belong to.
 
-Failure mode: adapters that could not be folded into their base, or that only this program can load.
+Failure mode: adapters that could not be folded into their base, or that only this program can load; responses that
+don't end, because the base doesn't know the end tokens that its adapters have learnt.
 """
 
+import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import peft
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from plaudit import demo_models
 from plaudit.errors import ConfigError
@@ -54,11 +58,42 @@ def add_lora(
 
 
 def with_adapters(base: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> peft.PeftModel:
-    """The base with the adapters in a directory. Raises `ConfigError` if they could not be folded in."""
+    """`load_adapters`. Raises `ConfigError` if the adapters could not be folded in."""
     reasons = unadaptable(base)
-    model = peft.PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
+    model = load_adapters(base, directory, is_trainable=is_trainable)
     require_adaptable(model.targeted_module_names, reasons, str(directory), "train adapters on other layers")
     return model
+
+
+def load_adapters(base: PreTrainedModel, directory: str | Path, *, is_trainable: bool = False) -> peft.PeftModel:
+    """The base with the adapters in a directory, and with the generation settings beside them, if there are any."""
+    model: peft.PeftModel = peft.PeftModel.from_pretrained(base, str(directory), is_trainable=is_trainable)
+    if (Path(directory) / GENERATION_CONFIG_NAME).is_file():
+        base.generation_config = GenerationConfig.from_pretrained(str(directory))
+    return model
+
+
+def on_full_precision(trained: peft.PeftModel, base: PreTrainedModel) -> peft.PeftModel:
+    """Adapters, and the modules that learnt whole beside them, on the unquantised weights of their base."""
+    settings = copy.deepcopy(trained.peft_config["default"])
+    with warnings.catch_warnings():
+        # A quantised GPT-2 has no Conv1D layers, and its base has; peft handles both.
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+        model = peft.get_peft_model(base, settings)
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(trained))
+    if hasattr(base, "generation_config"):  # a classifier has none
+        base.generation_config = trained.get_base_model().generation_config
+    return model
+
+
+def save_generation_settings(model: peft.PeftModel, directory: Path) -> None:
+    """Writes the generation settings of a model beside its saved adapters, so that they keep its end tokens.
+
+    As JSON, not by transformers' own `save_pretrained`, which refuses settings that many models have.
+    """
+    settings = model.get_base_model().generation_config
+    if settings is not None:
+        settings.to_json_file(directory / GENERATION_CONFIG_NAME)
 
 
 def is_adapters(path: str | Path) -> bool:

@@ -1,7 +1,7 @@
 """What a policy says of itself, tried before anything is trained on it. What doesn't hold is one line.
 
-What would be wrong here: a policy that goes wrong late, or in silence. Its tokenizer may know tokens that it has no
-embedding for, a prompt may be longer than its positions, and its cache may not be the kind that sampling relies on.
+Failure modes: a policy fails late or silently, because its tokenizer has tokens without an embedding, a prompt is
+longer than its positions, or its cache is not of the kind that sampling needs.
 """
 
 import dataclasses

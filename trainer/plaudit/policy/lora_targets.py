@@ -1,7 +1,7 @@
 """Which layers of a model get adapters, where nobody names them.
 
-What would be wrong here: adapters on a layer whose weight something reads without calling the layer, so that they
-change nothing; or on a weight that several layers share, so that folding them in adds each layer's change to all.
+Failure modes: adapters on a layer whose weight is read without calling the layer, which therefore change nothing;
+adapters on a weight that several layers share, where merging them adds each layer's change to all.
 """
 
 from collections import defaultdict

@@ -4,7 +4,7 @@ Failure modes: weights that transformers made up at random; a tokenizer that is 
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,17 +36,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
     _require_reachable(path, setting)
-    options: dict[str, Any] = {"dtype": dtype}
-    if quantization is not None:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"quantization={quantization} needs the package bitsandbytes: pip install bitsandbytes")
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_8bit=quantization == "8bit",
-            load_in_4bit=quantization == "4bit",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=dtype,
-        )
-        options["device_map"] = {"": str(device)}
+    options = {"dtype": dtype, **quantised(quantization, dtype=dtype, device=device)}
     with reading(path):
         try:
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -59,6 +49,32 @@ def load_causal_lm(
         return model.to(device)
     compute_quantised_layers_in_one_way(model)
     return model
+
+
+def quantised(
+    quantization: Quantization | None,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device: torch.device | str = "cpu",
+    keep: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise all linear layers but the output head and those named in `keep`.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if quantization is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"quantization={quantization} needs the package bitsandbytes: pip install bitsandbytes")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_8bit=quantization == "8bit",
+        load_in_4bit=quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(keep) or None,
+    )
+    return {"quantization_config": settings, "device_map": {"": str(device)}}
 
 
 def load_whole_causal_lm(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from plaudit.errors import NotAsSaved, NotFinite
+from plaudit.policy.adapters import save_generation_settings
 from plaudit.policy.model import Policy
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -38,6 +39,8 @@ def save_policy(policy: Policy, directory: Path, weights: PolicyWeights | None =
     `weights` are the policy's own; give them where it holds only a part of each (`Processes.full_weights_on_main`).
     """
     policy.model.save_pretrained(directory, state_dict=weights and weights.model)
+    if policy.has_adapters:
+        save_generation_settings(policy.model, directory)
     if policy.value_model is not None:
         own = directory / VALUE_MODEL_DIRECTORY
         policy.value_model.save_pretrained(own, state_dict=weights and weights.value_model)

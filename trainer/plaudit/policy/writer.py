@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import torch
 from transformers import PreTrainedModel
 
 from plaudit import demo_models
-from plaudit.policy.adapters import base_of, is_adapters
+from plaudit.policy.adapters import base_of, is_adapters, load_adapters
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
@@ -63,7 +62,7 @@ def _load_writer(path: str, device: torch.device | str) -> Writer:
     directory = Path(demo_models.resolve(path))
     if is_adapters(path):
         base = load_causal_lm(base_of(path), device=device)
-        model = peft.PeftModel.from_pretrained(base, str(directory)).get_base_model()
+        model = load_adapters(base, directory).get_base_model()
     else:
         model = load_causal_lm(path, device=device)
     revision = revision_of(directory) if directory.is_dir() else getattr(model.config, "_commit_hash", None) or ""

@@ -3,31 +3,33 @@
 import json
 from pathlib import Path
 
-import yaml
-
+from plaudit.report.cards import settings_block
+from plaudit.run.hub import front_matter
 from plaudit.run.metrics import KL, REWARD_MEAN
 from plaudit.run.storage import write_text
-from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 
 VALUE_HEAD = "`value_head.safetensors` is the value head (a linear layer on the last hidden state). "
 
 
-def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str) -> None:
+def write_model_card(
+    config: PPOConfig, directory: Path, metrics: list[dict[str, float]], reward_revision: str, *, merged: str = ""
+) -> None:
     """Write `directory/README.md`, with the hub's metadata in its front matter.
 
-    The trained weights must be in `directory` already; the card refers to them by `config.output_dir`. Raises
-    `NotWritten`.
+    The trained weights must be in `directory` already; the card refers to them by `config.output_dir`, or its
+    sub-directory `merged`. Raises `NotWritten`.
     """
     adapters = directory / "adapter_config.json"
     # For adapters whose training was continued, this is the model that they were created for.
     base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapters.is_file() else None
-    front = {
-        "base_model": base or config.policy,
-        "library_name": "peft" if base else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["ppo", "rlhf", "plaudit"],
-    }
+    front = front_matter(
+        base or config.policy,
+        library="peft" if base else "transformers",
+        pipeline="text-generation",
+        tags=("ppo", "rlhf"),
+    )
+    name = config.output_dir / merged
     first, last = metrics[0], metrics[-1]
     rows = "\n".join(
         f"| {name} | {first[key]:.3f} | {last[key]:.3f} |"
@@ -37,17 +39,15 @@ def write_model_card(config: PPOConfig, directory: Path, metrics: list[dict[str,
         f"""from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{config.output_dir}")"""
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{name}")"""
         if base
         else f"""from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{config.output_dir}")"""
+model = AutoModelForCausalLM.from_pretrained("{name}")"""
     )
     write_text(
         directory / "README.md",
-        f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+        f"""{front}
 
 # {config.policy}, tuned by PPO
 
@@ -64,9 +64,7 @@ Trained for {len(metrics)} PPO steps of {config.ppo.batch_size} samples against 
 
 {"" if config.ppo.critic_free else VALUE_HEAD}All settings:
 
-```yaml
-{yaml.safe_dump(to_dict(config), sort_keys=False).strip()}
-```
+{settings_block(config)}
 """,
     )
 

@@ -39,6 +39,8 @@ FREE_TO_CHANGE = (
     "trackers",
     "collective_timeout_s",
     "merge",
+    "push_to_hub",
+    "hub_private",
     "device",
     "generation.static_cache",
     "model.cuda_graphs",

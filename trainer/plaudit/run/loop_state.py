@@ -1,7 +1,7 @@
 """How far a loop is: which stages of which rounds are finished, and what came of them. One file, replaced whole.
 
-What would be wrong here: a stage that is repeated although it was finished, or one that is taken for finished and
-wasn't. So a stage's figures are written when it has ended, and nothing else says that it has.
+Failure modes: a finished stage is repeated, or an unfinished one is taken for finished. A stage's figures are therefore
+written when it has ended, and they alone mark it as finished.
 """
 
 import json

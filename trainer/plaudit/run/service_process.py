@@ -1,7 +1,6 @@
 """Start a service as a process of its own on this machine, and stop it. It is still spoken to over HTTP.
 
-What would be wrong here: a service that goes on after the process that started it was killed, and holds its memory or
-its database.
+Failure modes: a service continues after the process that started it was killed, and holds its memory or its database.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """A new reward model for the reward services that run already: its files where they read them, then a reload of each.
 
-What would be wrong here: PPO on one service's old model and another one's new one. So it goes on when every service
-itself names the revision of the new files, which is a hash of their content.
+Failure modes: PPO gets scores of the old model from one service and of the new one from another. The loop therefore
+continues only when every service names the revision of the new files, which is a hash of their content.
 """
 
 import os

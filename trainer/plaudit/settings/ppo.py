@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plaudit.checks import fraction, positive, require
+from plaudit.checks import check_push, fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings.data import Data, DataSettings, PromptSettings
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
@@ -219,6 +219,11 @@ class PPOConfig:
     """Steps between tables of sampled responses in the trackers; 0 turns them off."""
     merge: bool = False
     """Also write OUTPUT_DIR/merged, the model with merged adapters, for plain transformers."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub to upload the finished result to, such as `me/my-model`. Needs a token
+    (HF_TOKEN or `hf auth login`); HF_ENDPOINT names another hub."""
+    hub_private: bool = False
+    """Create that repository as a private one. One that exists keeps its visibility."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers for metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... (accelerate's
     names)."""
@@ -230,6 +235,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
+        check_push(self)
         require(
             not (self.ppo.critic_free and self.model.separate_value_model),
             f"ppo.advantage_estimator={self.ppo.advantage_estimator} uses no values: leave out "

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plaudit.checks import fraction, positive, require
+from plaudit.checks import check_push, fraction, positive, require
 from plaudit.settings.data import Data, DataSettings
 from plaudit.settings.people import check_batch
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import LoraSettings, Quantization
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 
 
@@ -56,6 +56,9 @@ class RewardModelConfig:
     the tokenizer."""
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(enabled=False))
     """Train low-rank adapters instead of all parameters (--lora.enabled). They are merged into the saved model."""
+    quantization: Quantization | None = None
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go
+    on the unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
     max_length: int = 256
     crop_fraction: float = 0.5
@@ -69,6 +72,11 @@ class RewardModelConfig:
     """Maximum number of held-out texts or prompts in the evaluation. Default: all."""
     half_precision: bool = False
     """Save the weights in float16."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub to upload the finished result to, such as `me/my-model`. Needs a token
+    (HF_TOKEN or `hf auth login`); HF_ENDPOINT names another hub."""
+    hub_private: bool = False
+    """Create that repository as a private one. One that exists keeps its visibility."""
     resume: str | None = None
     """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 500
@@ -80,6 +88,11 @@ class RewardModelConfig:
         positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words", "checkpoint_every")
         positive(self, "patience_s", "eval_examples")
         fraction(self, "crop_fraction")
+        check_push(self)
+        require(
+            self.quantization is None or self.lora.enabled,
+            f"quantization={self.quantization} trains adapters only: give --lora.enabled",
+        )
         require(
             self.center_rewards_coefficient >= 0,
             f"center_rewards_coefficient={self.center_rewards_coefficient} must be 0 (off) or more",

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plaudit.checks import positive, require
+from plaudit.checks import check_push, positive, require
 from plaudit.settings.data import Data, DataSettings
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import LoraSettings, Quantization
 from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 
 
@@ -36,6 +36,9 @@ class SFTConfig:
     """Train low-rank adapters instead of all parameters (--lora.enabled)."""
     merge: bool = True
     """With adapters: save the merged model. If off, save only the adapters, which need `model` as their base."""
+    quantization: Quantization | None = None
+    """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go
+    on the unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 128
     """Tokens in one training row. Texts are split into rows of this length, starting at the text's beginning.
@@ -44,6 +47,11 @@ class SFTConfig:
     """Number of held-out texts or conversations for the perplexity."""
     half_precision: bool = False
     """Save the weights in float16."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub to upload the finished result to, such as `me/my-model`. Needs a token
+    (HF_TOKEN or `hf auth login`); HF_ENDPOINT names another hub."""
+    hub_private: bool = False
+    """Create that repository as a private one. One that exists keeps its visibility."""
     resume: str | None = None
     """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 500
@@ -53,6 +61,11 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         positive(self, "max_length", "eval_texts", "checkpoint_every")
+        check_push(self)
+        require(
+            self.quantization is None or self.lora.enabled,
+            f"quantization={self.quantization} trains adapters only: give --lora.enabled",
+        )
         require(
             not self.from_scratch or self.max_length <= self.sizes.max_positions,
             f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",

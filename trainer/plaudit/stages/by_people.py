@@ -152,8 +152,7 @@ def _rows(config: EvaluateConfig, answer: Callable[[], list[BothAnswers]]) -> li
                     f"output_dir={directory} holds another evaluation by people, with "
                     f"{name}={recorded.get(name)!r:.120} and not {value!r:.120}; give another --output-dir"
                 )
-        lines = answers_file.read_text(encoding="utf-8").splitlines()
-        return [wire.AnswersRow.model_validate_json(line) for line in lines]
+        return wire.rows_of(answers_file.read_text(encoding="utf-8"), wire.AnswersRow)
     both = answer()
     batch = config.people.batch or f"evaluation-{wire.content_hash([dataclasses.astuple(row) for row in both])[:12]}"
     before, after = _revisions(config)

@@ -15,7 +15,7 @@ from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
-from plaudit.policy.adapters import base_of, is_adapters
+from plaudit.policy.adapters import base_of, is_adapters, load_adapters
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
@@ -162,7 +162,7 @@ def _same(one: str, other: str) -> bool:
 
 def _with_adapters(model: PreTrainedModel, adapters: str) -> peft.PeftModel:
     try:
-        return peft.PeftModel.from_pretrained(model, demo_models.resolve(adapters))
+        return load_adapters(model, demo_models.resolve(adapters))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"after={adapters!r}: its adapters don't fit {model.name_or_path!r} ({' '.join(str(error).split()):.160}); "

@@ -20,14 +20,16 @@ from plaudit import demo_models
 from plaudit.data.chat_templates import judged_ids
 from plaudit.data.conversations import Prompt
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
-from plaudit.policy.adapters import add_lora, base_of, is_adapters
+from plaudit.parallel.devices import device_named
+from plaudit.policy.adapters import add_lora, base_of, is_adapters, on_full_precision
 from plaudit.policy.checks import FAILURES, check_tokenizer_fits, max_positions
-from plaudit.policy.pretrained import load_tokenizer, load_whole_causal_lm, require_no_random_weights
+from plaudit.policy.pretrained import load_tokenizer, load_whole_causal_lm, quantised, require_no_random_weights
 from plaudit.policy.reading import reading
+from plaudit.policy.transformer import compute_quantised_layers_in_one_way
 from plaudit.run.progress import Counting
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
-from plaudit.settings.policy import LoraSettings
+from plaudit.settings.policy import LoraSettings, Quantization
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages.supervised import require_same_figures, saved_model
 
@@ -35,12 +37,16 @@ CHARS_PER_TOKEN = 16
 """Upper bound used to cut texts before tokenising; no natural text has longer tokens on average."""
 Saved = TypeVar("Saved")
 BATCH_SIZE = 64
+HEADS = ("score", "classifier", "pre_classifier", "classification_head", "pooler")
+"""Names of the layers of heads, which learn whole and are not quantised."""
 SHOWN_FROM = 512
 """Number of texts from which on progress is shown."""
 
 
-def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
+def load_classifier(source: str, quantization: Quantization | None = None, **settings: Any) -> tuple[Any, Any]:
     """The initial model with a head for the labels in `settings`, and its tokenizer.
+
+    With `quantization`, its body is quantised, and the head is not.
 
     The weights are converted to fp32, because small updates vanish and large ones overflow in half precision. A
     language model, or adapters on one, gets a new head.
@@ -54,6 +60,11 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
             f"model={source!r} holds adapters, and not of a language model: merge them into their base first (peft's "
             "merge_and_unload and save_pretrained) and name the result"
         )
+    if adapters and quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization} needs a base on disk, and model={source!r} holds adapters: merge them into "
+            "their base first (`plaudit sft` without --no-merge)"
+        )
     try:
         with reading(source):
             tokenizer = load_tokenizer(source, setting="model")
@@ -62,12 +73,15 @@ def load_classifier(source: str, **settings: Any) -> tuple[Any, Any]:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 dtype=torch.float32,
+                **quantised(quantization, device=device_named(None), keep=HEADS),
                 **settings,
             )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model={source!r} can't be loaded as a classifier ({reason:.160}); name another") from error
     require_no_random_weights(model, loaded, source, "model", head_may_be_new=True)
+    if quantization is not None:
+        compute_quantised_layers_in_one_way(model)
     if adapters:
         body = load_whole_causal_lm(source, setting="model").base_model
         model.base_model.load_state_dict(body.state_dict())
@@ -96,7 +110,8 @@ def check_start(config: RewardModelConfig, model: Any, tokenizer: Any, texts: Se
         ) from error
     finally:
         model.train(was_training)
-    if bool((together - alone).abs().max() > 1e-3 * together.abs().max().clamp(min=1e-3)):
+    tolerance = 1e-3 if config.quantization is None else 5e-2
+    if bool((together - alone).abs().max() > tolerance * together.abs().max().clamp(min=1e-3)):
         raise ConfigError(
             f"{name} judges a text otherwise beside a longer one than alone ({alone[0].tolist()} alone, "
             f"{together[0].tolist()} beside it): it reads padding; give its tokenizer the padding_side that it was "
@@ -121,8 +136,10 @@ def with_adapters(model: Any, lora: LoraSettings) -> Any:
     return add_lora(model, lora, task_type="SEQ_CLS", modules_to_save=[*head, *pooler])
 
 
-def without_adapters(model: Any) -> Any:
-    """The model with its adapters merged."""
+def without_adapters(model: Any, full_precision: Callable[[], Any] | None = None) -> Any:
+    """The model with its adapters merged, into the base that `full_precision` loads if its own is quantised."""
+    if full_precision is not None:
+        model = on_full_precision(model, full_precision().to(model.device))
     return model.merge_and_unload().requires_grad_(True) if hasattr(model, "merge_and_unload") else model
 
 

@@ -1,7 +1,8 @@
 """Rounds: answers, people's rankings, a reward model of all rankings, PPO, evaluation; and again from the new policy.
 
-Every stage is the same as its own command, called in this process. What would be wrong here: a finished stage that is
-repeated, PPO on another round's reward model, or PPO on a reward model that learnt nothing.
+Every stage is the same as its own command, called in this process.
+
+Failure modes: a finished stage is repeated; PPO uses another round's reward model, or one that learnt nothing.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from plaudit import demo_models
 from plaudit.rewards.settings import RewardSettings
@@ -83,11 +84,7 @@ class Round:
             skip=(self.number - 1) * config.sample.n,
             round=self.number,
             people=self._people(ranking),
-            dataset=config.dataset,
-            prompts=config.prompts,
-            generation=config.generation,
-            device=config.device,
-            seed=config.seed,
+            **self._shared(),
         )
 
     def annotate(self, ranking: Ranking) -> AnnotateConfig:
@@ -138,9 +135,6 @@ class Round:
         return PPOConfig(
             policy=config.policy,
             output_dir=Path(self.trained),
-            dataset=config.dataset,
-            prompts=config.prompts,
-            generation=config.generation,
             reward=reward,
             lora=config.lora,
             model=config.model,
@@ -150,8 +144,7 @@ class Round:
             checkpoint_every=config.checkpoint_every,
             keep_checkpoints=config.keep_checkpoints,
             resume="auto",
-            device=config.device,
-            seed=config.seed + self.number - 1,
+            **self._shared() | {"seed": config.seed + self.number - 1},
         )
 
     def evaluate(self, policy: str, reward: RewardSettings, directory: str) -> EvaluateConfig:
@@ -161,13 +154,9 @@ class Round:
             policy=policy,
             after=self.trained,
             output_dir=self.directory / directory,
-            dataset=config.dataset,
-            prompts=config.prompts,
-            generation=config.generation,
             reward=reward,
             n_prompts=config.n_prompts,
-            device=config.device,
-            seed=config.seed,
+            **self._shared(),
         )
 
     def judged_by(self, url: str) -> RewardSettings:
@@ -175,6 +164,10 @@ class Round:
         return dataclasses.replace(
             RewardSettings.of(url=(url,), label=self._judge_label()), patience_s=self.config.reward.patience_s
         )
+
+    def _shared(self) -> dict[str, Any]:
+        """The settings that every stage with a policy has in common with the loop."""
+        return {name: getattr(self.config, name) for name in ("dataset", "prompts", "generation", "device", "seed")}
 
     def _judge_label(self) -> str | None:
         assert self.config.judge is not None

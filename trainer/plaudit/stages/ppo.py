@@ -17,6 +17,7 @@ from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.evaluations import reason_to_stop
+from plaudit.run.hub import push_results, require_pushable
 from plaudit.run.metrics import ENDED_SHARE, REWARD_COMPONENT, REWARD_MEAN, REWARD_STD
 from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
@@ -45,11 +46,14 @@ def run(config: PPOConfig) -> PPOResult:
     Raises:
         PlauditError: the message says what to do, and whether `--resume auto` can continue.
     """
+    require_pushable(config.push_to_hub)
     if config.check:
         return check(config)
     with set_up(config) as training:
         metrics = train(training)
         save_results(training)
+    if training.stepper.processes.is_main:
+        push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
     return PPOResult(config.output_dir, training.stepper.steps_done, metrics)
 
 

@@ -47,6 +47,8 @@ def write_results(
         if config.merge:
             merge_policy(policy, beside / MERGED, weights)
             tokenizer.save_pretrained(beside / MERGED)
+            metrics = read_metrics(directory / FILE_NAME)
+            write_model_card(config, beside / MERGED, metrics, reward_revision, merged=MERGED)
 
 
 def require_same_kind(config: PPOConfig) -> None:

@@ -38,6 +38,7 @@ from plaudit.report.reward_model_card import reward_model_card
 from plaudit.run.progress import WaitingLine
 from plaudit.run.rankings import RankingAdmin
 from plaudit.run.storage import write_text
+from plaudit.settings.policy import Quantization
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages.judge_model import (
     check_start,
@@ -113,7 +114,8 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
         centring=config.center_rewards_coefficient,
     )
     described = [[row.prompt, row.answers, [dataclasses.astuple(pair) for pair in row.pairs]] for row in training]
-    model = without_adapters(train(trainer, run, {"ranked answers": fingerprint(described)}))
+    full_precision = (lambda: _load(config, None)[0]) if config.quantization else None
+    model = without_adapters(train(trainer, run, {"ranked answers": fingerprint(described)}), full_precision)
     figures = ranking_figures(held_out, scores_of(model, tokenizer, held_out, config), agreement=pair_agreement(rows))
     _require_above_chance(config, figures)
     scaled = _scale(config, model, tokenizer, training)
@@ -148,8 +150,7 @@ def _opinions(config: RewardModelConfig, run: Run, left_out: LeftOut) -> tuple[l
         write_text(weights_file, json.dumps(weights, indent=2) + "\n")
         write_text(file, "".join(row.model_dump_json() + "\n" for row in rows))
     else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [wire.RankingRow.model_validate_json(line) for line in lines]
+        rows = wire.rows_of(file.read_text(encoding="utf-8"), wire.RankingRow)
         weights = json.loads(weights_file.read_text(encoding="utf-8"))
     return opinions_of_rankings(rows, left_out), weights
 
@@ -218,13 +219,18 @@ def _start(config: RewardModelConfig, rows: Sequence[RankedPrompt]) -> tuple[Any
         )
         model = new_classifier(config.sizes, tokenizer, None)
     else:
-        model, tokenizer = load_classifier(config.model, num_labels=1, problem_type=None)
+        model, tokenizer = _load(config, config.quantization)
     if config.chat_template is not None or not all(isinstance(row.prompt, str) for row in rows):
         use_chat_template(tokenizer, config.chat_template, f"model={config.model!r}")
     check_start(config, model, tokenizer, [text for row in rows for text in (*_texts(row.prompt), *row.answers)])
     # No dropout: two answers must be compared under the same network.
     disable_dropout(model)
     return with_adapters(model, config.lora), tokenizer
+
+
+def _load(config: RewardModelConfig, quantization: Quantization | None) -> tuple[Any, Any]:
+    """The initial model with a head of one score, and its tokenizer."""
+    return load_classifier(config.model, quantization, num_labels=1, problem_type=None)
 
 
 def _texts(prompt: Prompt) -> list[str]:

@@ -15,6 +15,10 @@ from plaudit.data.sources import Label, LabelledTexts, fingerprint, load_labelle
 from plaudit.errors import ConfigError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.report.preferences import RankingFigures
+from plaudit.report.reward_model_card import classifier_card
+from plaudit.run.hub import push_results, require_pushable
+from plaudit.run.storage import write_text
+from plaudit.settings.policy import Quantization
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.stages import ranked_answers
 from plaudit.stages.judge_model import (
@@ -48,6 +52,7 @@ class Judgement:
 def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFigures]:
     """Train, evaluate on held-out examples, save to `config.output_dir`. Returns the metrics for each kind of
     example."""
+    require_pushable(config.push_to_hub)
     with begun(config) as run:
         set_seed(config.seed)
         measured: dict[str, Judgement] | dict[str, RankingFigures]
@@ -59,6 +64,7 @@ def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFi
     for name, judged in measured.items():
         print(f"held-out {name}: {judged.line()}")
     print(f"saved in {config.output_dir}; serve it with: plaudit-reward --model {config.output_dir}")
+    push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
     return measured
 
 
@@ -77,14 +83,7 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         )
         model = new_classifier(config.sizes, tokenizer, config.label_names)
     else:
-        names = dict(enumerate(config.label_names))
-        model, tokenizer = load_classifier(
-            config.model,
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
-            # Set whatever the initial model was for, because the loss and loaders depend on it.
-            problem_type="single_label_classification",
-        )
+        model, tokenizer = _load(config, config.quantization)
     check_start(config, model, tokenizer, texts.texts)
     model = with_adapters(model, config.lora)
     collator = CroppingCollator(tokenizer, config)
@@ -107,7 +106,8 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         optimizers=(build_optimizer(model, config.optimizer), None),
     )
     inputs = {"labelled texts": fingerprint(zip(texts.texts, labels, strict=True))}
-    trained = without_adapters(train(trainer, run, inputs, collator))
+    full_precision = (lambda: _load(config, None)[0]) if config.quantization else None
+    trained = without_adapters(train(trainer, run, inputs, collator), full_precision)
     few = held_out.texts[:8]
     judged_texts = held_out.texts[: config.eval_examples]
     targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels[: config.eval_examples]])
@@ -119,10 +119,25 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
             for name, judged in (("whole texts", judged_texts), (f"first {config.short_words} words", openings))
         }
         write_report(beside, config, measured)
+        lines = {name: judged.line() for name, judged in measured.items()}
+        write_text(beside / "README.md", classifier_card(config, lines))
         return measured
 
     return save_classifier(
         config, trained, tokenizer, lambda model, tokenizer: logits(model, tokenizer, few, config.max_length), measure
+    )
+
+
+def _load(config: RewardModelConfig, quantization: Quantization | None) -> tuple[Any, Any]:
+    """The initial model with a head for the labels, and its tokenizer."""
+    names = dict(enumerate(config.label_names))
+    return load_classifier(
+        config.model,
+        quantization,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        # Set whatever the initial model was for, because the loss and loaders depend on it.
+        problem_type="single_label_classification",
     )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
@@ -16,12 +15,22 @@ from plaudit.data.chat_templates import use_chat_template
 from plaudit.data.examples import IGNORED, Example, Rows, load_examples, rows_of
 from plaudit.data.sources import fingerprint
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
-from plaudit.policy.adapters import add_lora, base_of, is_adapters
+from plaudit.parallel.devices import device_named
+from plaudit.policy.adapters import (
+    add_lora,
+    base_of,
+    is_adapters,
+    load_adapters,
+    on_full_precision,
+    with_adapters,
+)
 from plaudit.policy.checks import check_tokenizer_fits, max_positions
 from plaudit.policy.from_scratch import new_causal_lm, train_tokenizer
 from plaudit.policy.pretrained import load_causal_lm, load_tokenizer, load_whole_causal_lm
 from plaudit.policy.reading import reading
 from plaudit.policy.texts import end_tokens, named_tokens, tokens_in_front
+from plaudit.report.cards import stage_card
+from plaudit.run.hub import push_results, require_pushable
 from plaudit.run.storage import write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.sft import SFTConfig
@@ -53,8 +62,11 @@ class SFTResult:
 
 def run(config: SFTConfig) -> SFTResult:
     """Train, evaluate on held-out texts, save to `config.output_dir`."""
+    require_pushable(config.push_to_hub)
     with begun(config) as run:
-        return _run(config, run)
+        result = _run(config, run)
+    push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
+    return result
 
 
 def _run(config: SFTConfig, run: Run) -> SFTResult:
@@ -89,6 +101,8 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     model = train(
         trainer, run, {"training texts": fingerprint(taken.ids if same else zip(taken.ids, taken.labels, strict=True))}
     )
+    if config.quantization is not None:
+        model = on_full_precision(model, load_causal_lm(_base(config), device=model.device, setting="model"))
     if config.lora.enabled and config.merge:
         model = model.merge_and_unload().requires_grad_(True)
     result = save(config, model, tokenizer, held_out, train_rows=len(rows))
@@ -120,7 +134,7 @@ def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Examp
     def reproduces(directory: Path) -> None:
         if config.saves_adapters:
             whole = load_causal_lm(_base(config), device=model.device)
-            again: Any = peft.PeftModel.from_pretrained(whole, str(directory))
+            again: Any = load_adapters(whole, directory)
         else:
             again = load_causal_lm(directory, device=model.device)
         own, others = (rows_of(reader, few, config.max_length) for reader in (tokenizer, load_tokenizer(directory)))
@@ -142,8 +156,24 @@ def save(config: SFTConfig, model: Any, tokenizer: Any, held_out: Sequence[Examp
         result = SFTResult(loss, math.exp(loss), samples)
         measured = {"held_out_loss": loss, "perplexity": result.perplexity, "samples": result.samples}
         report = {"stage": "sft", "config": to_dict(config), "train_rows": train_rows, **measured}
+        write_text(beside / "README.md", _card(config, result, train_rows))
         write_text(beside / "sft.json", json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return result
+
+
+def _card(config: SFTConfig, result: SFTResult, train_rows: int) -> str:
+    """The model card."""
+    name = "a new model" if config.from_scratch else config.model
+    return stage_card(
+        config,
+        f"{name}, fine-tuned on {config.dataset.data}",
+        f"""Supervised fine-tuning on {train_rows} rows. Perplexity on held-out texts {result.perplexity:.1f} (loss
+{result.held_out_loss:.3f} nats a token).""",
+        base=None if config.from_scratch else config.model,
+        library="peft" if config.saves_adapters else "transformers",
+        pipeline="text-generation",
+        tags=("sft",),
+    )
 
 
 def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
@@ -156,10 +186,17 @@ def _start(config: SFTConfig, examples: Sequence[Example]) -> tuple[Any, Any]:
         model = new_causal_lm(config.sizes, tokenizer)
     elif config.saves_adapters and is_adapters(config.model):
         # New adapters need a base on disk, which merged adapters don't have.
-        model = peft.PeftModel.from_pretrained(
-            load_causal_lm(base_of(config.model), setting="model"), config.model, is_trainable=True
-        )
+        model = with_adapters(_load_base(config), config.model, is_trainable=True)
         tokenizer = load_tokenizer(config.model, setting="model")
+    elif config.quantization is not None:
+        if is_adapters(config.model):
+            raise ConfigError(
+                f"quantization={config.quantization} needs a base on disk, and model={config.model!r} holds adapters: "
+                "train them on with --no-merge, or merge them into their base first"
+            )
+        with reading(config.model):
+            model = _load_base(config)
+            tokenizer = load_tokenizer(config.model, setting="model")
     else:
         with reading(config.model):
             model = load_whole_causal_lm(config.model, setting="model")
@@ -185,6 +222,13 @@ def _end_turns(model: Any, tokenizer: Any, rows: Rows) -> None:
 def _base(config: SFTConfig) -> str:
     """The base model of saved adapters."""
     return base_of(config.model) if is_adapters(config.model) else config.model
+
+
+def _load_base(config: SFTConfig) -> Any:
+    """The base model, quantised if the settings say so."""
+    if config.quantization is None:
+        return load_causal_lm(_base(config), setting="model")
+    return load_causal_lm(_base(config), quantization=config.quantization, device=device_named(None), setting="model")
 
 
 def _rows(config: SFTConfig, tokenizer: Any, examples: Sequence[Example], held_out: Sequence[Example]) -> Rows:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import peft
 import torch
 from torch.nn.utils import get_total_norm
 from torch.utils.data import Sampler
@@ -22,6 +23,7 @@ from plaudit import atomic
 from plaudit.errors import ConfigError, NotAsSaved, NotFinite
 from plaudit.learner.memory import BatchSizeFinder, is_out_of_memory
 from plaudit.parallel.launch import world_size
+from plaudit.policy.adapters import save_generation_settings
 from plaudit.policy.saving import require_finite
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.run import checkpoint as checkpoints
@@ -36,7 +38,7 @@ CHECKPOINTS = "checkpoints"
 ORDER = "order.pt"
 """File in a checkpoint with the generator states of the epoch's order and of a random collator."""
 FREE_TO_CHANGE = (
-    *("output_dir", "resume", "checkpoint_every", "allow_chance"),
+    *("output_dir", "resume", "checkpoint_every", "allow_chance", "push_to_hub", "hub_private"),
     *("ranked", "api_key_file", "patience_s"),  # the rankings themselves are compared
 )
 RandomState: TypeAlias = tuple[Any, ...]
@@ -417,6 +419,8 @@ def saved_model(
     require_finite(model.named_parameters(), "the model")
     with replaced_model(directory) as beside:
         model.save_pretrained(beside, safe_serialization=True)
+        if isinstance(model, peft.PeftModel):
+            save_generation_settings(model, beside)
         tokenizer.save_pretrained(beside)
         model = model.float()
         reproduces(beside)

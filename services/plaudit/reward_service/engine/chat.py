@@ -1,7 +1,9 @@
 """Conversations in a judge's own chat template: token for token what `apply_chat_template` of transformers gives.
 
-The template writes all special tokens, so the tokenizer adds none. Wrong here would be a doubled first token, a
-response that the template leaves out, or the question cut off where an older turn could have gone.
+The template writes all special tokens, so the tokenizer adds none.
+
+Failure modes: the first token is doubled, the template leaves the response out, or truncation removes the question
+where an older turn could be removed.
 """
 
 import sys

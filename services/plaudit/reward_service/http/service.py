@@ -88,6 +88,15 @@ class Service:
             texts.append((item.prompt, item.response) if self.join == "pair" else (item.prompt + item.response, None))
         return texts
 
+    def require_conversations(self) -> None:
+        """Raises `ProblemError` for messages in another protocol, unless the service was started with --join chat."""
+        if self.join != "chat":
+            raise ProblemError(
+                "strings-only",
+                f"messages: this service was started with --join {self.join} and takes strings; start it with --join "
+                "chat",
+            )
+
     def refused_by_drain(self) -> "_Unadmitted":
         """A context for waits before admission: `refuse_unadmitted` ends them with 503."""
         return _Unadmitted(self)

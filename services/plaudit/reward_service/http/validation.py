@@ -1,6 +1,6 @@
 """Is a body a request for rewards? What is wrong is said of the first item at fault, in terms of the wire.
 
-Wrong here would be a body whose every member makes an error of its own before it is refused.
+Failure modes: each member of a body produces its own error before the body is refused.
 """
 
 import json

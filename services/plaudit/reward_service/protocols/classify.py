@@ -6,23 +6,37 @@ A body with `text` is SGLang's, one with `raw_scores` infinity's, any other vLLM
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import AliasChoices, BaseModel, Field
 
-from plaudit.reward_service.engine.batching import Plain, Scored
+from plaudit.reward_service.engine.batching import Plain, Scored, Text
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
+from plaudit.reward_service.protocols import messages
 from plaudit.reward_service.protocols.common import Foreign, activated, parsed, ranked, read_json
+from plaudit.reward_service.protocols.messages import Conversation
 
 
-class VllmRequest(Foreign):
-    """vLLM's body."""
+class TextsInput(Foreign):
+    """vLLM's texts."""
 
     input: str | list[str]
+
+
+class VllmRequest(TextsInput):
+    """vLLM's body."""
+
+    use_activation: bool | None = Field(default=None, validation_alias=AliasChoices("use_activation", "activation"))
+
+
+class VllmChatRequest(Conversation):
+    """vLLM's body with a conversation."""
+
     use_activation: bool | None = Field(default=None, validation_alias=AliasChoices("use_activation", "activation"))
 
 
@@ -39,9 +53,10 @@ class InfinityRequest(Foreign):
     raw_scores: bool = False
 
 
-BODIES: list[type[BaseModel]] = [VllmRequest, SglangRequest, InfinityRequest]
+BODIES: list[type[BaseModel]] = [VllmRequest, VllmChatRequest, SglangRequest, InfinityRequest]
 EXAMPLES = {
     "vLLM, logits": {"input": ["A wonderful movie."], "use_activation": False},
+    "vLLM, a conversation": messages.EXAMPLE,
     "SGLang": {"text": "A wonderful movie."},
     "infinity, logits": {"input": ["A wonderful movie."], "raw_scores": True},
 }
@@ -80,7 +95,8 @@ def router(service: Service) -> APIRouter:
                 return JSONResponse(await _answer_sglang(service, parsed(SglangRequest, body), request))
             if "raw_scores" in body:
                 return JSONResponse(await _answer_infinity(service, parsed(InfinityRequest, body), request))
-            return JSONResponse(await _answer_vllm(service, parsed(VllmRequest, body), request))
+            wanted = parsed(VllmChatRequest, body) if "messages" in body else parsed(VllmRequest, body)
+            return JSONResponse(await _answer_vllm(service, wanted, request))
         except ProblemError as problem:
             service.record_refusal(request, problem)
             return openai_error(problem)
@@ -120,9 +136,17 @@ def usage(scored: Scored) -> dict[str, Any]:
     return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
 
 
-async def _answer_vllm(service: Service, wanted: VllmRequest, request: Request) -> dict[str, Any]:
+def texts_of(service: Service, wanted: Conversation | TextsInput) -> Sequence[Text]:
+    """The texts, or the one conversation, of vLLM's body, within the limits. Raises `ProblemError`."""
+    if isinstance(wanted, Conversation):
+        return messages.chat_of(service, wanted)
     texts = as_texts(wanted.input)
     service.check_limits(texts)
+    return texts
+
+
+async def _answer_vllm(service: Service, wanted: VllmRequest | VllmChatRequest, request: Request) -> dict[str, Any]:
+    texts = texts_of(service, wanted)
     scored = await service.score(texts, request)
     labels = scored.scorer.labels
     data = []

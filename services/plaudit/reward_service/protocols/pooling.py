@@ -8,24 +8,32 @@ from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from plaudit.reward_service.http import openapi
 from plaudit.reward_service.http.service import Service
 from plaudit.reward_service.problems import ProblemError
-from plaudit.reward_service.protocols.classify import as_texts, openai_error, usage
+from plaudit.reward_service.protocols import messages
+from plaudit.reward_service.protocols.classify import TextsInput, openai_error, texts_of, usage
 from plaudit.reward_service.protocols.common import Foreign, activated, parsed, read_json
+from plaudit.reward_service.protocols.messages import Conversation
 
 
-class PoolingRequest(Foreign):
-    """vLLM's body."""
-
-    input: str | list[str]
+class _Options(Foreign):
     task: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     use_activation: bool | None = None
 
 
-BODIES = [PoolingRequest]
+class PoolingRequest(_Options, TextsInput):
+    """vLLM's body."""
+
+
+class PoolingChatRequest(_Options, Conversation):
+    """vLLM's body with a conversation."""
+
+
+BODIES: list[type[BaseModel]] = [PoolingRequest, PoolingChatRequest]
 ANSWER = {
     "id": "pool-5f…",
     "object": "list",
@@ -43,12 +51,19 @@ def router(service: Service) -> APIRouter:
     @routes.post(
         "/pooling",
         summary="A vector of logits or probabilities for each text, for vLLM clients",
-        openapi_extra=openapi.body(BODIES, {"logits": {"input": ["A wonderful movie."], "use_activation": False}}),
+        openapi_extra=openapi.body(
+            BODIES,
+            {
+                "logits": {"input": ["A wonderful movie."], "use_activation": False},
+                "a conversation": messages.EXAMPLE,
+            },
+        ),
         responses=openapi.answer(ANSWER),
     )
     async def pooling(request: Request) -> Response:
         try:
-            wanted = parsed(PoolingRequest, await read_json(service, request))
+            body = await read_json(service, request)
+            wanted = parsed(PoolingChatRequest, body) if "messages" in body else parsed(PoolingRequest, body)
             return JSONResponse(await _answer(service, wanted, request))
         except ProblemError as problem:
             service.record_refusal(request, problem)
@@ -57,11 +72,10 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _answer(service: Service, wanted: PoolingRequest, request: Request) -> dict[str, Any]:
+async def _answer(service: Service, wanted: PoolingRequest | PoolingChatRequest, request: Request) -> dict[str, Any]:
     if wanted.task not in {None, "classify"}:
         raise ProblemError("invalid-request", f"Unsupported task: {wanted.task!r}; a classifier has classify")
-    texts = as_texts(wanted.input)
-    service.check_limits(texts)
+    texts = texts_of(service, wanted)
     scored = await service.score(texts, request)
     vectors = [list(row) if wanted.use_activation is False else activated(row) for row in scored.logits]
     return {

@@ -91,6 +91,45 @@ def test_messages_for_a_service_that_takes_strings_are_refused_by_item(
     assert f"--join {join} and takes strings; start it with --join chat" in problem.detail
 
 
+VLLM_BODY = {"messages": [*MESSAGES, {"role": "assistant", "content": "Hello"}], "use_activation": False}
+
+
+def test_vllms_messages_are_judged_like_the_same_conversation_over_the_wire(ask: Callable[..., httpx.Response]) -> None:
+    [expected] = ask({"items": [ITEM]}).json()["rewards"]
+    [classified] = ask({**VLLM_BODY, "model": "any"}, path="/classify").json()["data"]
+    assert (classified["index"], classified["label"], classified["probs"][0]) == (0, "LENGTH", expected)
+    [pooled] = ask({**VLLM_BODY, "task": "classify"}, path="/pooling").json()["data"]
+    assert pooled["data"][0] == expected
+    [activated] = ask({**VLLM_BODY, "use_activation": True}, path="/classify").json()["data"]
+    assert sum(activated["probs"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("path", ["/classify", "/pooling"])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"add_generation_prompt": True}, "add_generation_prompt=true is not supported"),
+        ({"chat_template": "{{ messages }}"}, "chat_template is not supported: start the service with --chat-template"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        ({"messages": [{"role": "pirate", "content": "Arr"}]}, "no such role"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "more than 1000 characters"),
+    ],
+)
+def test_vllms_messages_that_would_be_read_otherwise_are_refused(
+    ask: Callable[..., httpx.Response], path: str, more: dict[str, Any], words: str
+) -> None:
+    answer = ask({**VLLM_BODY, **more}, path=path, limits=ServiceLimits(max_text_chars=1000))
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+
+
+def test_vllms_messages_need_join_chat(ask: Callable[..., httpx.Response]) -> None:
+    answer = ask(VLLM_BODY, path="/classify", join="concat")
+    assert answer.status_code == 400
+    assert "start it with --join chat" in answer.json()["error"]["message"]
+
+
 def test_a_template_that_refuses_an_item_names_it(ask: Callable[..., httpx.Response]) -> None:
     problem = problem_of(ask({"items": [ITEM, {**ITEM, "prompt": [{"role": "pirate", "content": "Arr"}]}]}))
     assert (problem.status, problem.type, problem.item) == (422, wire.problem_type("template-refused"), 1)
