@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import dataclasses
 import http.client
+import json
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,6 +22,7 @@ from benchmarks.fleet.points import DEMO, RESULTS
 from benchmarks.fleet.results import write
 from benchmarks.fleet.testbed import JUDGE, Fleet, Model, fleet
 from benchmarks.fleet.trainers import Seen, run_trainers
+from benchmarks.tables import put
 from harness.load.rewards import negated
 from harness.processes import until
 from plaudit import demo_models
@@ -108,6 +110,26 @@ def measured(
     }
 
 
+HEAD = (
+    "| case | texts/s | wait | longest wait, s | p99, s | other than 200 | revisions of a trainer, stopped |",
+    "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+)
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    others = ", ".join(f"{count} x {status}" for status, count in found["not_200"].items())
+    cells = [
+        name,
+        f"{found['texts_per_s']:.0f}",
+        f"{found['wait_share']:.1%}",
+        f"{found['longest_wait_s']:.1f}",
+        f"{found['latency_p99_s']:.2f}",
+        others or "none",
+        f"{found['most_revisions_of_a_trainer']}, {len(found['stopped'])} stopped",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def cases(wanted: Sequence[str], trainers: int, replicas: int, stretch: float) -> None:
     def one(name: str, during: During, **more: Any) -> None:
         if name not in wanted:
@@ -123,16 +145,9 @@ def cases(wanted: Sequence[str], trainers: int, replicas: int, stretch: float) -
             if name in ("kill", "add"):
                 running.wait_for(replicas)
         write(RESULTS / "faults" / f"{name}.json", {"trainers": trainers, "replicas": replicas, "measured": found})
-        stopped = f"{len(found['stopped'])} stopped"
-        print(
-            f"| {name} | {found['texts_per_s']:.0f} | {found['wait_share']:.1%} | {found['longest_wait_s']:.1f} | "
-            f"{found['latency_p99_s']:.2f} | {found['not_200'] or 'none'} | "
-            f"{found['most_revisions_of_a_trainer']}, {stopped} |",
-            flush=True,
-        )
+        print(row(name, found), flush=True)
 
-    print("| case | texts/s | wait | longest wait, s | p99, s | other than 200 | revisions of a trainer, stopped |")
-    print("| --- | ---: | ---: | ---: | ---: | --- | --- |")
+    print("\n".join(HEAD), flush=True)
     one("none", nothing)
     one("kill", kill)
     one("slow", nothing, models={0: dataclasses.replace(MODEL, batch_s=0.4, token_s=0.0016)})
@@ -160,7 +175,13 @@ def main() -> None:
     parser.add_argument("--trainers", type=int, default=8)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--stretch", type=float, default=0.3)
+    parser.add_argument("--table", type=Path, help="document whose table is replaced by the kept results; runs nothing")
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        kept = {name: RESULTS / "faults" / f"{name}.json" for name in names}
+        rows = [row(name, json.loads(file.read_text())["measured"]) for name, file in kept.items() if file.exists()]
+        put(arguments.table, "fleet faults", [*HEAD, *rows])
+        return
     cases(arguments.only, arguments.trainers, arguments.replicas, arguments.stretch)
 
 

@@ -47,6 +47,7 @@ def test_no_number_of_replicas_makes_a_single_request_faster() -> None:
 def test_a_batch_grows_while_its_tokens_get_cheaper() -> None:
     assert best_batch_tokens(ServiceTimes.linear(0.0, 1e-3), WORKLOAD) == 256
     assert best_batch_tokens(ServiceTimes.linear(10.0, 1e-9), WORKLOAD) == 16_384
+    assert best_batch_tokens(ServiceTimes(((0.0, 10.0), (600.0, 10.0))), WORKLOAD) == 1024
     # 256 tokens take 0.75 ms each, 512 0.63, 1024 0.56, 2048 0.53, 4096 0.52: the step to 4096 saves less than 5 %.
     assert best_batch_tokens(ServiceTimes.linear(0.064, 5e-4), WORKLOAD) == 2048
 

@@ -15,7 +15,7 @@ from plaudit.sizing.workload import Workload
 MOST_SIMULATED = 200
 """Trainers that are simulated. More are taken as so many times a smaller fleet, whose wait is a little longer: a large
 pool of replicas evens bursts out better."""
-REQUESTS = 12_000
+REQUESTS = 6_000
 """Requests that one simulation takes at most, about."""
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 WORTH_IT = 0.95
@@ -131,9 +131,14 @@ def simulated(settings: FleetSettings) -> Figures:
 
 
 def best_batch_tokens(times: ServiceTimes, workload: Workload) -> int:
-    """The smallest batch whose tokens take little longer than those of a larger one, which would only add latency."""
+    """The smallest batch whose tokens take little longer than those of a larger one, which would only add latency.
+
+    At most twice the largest batch of the table: beyond it nothing was measured.
+    """
     best = BATCH_TOKENS[0]
     for tokens in BATCH_TOKENS[1:]:
+        if tokens > 2 * times.table[-1][0]:
+            break
         if best >= workload.tokens_per_text and times.batch_s(tokens) / tokens > WORTH_IT * times.batch_s(best) / best:
             break
         best = tokens

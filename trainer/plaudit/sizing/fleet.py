@@ -228,7 +228,8 @@ def simulate(settings: FleetSettings, *, warm_up_s: float | None = None, seconds
     begin = 3 * step_s if warm_up_s is None else warm_up_s
     end = begin + (10 * step_s if seconds is None else seconds)
     fleet = Fleet(settings)
-    fleet.environment.run(until=begin)
+    if begin:
+        fleet.environment.run(until=begin)
     busy = sum(replica.busy_s for replica in fleet.replicas)
     batches = sum(replica.batches for replica in fleet.replicas)
     batch_tokens = sum(replica.batch_tokens for replica in fleet.replicas)

@@ -12,7 +12,9 @@ from plaudit.sizing.service_times import ServiceTimes
 JUDGES = {
     # One core of a Xeon with AVX-512, fp32 (benchmarks.fleet.calibrate; docs/evidence/reward-speed.md for the base).
     "imdb-distilbert-mini": ServiceTimes(
-        ((16.0, 0.0011), (64.0, 0.0018), (256.0, 0.0045), (1024.0, 0.0165)), front_s=0.0005, front_text_s=3e-5
+        ((16.0, 0.00098), (64.0, 0.0012), (256.0, 0.00271), (512.0, 0.0045), (992.0, 0.00825)),
+        front_s=0.0008,
+        front_text_s=3.5e-5,
     ),
     # 21.3 texts of 57 tokens a second alone, 32.5 in batches.
     "distilbert-base": ServiceTimes(((57.0, 0.047), (1024.0, 0.554)), front_s=0.0005, front_text_s=5e-5),

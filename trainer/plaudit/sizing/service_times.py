@@ -60,7 +60,7 @@ class ServiceTimes:
     @classmethod
     def linear(cls, batch_s: float, token_s: float, **more: float) -> "ServiceTimes":
         """A pass of `batch_s` seconds, and `token_s` more for each token."""
-        return cls(((0.0, batch_s), (1000.0, batch_s + 1000 * token_s)), **more)
+        return cls(((0.0, batch_s), (1e5, batch_s + 1e5 * token_s)), **more)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "ServiceTimes":

@@ -25,7 +25,7 @@ def run(config: SizeConfig) -> None:
         ConfigError: there is neither a run nor the numbers of one, or no number of replicas is enough.
         NotWritten: the curve's file can't be written.
     """
-    workload = _workload(config)
+    workload = workload_of(config)
     times = judge_times(config.judge)
     print(
         f"A trainer sends {workload.requests_per_step} requests a step, {workload.texts_per_step} texts or "
@@ -50,7 +50,8 @@ def run(config: SizeConfig) -> None:
         print(f"The curve is in {config.curve}.")
 
 
-def _workload(config: SizeConfig) -> Workload:
+def workload_of(config: SizeConfig) -> Workload:
+    """The workload that the settings describe. Raises `ConfigError` if they are too few."""
     if config.run:
         workload = from_run(Path(config.run), tokens_per_text=config.tokens_per_text)
         return workload if config.step_s is None else workload.stretched(config.step_s / workload.step_s)
