@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.documentation import LISTED, ROOT, Example, blocks, commands, listed, words
 from plaudit import cli
 from plaudit.errors import PlauditError
 from plaudit.ranking_service import settings as rank
@@ -17,7 +18,6 @@ from plaudit.serving.listening import StartError
 from plaudit.settings import files
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
-from tests.documentation.blocks import LISTED, ROOT, Example, blocks, commands, listed, words
 
 RANK = {"serve": rank.Serve, "invite": rank.InviteCommand, "export": rank.Export, "import": rank.Import}
 HERE = ("test_examples.py", "test_walks.py")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.documentation import ROOT, commands, words
 from harness.reward_service import RewardService
 from plaudit import cli
 from plaudit.ranking_service.__main__ import main as plaudit_rank
 from plaudit.rewards import RewardClient, RewardSettings
-from tests.documentation.blocks import ROOT, commands, words
 
 EXECUTED = [
     'plaudit generate runs/demo "This movie"',

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -20,7 +20,9 @@ PROGRAMS = (
     *("plaudit", "plaudit-reward", "plaudit-rank", "python", "python3.11", "pip", "make", "docker", "curl", "pytest"),
     *("accelerate", "ray", "serve", "kubectl", "cd", "ls", "export", "kill", "printf"),
 )
-LISTED: dict[str, list[dict[str, Any]]] = yaml.safe_load((Path(__file__).parent / "examples.yaml").read_text())
+LISTED: dict[str, list[dict[str, Any]]] = yaml.safe_load(
+    (ROOT / "tests" / "documentation" / "examples.yaml").read_text()
+)
 
 
 @dataclass(frozen=True)
