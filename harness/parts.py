@@ -29,6 +29,7 @@ PARTS = {
         "plaudit.console",
         "plaudit.data",
         "plaudit.demo_models",
+        "plaudit.doctor",
         "plaudit.errors",
         "plaudit.learner",
         "plaudit.parallel",

@@ -78,6 +78,7 @@ ORDER = (
     *(
         ("cli",),
         ("stages",),
+        ("doctor",),
         ("classic", "report"),
         ("sizing",),
         ("run",),

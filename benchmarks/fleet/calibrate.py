@@ -68,6 +68,7 @@ async def calibrate(fleet: Fleet, request_texts: int, tokens_per_text: float) ->
         front_s=max(0.0, few_front - per_text),
         front_text_s=per_text,
         delay_s=delay,
+        one_core=fleet.computes,
         client_s=client,
     )
 

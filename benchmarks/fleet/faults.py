@@ -153,7 +153,7 @@ def cases(wanted: Sequence[str], trainers: int, replicas: int, stretch: float) -
     one("slow", nothing, models={0: dataclasses.replace(MODEL, batch_s=0.4, token_s=0.0016)})
     one("away", nothing, away=True)
     one("add", add, away=True)
-    for name, allow in (("reload", False), ("reload, allowed", True)):
+    for name, allow in (("reload", False), ("reload-allowed", True)):
         with tempfile.TemporaryDirectory() as place:
             directory = Path(shutil.copytree(demo_models.resolve(JUDGE), Path(place) / "judge"))
             admin = Path(place) / "admin"
@@ -169,7 +169,7 @@ def cases(wanted: Sequence[str], trainers: int, replicas: int, stretch: float) -
 
 
 def main() -> None:
-    names = ["none", "kill", "slow", "away", "add", "reload", "reload, allowed"]
+    names = ["none", "kill", "slow", "away", "add", "reload", "reload-allowed"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=names, nargs="+", default=names)
     parser.add_argument("--trainers", type=int, default=8)

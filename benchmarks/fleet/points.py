@@ -24,6 +24,7 @@ from benchmarks.fleet.calibrate import calibrated
 from benchmarks.fleet.results import write
 from benchmarks.fleet.testbed import Fleet, Model, fleet
 from benchmarks.fleet.trainers import Seen, run_trainers
+from harness.machine.balancer import CONFIG
 from plaudit.sizing.workload import Workload, from_run
 
 RESULTS = Path(__file__).parent / "results"
@@ -122,7 +123,9 @@ def measured(arguments: argparse.Namespace) -> None:
         ]
         if not wanted:
             continue
-        with fleet(model, replicas, trainers=max(wanted), flags=arguments.service) as running:
+        with fleet(
+            model, replicas, trainers=max(wanted), flags=arguments.service, config=arguments.balancer_config
+        ) as running:
             calibrated_at = -math.inf
             for trainers in wanted:
                 if time.monotonic() > calibrated_at + CALIBRATED_FOR_S:
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--most-requests", type=float, default=100.0, help="requests a second of all trainers")
     parser.add_argument("--name", help="first part of the files' names; the model's kind if not given")
     parser.add_argument("--out", type=Path, default=RESULTS / "points")
+    parser.add_argument("--balancer-config", type=Path, default=CONFIG)
     parser.add_argument("--again", action="store_true")
     parser.add_argument(
         "--service", nargs="*", default=[], help="more flags of the services, such as -- --batch-tokens"

@@ -13,7 +13,7 @@ from typing import Literal
 import psutil
 
 from benchmarks.fleet.replica import BATCH_S, TOKEN_S
-from harness.machine.balancer import STATISTICS, balancer_file, replicas_up
+from harness.machine.balancer import CONFIG, STATISTICS, balancer_file, replicas_up
 from harness.processes import Program, free_port, running
 from harness.reward_service import RewardService
 
@@ -89,10 +89,11 @@ def fleet(
     flags: Sequence[str] = (),
     directory: Path | str = JUDGE,
     models: Mapping[int, Model] | None = None,
+    config: Path = CONFIG,
 ) -> Iterator[Fleet]:
     """So many replicas behind HAProxy with deploy/balancer/haproxy.cfg, and a key for each trainer.
 
-    `models` gives some replicas, by number, another model.
+    `models` gives some replicas, by number, another model. `config` is another file in place of the deployment's.
     """
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         keys = [f"trainer-{number:04d}-key" for number in range(trainers)]
@@ -106,7 +107,7 @@ def fleet(
             stack.callback(service.kill)
             services.append(service)
         port, operations = free_port(), free_port()
-        file = balancer_file(Path(place), port, operations, [service.port for service in services])
+        file = balancer_file(Path(place), port, operations, [service.port for service in services], config=config)
         balancer = stack.enter_context(running("haproxy", "-db", "-f", str(file), log=Path(place) / "haproxy.log"))
         running_fleet = Fleet(f"http://127.0.0.1:{port}", services, balancer, operations, keys, model.kind == "judge")
         running_fleet.wait_for(replicas)

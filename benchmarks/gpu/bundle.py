@@ -6,7 +6,9 @@ Writes to `.gpu-bundle/`, which travels beside the checkout. The machine is take
 with torch, transformers, accelerate, peft, httpx and what those need; `WHEELS` are the rest of what the benchmark
 imports. The prompts are openings of the IMDB reviews that the published recipe kept, cut to the characters that prompts
 are made from; no GPT-2 vocabulary is needed, since the policy's weights are random: a byte-level BPE of GPT-2's size is
-trained on the same reviews. Wrong here would be a package that is missed only when the machine is there.
+trained on the same reviews.
+
+Failure modes: a package is missed only when the machine is there.
 """
 
 import argparse

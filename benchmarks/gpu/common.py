@@ -1,7 +1,7 @@
 """What the parts share: where and how large, models made on the spot, results that survive a kill, work set apart.
 
-Wrong here would be a number that is lost because something after it failed, or a check that spoils the next one's
-card: each check therefore has a process of its own, and each result is on disk before the next begins.
+Failure modes: a number is lost because something after it failed, or a check spoils the card for the next one. Each
+check therefore has a process of its own, and each result is on disk before the next begins.
 """
 
 import contextlib

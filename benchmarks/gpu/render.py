@@ -3,7 +3,7 @@
     python -m benchmarks.gpu.render OUT                     prints them
     python -m benchmarks.gpu.render OUT --into docs/evidence/gpu.md  puts them between that file's two marks
 
-Wrong here would be a table that doesn't say on which card, with which versions, or that something is missing.
+Failure modes: a table doesn't say on which card, with which versions, or that something is missing.
 """
 
 import argparse

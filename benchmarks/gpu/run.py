@@ -7,7 +7,7 @@ The parts come in order of worth. Each has a process and a time limit of its own
 soon as they are there: whatever is cut short leaves what was done. `--tiny` runs the same code with tiny models, on the
 CPU too. `benchmarks.gpu.render` turns the files into tables.
 
-Wrong here would be a run that hangs, or a part that ends and leaves a process on the card.
+Failure modes: a run hangs, or a part ends and leaves a process on the card.
 """
 
 import argparse

@@ -40,6 +40,7 @@ def main() -> None:
     with reward_service(arguments.reward_model, arguments.runs, ready_timeout_s=300.0) as url:
         config = dataclasses.replace(config, resume="auto", reward=config.reward.asking(url))
         curves = {seed: curve_of(config, seed, arguments.runs / f"seed-{seed}") for seed in arguments.seeds}
+    assert config.ppo.batch_size is not None
     print_table(curves, config.ppo.batch_size)
     draw(curves, config.ppo.batch_size).savefig(arguments.image, dpi=120)
 

@@ -56,6 +56,8 @@ ARMS = {"one round": 1, "two rounds": 2}
 LARGEST_DIFFERENCE = 0.1
 SMOOTHED_STEPS = 5
 CLAIMED = 0.57
+READY_TIMEOUT_S = 1200.0
+"""Of the services; the machine may be busy."""
 
 
 def main() -> None:
@@ -95,7 +97,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         name: policy_at(Path(records[name]["policy"]), step, directory / name.replace(" ", "-") / f"step-{step}")
         for name, step in chosen.items()
     }
-    with reward_service(config.judge, directory, ready_timeout_s=300.0, name="judge") as url:
+    with reward_service(config.judge, directory, ready_timeout_s=READY_TIMEOUT_S, name="judge") as url:
         judge = RewardSettings.of(url=(url,), label=config.judge_label)
         evaluated = {
             name: evaluate_policy(arguments, config, judge, policy, directory / name.replace(" ", "-") / "judged")
@@ -139,6 +141,7 @@ def arm(arguments: argparse.Namespace, seed: int, name: str, directory: Path) ->
         checkpoint_every=arguments.every,
         keep_checkpoints=arguments.steps,
         n_prompts=2,
+        ready_timeout_s=READY_TIMEOUT_S,
         seed=seed,
     )
 

@@ -40,12 +40,11 @@ def stack() -> Iterator[Project]:
             "LOOP_NAME": NAME,
             "LOOP_PRESET": f"runs/{PRESET.name}",
             "RANK_API_KEY": "the-key-of-the-ranking-service",
-            "REWARD_ADMIN_KEY": "the-administrators-key",
             "BALANCER_PORT": str(free_port()),
         },
     )
     try:
-        stack.compose(*LOOP, "build", "loop", "loop-rank", "loop-reward", "reward", "balancer")
+        stack.compose(*LOOP, "build", "loop", "loop-rank", "reward", "balancer")
         yield stack
     finally:
         print(stack.compose(*LOOP, "logs", "--no-color", "--tail=40"))

@@ -1,5 +1,6 @@
 """The command line, run as users run it: what it prints, what it refuses, and with which exit code."""
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from plaudit.errors import ConfigError, NotFinite
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.runtime import StopRequested
 from plaudit.settings import files as presets
-from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.ppo import PPOConfig, PPOHyperparameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,7 +82,9 @@ def test_an_unknown_flag_is_answered_with_the_nearest_one():
 
 
 def test_a_clash_of_settings_shows_both_numbers():
-    assert_one_clear_line(plaudit("ppo", "--ppo.batch-size", "60"), "mini_batch_size=128", "batch_size=60")
+    assert_one_clear_line(
+        plaudit("ppo", "--ppo.batch-size", "60", "--ppo.mini-batch-size", "128"), "mini_batch_size=128", "batch_size=60"
+    )
 
 
 def test_a_misspelt_key_in_the_file_is_answered_with_file_key_value_and_the_nearest_key(config_file):
@@ -217,7 +220,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(config_fi
 
 
 def test_a_file_is_checked_together_with_the_command_line(config_file):
-    path = config_file("ppo: {batch_size: 48}\n")
+    path = config_file("ppo: {batch_size: 48, mini_batch_size: 32}\n")
     with pytest.raises(ConfigError, match="does not divide batch_size=48"):
         cli.parse("ppo", ["--config", str(path)])
     assert cli.parse("ppo", ["--config", str(path), "--ppo.mini-batch-size", "16"]).ppo.mini_batch_size == 16
@@ -269,7 +272,7 @@ def test_the_full_preset_is_the_published_recipe():
     assert (config.ppo.learning_rate, config.ppo.batch_size, config.ppo.ppo_epochs) == (1.41e-5, 128, 4)
     assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
     assert config.lora.target_modules == ("c_attn",)
-    assert config.ppo == PPOConfig().ppo
+    assert dataclasses.asdict(config.ppo) == dataclasses.asdict(PPOHyperparameters())
 
 
 def test_the_demo_preset_needs_no_hub():

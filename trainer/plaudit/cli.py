@@ -32,13 +32,17 @@ from plaudit.errors import (
     ConfigError,
     PlauditError,
 )
+from plaudit.report import next_steps
 from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.settings import files
 from plaudit.settings.annotate import AnnotateConfig
 from plaudit.settings.demo import DemoConfig
+from plaudit.settings.doctor import DoctorConfig
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.evaluate_judge import JudgeConfig
+from plaudit.settings.export import ExportConfig
 from plaudit.settings.generate import GenerateConfig
+from plaudit.settings.init import InitConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.push import PushConfig
@@ -72,9 +76,25 @@ class Command:
     """Flags that make an interrupted command continue; None if it can only start again."""
     resume_needs: str = ""
     """A flag without which the command can only start again."""
+    uses_libraries: bool = True
+    """Whether it needs torch and transformers."""
 
 
 COMMANDS = {
+    "init": Command(
+        InitConfig,
+        "plaudit.stages.init",
+        "look at your data, write a settings file for all stages, print the commands",
+        "plaudit init my_reviews.csv",
+        uses_libraries=False,
+    ),
+    "doctor": Command(
+        DoctorConfig,
+        "plaudit.stages.doctor",
+        "look at the environment: what is fine, what is wrong, and what mends it",
+        "plaudit doctor --reward-url http://127.0.0.1:8000 --label POSITIVE",
+        uses_libraries=False,
+    ),
     "sft": Command(
         SFTConfig,
         "plaudit.stages.sft",
@@ -137,6 +157,12 @@ COMMANDS = {
         "answer prompts with a trained policy",
         'plaudit generate runs/ppo "The film was"',
     ),
+    "export": Command(
+        ExportConfig,
+        "plaudit.stages.export",
+        "write a run's policy for other programs: a merged model, or adapters",
+        "plaudit export runs/ppo my-model",
+    ),
     "push": Command(
         PushConfig,
         "plaudit.stages.push",
@@ -182,8 +208,12 @@ def run(args: Sequence[str]) -> int:
     name, *flags = args
     try:
         config = parse(name, flags)
-        _quiet_libraries()
+        if COMMANDS[name].uses_libraries:
+            _quiet_libraries()
         importlib.import_module(COMMANDS[name].module).run(config)
+        following = next_steps.after(config, _config_file(flags))
+        if following and os.environ.get("RANK", "0") == "0":
+            print(following)
     except KeyboardInterrupt:
         return _fail(name, "interrupted", EXIT_INTERRUPTED)
     except Exception as error:

@@ -7,6 +7,7 @@
     │   └── DataError            (data.tables)
     ├── NotFinite           1    a NaN or infinite number; nothing with one is saved
     ├── NonFiniteUpdate     1    (learner.minibatches) the same in a PPO update
+    ├── ProblemsFound       1    (stages.doctor) `plaudit doctor` found something wrong
     ├── NotAsSaved          1    a file differs from what was written to it
     ├── AtChance           65    (stages.ranked_answers) a reward model's held-out accuracy is no better than guessing
     ├── ProcessLost         1    (parallel.launch)    another process of the run has died

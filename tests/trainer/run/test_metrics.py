@@ -1,19 +1,31 @@
 """The metrics file survives what happens to runs: crashes, resumes, numbers that aren't."""
 
+import inspect
 import json
 import math
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from harness.machine.disks import fill, small_disk
 from plaudit import cli
 from plaudit.errors import ConfigError
-from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, TENSORBOARD_DIR, MetricsLog, open_tracker, read_metrics
+from plaudit.run.metrics import (
+    FILE_NAME,
+    KL,
+    REWARD_MEAN,
+    RUN_NAME,
+    TENSORBOARD_DIR,
+    MetricsLog,
+    open_tracker,
+    read_metrics,
+)
 from plaudit.run.storage import NotWritten
 
 
@@ -161,6 +173,30 @@ def test_a_tracker_of_accelerates_sees_settings_metrics_and_samples(
         (0, "samples", ["prompt", "response", "reward"], [["a", "b", 1.5]]),
         "finished",
     ]
+
+
+def test_project_and_run_are_named_as_wandb_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = types.ModuleType("wandb")
+    started: list[dict[str, Any]] = []
+    wandb.init = lambda **options: started.append(options)  # type: ignore[attr-defined]
+    wandb.config = types.SimpleNamespace(update=lambda values, allow_val_change: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as in a run of one process
+    open_tracker("wandb", tmp_path, {"seed": 1}, project="reviews", run="first try")
+    open_tracker("wandb", tmp_path, {"seed": 1})
+    assert started == [{"project": "reviews", "name": "first try"}, {"project": "plaudit"}]
+
+
+@pytest.mark.parametrize("name", sorted(RUN_NAME))
+def test_every_tracker_takes_the_name_of_a_run_by_this_parameter(name: str) -> None:
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    parameters = inspect.signature(kind.__init__).parameters
+    assert RUN_NAME[name] in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_a_run_name_for_a_tracker_without_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tracker_run='a': aim takes none"):
+        open_tracker("aim", tmp_path, {}, run="a")
 
 
 def test_a_tracker_that_does_not_exist_or_is_not_installed_is_a_setting_to_mend(

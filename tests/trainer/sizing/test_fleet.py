@@ -53,6 +53,17 @@ def test_front_end_and_network_add_to_the_wait() -> None:
     assert found.wait_s == pytest.approx(0.1 + 0.01 + 32 * 0.001 + 0.02 + 0.004)
 
 
+def test_on_one_core_a_request_takes_its_time_from_the_forward_pass() -> None:
+    """The second of two requests comes 50 ms after the first, while it is scored, and makes that 10 ms longer."""
+    work = with_work(texts_per_step=64, generate_s=0.05)
+    times = dataclasses.replace(FIXED, front_s=0.01)
+    apart = FleetSettings(work, times, batch_tokens=4000)
+    together = dataclasses.replace(apart, times=dataclasses.replace(times, one_core=True))
+    # 10 ms of front end, two passes of 100 ms, less the 50 ms between the two requests.
+    assert simulate(apart).wait_s == pytest.approx(0.01 + 0.2 - 0.05)
+    assert simulate(together).wait_s == pytest.approx(0.01 + 0.2 - 0.05 + 0.01)
+
+
 def test_a_slow_replica_takes_as_much_longer() -> None:
     found = simulate(FleetSettings(ONE_REQUEST, FIXED, batch_tokens=2000, speeds={0: 0.5}))
     assert found.wait_s == pytest.approx(0.2)

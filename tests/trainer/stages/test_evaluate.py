@@ -169,9 +169,13 @@ def test_the_console_shows_the_table_and_where_the_report_is(config, capsys):
         assert words in printed
 
 
-def test_more_prompts_than_there_are_is_refused_with_both_numbers(config):
-    with pytest.raises(ConfigError, match=r"n_prompts=500 but .* has \d+ held-out prompts"):
-        evaluate.run(dataclasses.replace(config, n_prompts=500))
+def test_all_held_out_prompts_are_taken_with_a_warning_if_there_are_fewer_than_asked_for(config, capsys):
+    result = evaluate.by_rewards(dataclasses.replace(config, n_prompts=500))
+    n = result.evaluation.n
+    assert 2 <= n < 500
+    assert (
+        f"has {n} held-out prompts, fewer than n_prompts=500: the figures are those of {n}" in capsys.readouterr().err
+    )
 
 
 def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):

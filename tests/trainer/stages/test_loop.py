@@ -87,6 +87,7 @@ def stage_dirs(config: LoopConfig) -> list[Path]:
     return [path for path in paths if path.is_dir()]
 
 
+@pytest.mark.timeout(900)  # it starts the loop fifteen times, and the machine may be busy
 def test_a_loop_that_is_killed_in_every_stage_of_both_rounds_repeats_nothing_that_was_finished(
     config: LoopConfig,
     stub_reward_server: StubRewardServer,

@@ -45,6 +45,7 @@ def config(config: PPOConfig) -> PPOConfig:
 
 def prompts_of_step(config: PPOConfig, step: int) -> list[str]:
     prompts = load_prompts(config.dataset, config.prompts, load_tokenizer(config.policy), "train", seed=config.seed)
+    assert config.ppo.batch_size is not None
     return PromptSchedule(prompts, config.ppo.batch_size, seed=config.seed).batch(step).texts
 
 

@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file
 
 from harness.tiny_models import tiny_classifier_dir
-from plaudit.data.sources import Label, LabelledTexts
 from plaudit.errors import ConfigError, NotFinite
 from plaudit.settings.data import DataSettings
 from plaudit.settings.policy import LoraSettings
@@ -107,65 +106,6 @@ def test_logits_come_back_in_the_order_of_the_texts(reviews: Path, tmp_path: Pat
     together = judge_model.logits(model, tokenizer, texts, 32, batch_size=2)
     alone = torch.cat([judge_model.logits(model, tokenizer, [text], 32) for text in texts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_labels_may_be_numbers_or_names_and_anything_else_is_named() -> None:
-    names = ("NEGATIVE", "POSITIVE")
-    assert reward_model.label_indices(LabelledTexts(["a", "b"], [1, 0]), names) == [1, 0]
-    assert reward_model.label_indices(LabelledTexts(["a", "b"], ["POSITIVE", "NEGATIVE"]), names) == [1, 0]
-    with pytest.raises(ConfigError, match="labels 2, neutral are neither"):
-        reward_model.label_indices(LabelledTexts(["a", "b", "c"], [0, 2, "neutral"]), names)
-
-
-@pytest.mark.parametrize(
-    ("labels", "names", "expected"),
-    [
-        (["0", "1"], ("1", "0"), [1, 0]),
-        ([0, 1], ("1", "0"), [1, 0]),
-        (["1", "2", "4", "3"], ("1", "2", "3", "4", "5"), [0, 1, 3, 2]),
-        ([1, 2, 3, 4], ("1", "2", "3", "4"), [0, 1, 2, 3]),
-        (["0", "1", "2"], ("bad", "fair", "good"), [0, 1, 2]),
-        ([1.0, 0.0], ("NEGATIVE", "POSITIVE"), [1, 0]),
-        (["1.0", "0.0"], ("NEGATIVE", "POSITIVE"), [1, 0]),
-        (["True", "False"], ("NEGATIVE", "POSITIVE"), [1, 0]),
-        ([True, False], ("NEGATIVE", "POSITIVE"), [1, 0]),
-        (["None", "toxic"], ("None", "toxic"), [0, 1]),
-    ],
-)
-def test_names_win_where_labels_are_names_and_numbers_count_them_otherwise(
-    labels: list[Label], names: tuple[str, ...], expected: list[int]
-) -> None:
-    assert reward_model.label_indices(LabelledTexts([""] * len(labels), labels), names) == expected
-
-
-def test_labels_that_can_be_read_in_two_ways_are_refused_with_both() -> None:
-    with pytest.raises(ConfigError) as error:
-        reward_model.read_labels([0, 1, 2], ("1", "2", "3"))
-    assert "(0 is '1', 1 is '2', 2 is '3')" in str(error.value)
-    assert "(1 is '1', 2 is '2', the others unknown)" in str(error.value)
-
-
-def test_numbers_that_the_data_set_itself_names_are_matched_by_word() -> None:
-    data = LabelledTexts(["a", "b"], [0, 1], class_names=("neg", "pos"))
-    assert reward_model.label_indices(data, ("POS", "NEG")) == [1, 0]
-    assert reward_model.label_indices(data, ("NEGATIVE", "POSITIVE")) == [0, 1]
-    with pytest.raises(ConfigError, match=r"the data call labels neg, pos, .* lacks neg: give --label-names neg pos"):
-        reward_model.label_indices(data, ("pos", "other"))
-
-
-def test_one_label_teaches_nothing() -> None:
-    with pytest.raises(ConfigError, match="every text has the label 1"):
-        reward_model.read_labels([1, 1, "1"], ("NEGATIVE", "POSITIVE"))
-
-
-def test_the_reading_of_labels_is_told_with_its_counts() -> None:
-    labels: list[Label] = ["1", "0", "1"]
-    assert reward_model.read_labels(labels, ("NEGATIVE", "POSITIVE", "NEUTRAL")).lines(labels) == [
-        "label 0 is NEGATIVE: 1 rows",
-        "label 1 is POSITIVE: 2 rows",
-        "label NEUTRAL: no row, so nothing can be learnt about it",
-    ]
-    assert reward_model.read_labels([0, 1], ("a", "b"), ("neg", "pos")).lines([0, 1])[0] == "label 0 (neg) is a: 1 rows"
 
 
 def test_logits_that_are_not_finite_are_no_judgement(tmp_path: Path) -> None:

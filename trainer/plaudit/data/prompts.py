@@ -199,10 +199,17 @@ def _openings(
     limit: int | None,
 ) -> tuple[Prompts, list[str]]:
     found = rows_of_split(settings, split, lambda table: text_rows(table, settings, settings.text_column))
-    long = [i for i, text in enumerate(found.keys) if len(text) > prompts.min_text_chars][:limit]
+    shortest = prompts.shortest_text(settings.data)
+    long = [i for i, text in enumerate(found.keys) if len(text) > shortest]
+    if len(long) < len(found.keys):
+        say_once(
+            f"data={settings.data!r}, {split} split: left out {len(found.keys) - len(long)} of {len(found.keys)} texts "
+            f"of at most {shortest} characters (prompts.min_text_chars)"
+        )
+    long = long[:limit]
     if not long:
         raise DataError(
-            f"no text in data={settings.data!r} is longer than min_text_chars={prompts.min_text_chars} characters; "
+            f"no text in data={settings.data!r} is longer than min_text_chars={shortest} characters; "
             "lower prompts.min_text_chars or name another source"
         )
     texts, rows = [found.keys[i] for i in long], [found.indices[i] for i in long]

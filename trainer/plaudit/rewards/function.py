@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from plaudit.errors import ConfigError
@@ -25,7 +27,7 @@ Given = str | list[dict[str, str]]
 
 
 class FunctionSource:
-    """Calls `module:name` with a chunk's prompts and responses, one call at a time because it may not be thread-safe.
+    """Calls a function with a chunk's prompts and responses, one call at a time because it may not be thread-safe.
 
     The function also receives the columns that its further parameters name, or all columns if it has `**columns`. A
     parameter without a default needs a value in every row. Conversations are passed as lists of `{"role", "content"}`.
@@ -146,17 +148,48 @@ def _numbers(answer: Any) -> list[float]:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """Import the function `module:name`, also from the working directory. Raises `ConfigError`."""
-    module_name, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    """The function `file.py:name`, or `module:name`, which is also looked for in the working directory.
+
+    Raises:
+        ConfigError: there is no such file, module or function, or importing it fails.
+    """
+    where, _, attribute = name.rpartition(":")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        module = _of_file(Path(where)) if where.endswith(".py") else _importable(where)
+        function = getattr(module, attribute)
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ConfigError(f"reward.function={name!r}: {error}") from error
     if not callable(function):
         raise ConfigError(f"reward.function={name!r} is not a function")
     return function  # type: ignore[no-any-return]
+
+
+def _importable(module: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(module)
+
+
+def _of_file(path: Path) -> ModuleType:
+    """The module in a file. What it imports is also looked for beside it."""
+    path = path.resolve()
+    if not path.is_file():
+        raise ImportError(f"{path}: no such file")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    # Under a name of its own, so that a file called json.py takes no other module's place.
+    name = f"plaudit_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _revision(function: Callable[..., Any]) -> str:

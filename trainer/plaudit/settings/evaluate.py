@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from plaudit.checks import positive, require
 from plaudit.rewards.settings import RewardSettings
@@ -13,6 +14,9 @@ from plaudit.settings.policy import GenerationSettings
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Compare a policy before and after PPO on the same held-out prompts, with the same seeds."""
+
+    stage: ClassVar = "evaluate"
+    """The name of its part in a settings file for all stages."""
 
     after: str = "runs/ppo"
     """The trained policy: an output directory of `plaudit ppo`, or a full model."""

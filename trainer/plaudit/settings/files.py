@@ -61,7 +61,34 @@ def read(config_type: type, path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(values, Mapping) and values.keys() == {"stages"}:
+        return _own_part(config_type, values["stages"], path)
     return {} if values is None else _section(config_type, values, path, prefix="", root=config_type)
+
+
+def has_stages(path: Path) -> bool:
+    """Whether a settings file has a part for each of several stages. False for one that can't be read."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(presets.find(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(values, Mapping) and values.keys() == {"stages"}
+
+
+def _own_part(config_type: type, parts: object, path: Path) -> dict[str, Any]:
+    """The part of a file with settings of several stages (`stages: {sft: …, ppo: …}`) that is for `config_type`."""
+    stage = getattr(config_type, "stage", None)
+    if not isinstance(parts, Mapping) or stage not in parts:
+        there = ", ".join(map(str, parts)) if isinstance(parts, Mapping) else "nothing"
+        raise ConfigError(
+            f"{path}: its stages are {there}, and none of them is for this command ({stage or 'it has none'})"
+        )
+    values = parts[stage]
+    if values is None:
+        return {}
+    return _section(config_type, values, Path(f"{path}, stages.{stage}"), prefix="", root=config_type)
 
 
 def _section(config_type: type, values: object, path: Path, prefix: str, root: type) -> dict[str, Any]:
@@ -96,7 +123,7 @@ def _listed(values: dict[str, Any], path: Path) -> dict[str, Any]:
         components = []
         if own.get("url") and own.get("function"):
             function = own.pop("function")
-            extra = own | {"url": (), "function": function, "name": function.partition(":")[2]}
+            extra = own | {"url": (), "function": function, "name": function.rpartition(":")[2]}
             components = [RewardComponent(**own), RewardComponent(**extra | {"weight": function_weight})]
         elif own.get("url") or own.get("function") or not also:
             components = [RewardComponent(**own)]

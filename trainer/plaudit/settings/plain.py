@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plaudit.rewards.settings import RewardComponent, without_credentials
-from plaudit.settings.data import OPENING_TOKENS
+from plaudit.settings.data import OPENING_TOKENS, PromptSettings
 
 
 def to_dict(config: object) -> dict[str, object]:
@@ -34,6 +34,9 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     if openings and "prompts.max_tokens" in flat:
         # Earlier versions saved the default of openings explicitly.
         flat["prompts.max_tokens"] = flat["prompts.max_tokens"] or OPENING_TOKENS
+    if flat.get("prompts.min_text_chars", 0) is None and "dataset.data" in flat:
+        # Earlier versions had one default for every source.
+        flat["prompts.min_text_chars"] = PromptSettings().shortest_text(flat["dataset.data"])
     return flat
 
 

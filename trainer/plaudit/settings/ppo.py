@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plaudit.checks import check_push, fraction, positive, require
 from plaudit.rewards.settings import RewardSettings
@@ -19,24 +19,27 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
 @dataclass(frozen=True)
-class PPOHyperparameters:
-    """Hyperparameters of PPO, under the names of TRL's classic trainer."""
+class PPOSettings:
+    """Hyperparameters of PPO, under the names of TRL's classic trainer. Four of them may be left open (None): a run
+    chooses them for its model and data (`plaudit.settings.starting_points`), and logs what it chose."""
 
-    learning_rate: float = 1.41e-5
-    batch_size: int = 128
-    """Samples per step, over all processes."""
+    learning_rate: float | None = None
+    """Default: chosen for the policy's size, and for adapters or all parameters. The log says which."""
+    batch_size: int | None = None
+    """Samples per step, over all processes. Default: 128, or less if there are fewer prompts."""
     responses_per_prompt: int = 1
     """Responses to each prompt of a step, each with draws of its own. A step has batch_size / responses_per_prompt
     prompts; the responses to one stay in one mini-batch and one process."""
-    mini_batch_size: int = 128
-    """Samples per gradient accumulation step."""
+    mini_batch_size: int | None = None
+    """Samples per gradient accumulation step. Default: the batch; at most 128, and so that it divides the batch."""
     gradient_accumulation_steps: int = 1
     micro_batch_size: int | None = None
     """Samples per forward pass in updates. Default: as many of a mini-batch as fit into memory. Does not affect
     results."""
     ppo_epochs: int = 4
     adap_kl_ctrl: bool = True
-    init_kl_coef: float = 0.2
+    init_kl_coef: float | None = None
+    """Weight of the KL penalty at the start. Default: 0.05."""
     target: float = 6.0
     """Target of the adaptive KL controller: KL summed over a response, mean over samples."""
     horizon: float = 10_000.0
@@ -124,20 +127,23 @@ class PPOHyperparameters:
             "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
         )
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
-        require(self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more")
         require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
         require(
             self.kl_loss != "k1" or self.kl_loss_weighted,
             "kl_loss=k1 with kl_loss_weighted=False has a gradient of zero in expectation: weight it, or take k2 or k3",
         )
-        per_optimizer_step = self.mini_batch_size * self.gradient_accumulation_steps
         require(
-            self.batch_size % per_optimizer_step == 0,
-            f"mini_batch_size={self.mini_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps} "
+            self.init_kl_coef is None or self.init_kl_coef >= 0, f"init_kl_coef={self.init_kl_coef} must be 0 or more"
+        )
+        mini_batch_size = 1 if self.mini_batch_size is None else self.mini_batch_size
+        per_optimizer_step = mini_batch_size * self.gradient_accumulation_steps
+        require(
+            self.batch_size is None or self.batch_size % per_optimizer_step == 0,
+            f"mini_batch_size={mini_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps} "
             f"= {per_optimizer_step} does not divide batch_size={self.batch_size}",
         )
         require(
-            self.mini_batch_size % self.responses_per_prompt == 0,
+            self.mini_batch_size is None or self.mini_batch_size % self.responses_per_prompt == 0,
             f"responses_per_prompt={self.responses_per_prompt} does not divide mini_batch_size={self.mini_batch_size}: "
             "the responses to one prompt stay in one mini-batch",
         )
@@ -172,6 +178,16 @@ class PPOHyperparameters:
 
 
 @dataclass(frozen=True)
+class PPOHyperparameters(PPOSettings):
+    """All hyperparameters of PPO, none left open. The defaults are those of the published recipe."""
+
+    learning_rate: float = 1.41e-5
+    batch_size: int = 128
+    mini_batch_size: int = 128
+    init_kl_coef: float = 0.2
+
+
+@dataclass(frozen=True)
 class PenaltySettings:
     """Penalties subtracted from a response's reward before the update. All are off by default."""
 
@@ -191,6 +207,9 @@ class PenaltySettings:
 class PPOConfig:
     """Stage 3: PPO with rewards from a reward service."""
 
+    stage: ClassVar = "ppo"
+    """The name of its part in a settings file for all stages."""
+
     policy: str = "lvwerra/gpt2-imdb"
     """Directory or hub id of the causal language model to train."""
     output_dir: Path = Path("runs/ppo")
@@ -202,13 +221,13 @@ class PPOConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     penalties: PenaltySettings = field(default_factory=PenaltySettings)
-    ppo: PPOHyperparameters = field(default_factory=PPOHyperparameters)
+    ppo: PPOSettings = field(default_factory=PPOSettings)
     watch: WatchSettings = field(default_factory=WatchSettings)
     check: bool = False
     """Dry run: load everything, take one step in memory, and report what a run would do and how much time and memory it
     needs."""
     steps: int | None = None
-    """PPO steps. Default: one pass over the prompts."""
+    """PPO steps. Default: one pass over the prompts, but at least 50 steps."""
     resume: str | None = None
     """`auto` continues from the newest checkpoint in output_dir, if there is one. Or the directory of a checkpoint."""
     checkpoint_every: int = 50
@@ -227,6 +246,10 @@ class PPOConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers for metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio, mlflow, ... (accelerate's
     names)."""
+    tracker_project: str = "plaudit"
+    """Name of the project (wandb, trackio, swanlab, comet_ml, clearml) or experiment (mlflow, aim) in the trackers."""
+    tracker_run: str | None = None
+    """Name of this run in the trackers (wandb, trackio, swanlab, clearml, mlflow). Default: the tracker chooses one."""
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     collective_timeout_s: float = 600.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plaudit.checks import check_push, fraction, positive, require
 from plaudit.settings.data import Data, DataSettings
@@ -14,6 +14,9 @@ from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 @dataclass(frozen=True)
 class RewardModelConfig:
     """Stage 2: train a reward model from labelled texts (classifier) or ranked answers (pairwise)."""
+
+    stage: ClassVar = "reward-model"
+    """The name of its part in a settings file for all stages."""
 
     kind: Literal["classifier", "pairwise"] = "classifier"
     """`classifier` trains on labels with cross-entropy; `pairwise` trains one score with the Bradley-Terry loss."""
@@ -27,7 +30,10 @@ class RewardModelConfig:
     dataset: Data = field(default_factory=DataSettings)
     label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
     """Names of the labels in the head's order, as the reward service lists them. The data may contain these names, or
-    their indices from 0."""
+    their indices from 0. With these two names, stars and words such as good and bad are understood as well."""
+    label_map: tuple[str, ...] = ()
+    """What the values in the label column mean, as in `1=NEGATIVE 2=NEGATIVE 4=POSITIVE 5=POSITIVE`. Texts with other
+    values are left out. Default: by the names."""
     ranked: str | None = None
     """Pairwise: file or hub id of rankings, or the address of a ranking service (http://…). Rows are {"prompt",
     "answers"} (best first, or with "ranks"), chosen and rejected (optionally with a prompt and a margin), or exports of
@@ -59,7 +65,7 @@ class RewardModelConfig:
     quantization: Quantization | None = None
     """With adapters: quantise the base weights to 8 or 4 bits (bitsandbytes) during training. The adapters then go
     on the unquantised weights, and the figures are those of the result."""
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(learning_rate=2e-5, epochs=2))
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 256
     crop_fraction: float = 0.5
     """Classifier: share of training batches cropped to short random passages, because the reward model will judge short
@@ -126,6 +132,9 @@ class RewardModelConfig:
             len(set(self.label_names)) == len(self.label_names) >= 2,
             f"label_names={self.label_names} must be at least two different names",
         )
+        for entry in self.label_map:
+            value, _, name = entry.rpartition("=")
+            require(bool(value and name), f"label_map={entry!r} must be VALUE=NAME, as in 5=POSITIVE")
         require(
             not self.from_scratch or self.max_length <= self.sizes.max_positions,
             f"max_length={self.max_length} is longer than sizes.max_positions={self.sizes.max_positions}",

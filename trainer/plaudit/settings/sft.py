@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from plaudit.checks import check_push, positive, require
 from plaudit.settings.data import Data, DataSettings
@@ -13,6 +13,9 @@ from plaudit.settings.supervised import ModelSizes, OptimizerSettings
 @dataclass(frozen=True)
 class SFTConfig:
     """Stage 1: supervised fine-tuning of a language model on texts, conversations, or prompts with completions."""
+
+    stage: ClassVar = "sft"
+    """The name of its part in a settings file for all stages."""
 
     model: str = "gpt2"
     """Directory or hub id of the model to fine-tune."""

@@ -31,13 +31,16 @@ class ModelSizes:
 class OptimizerSettings:
     """Optimizer and schedule of stages 1 and 2."""
 
-    learning_rate: float = 5e-5
-    """AdamW's learning rate."""
+    learning_rate: float | None = None
+    """AdamW's learning rate. Default: chosen for the model's size, and for adapters or all parameters. The log says
+    which."""
     muon_learning_rate: float | None = None
     """If given, torch.optim.Muon with this rate trains the weight matrices, and AdamW the rest. Helps from scratch."""
     weight_decay: float = 0.0
     batch_size: int = 32
-    epochs: float = 1.0
+    epochs: float | None = None
+    """Passes over the examples. Default: 1 in stage 1 and 2 for a reward model; 3 and 5 if there are so few texts that
+    these would be under 100 optimizer steps."""
     max_steps: int | None = None
     """Maximum number of optimizer steps; overrides `epochs`."""
     warmup_fraction: float = 0.03

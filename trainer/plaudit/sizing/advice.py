@@ -18,6 +18,8 @@ pool of replicas evens bursts out better."""
 REQUESTS = 6_000
 """Requests that one simulation takes at most, about."""
 BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+MOST_LOAD = 0.95
+"""Share of a replica's time that the trainers may ask for. A queue that builds up over hours is not simulated."""
 WORTH_IT = 0.95
 """A larger batch is advised only if it shortens the time of a token below this share."""
 MOST_QUEUE_S = 30.0
@@ -80,19 +82,25 @@ def advise(workload: Workload, times: ServiceTimes, trainers: int, target_share:
             known[replicas] = simulated(dataclasses.replace(settings, replicas=replicas))
         return known[replicas]
 
-    high = max(1, math.ceil(load))
-    low = 0
+    # No fleet waits less than a single trainer whose requests all have a replica of their own.
+    alone = dataclasses.replace(settings, trainers=1, replicas=workload.requests_per_step)
+    best = simulated(alone).wait_share
+    if best > target_share:
+        raise ConfigError(
+            f"no number of replicas keeps the wait below {target_share:.1%} of a step: a single trainer with a replica "
+            f"for each request waits {best:.1%}. A faster judge (more threads, int8, a GPU) or smaller requests "
+            "(reward.chunk_size) shorten it"
+        )
+    high = max(1, math.ceil(load / MOST_LOAD))
+    low = high - 1
     while figures(high).wait_share > target_share:
         low = high
-        # No fleet waits less than a single trainer whose requests all have a replica of their own.
-        if high >= trainers * workload.requests_per_step or high >= most:
-            best = known[high].wait_share
+        if high >= most:
             raise ConfigError(
-                f"no number of replicas keeps the wait below {target_share:.1%} of a step: with {high} it is still "
-                f"{best:.1%}, the time of a single request. A faster judge (more threads, int8, a GPU) or smaller "
-                "requests (reward.chunk_size) shorten it"
+                f"{most} replicas do not keep the wait below {target_share:.1%} of a step; with fewer trainers in a "
+                "fleet of their own they would"
             )
-        high = min(most, max(high + 1, math.ceil(high * 1.5)))
+        high = min(most, max(high + 1, math.ceil(high * 1.2)))
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if figures(middle).wait_share <= target_share else (middle, high)

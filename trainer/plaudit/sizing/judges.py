@@ -15,11 +15,14 @@ JUDGES = {
         ((16.0, 0.00098), (64.0, 0.0012), (256.0, 0.00271), (512.0, 0.0045), (992.0, 0.00825)),
         front_s=0.0008,
         front_text_s=3.5e-5,
+        one_core=True,
     ),
     # 21.3 texts of 57 tokens a second alone, 32.5 in batches.
-    "distilbert-base": ServiceTimes(((57.0, 0.047), (1024.0, 0.554)), front_s=0.0005, front_text_s=5e-5),
+    "distilbert-base": ServiceTimes(((57.0, 0.047), (1024.0, 0.554)), front_s=0.0005, front_text_s=5e-5, one_core=True),
     # The same in int8: 51.5 alone, 76.1 in batches.
-    "distilbert-base-int8": ServiceTimes(((57.0, 0.0194), (1024.0, 0.236)), front_s=0.0005, front_text_s=5e-5),
+    "distilbert-base-int8": ServiceTimes(
+        ((57.0, 0.0194), (1024.0, 0.236)), front_s=0.0005, front_text_s=5e-5, one_core=True
+    ),
     # An H100, fp16: 32,000 texts of 57 tokens a second without tokenising, 6,900 with it (docs/evidence/gpu.md).
     "distilbert-base-h100": ServiceTimes(((57.0, 0.004), (16_384.0, 0.0129)), front_s=0.0003, front_text_s=1.1e-4),
 }

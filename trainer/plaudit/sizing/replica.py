@@ -77,6 +77,8 @@ class Replica:
         self._front = Station(environment)
         self.scoring = False
         """Whether the model runs."""
+        self._taken_s = 0.0
+        """Seconds that requests have taken from the forward pass under way."""
         self._life = 0
         self._tickets: dict[Job, Ticket] = {}
 
@@ -106,9 +108,10 @@ class Replica:
         self.up = True
 
     def _arrive(self, ticket: Ticket, life: int) -> "simpy.events.ProcessGenerator":
-        yield self._environment.timeout(
-            self._front.delay_s(self._times.request_s(len(ticket.job.tokens)) / self._speed)
-        )
+        work_s = self._times.request_s(len(ticket.job.tokens)) / self._speed
+        if self.scoring and self._times.one_core:
+            self._taken_s += work_s
+        yield self._environment.timeout(self._front.delay_s(work_s))
         if life != self._life:
             return
         if not self.engine.admits(ticket.job):
@@ -130,7 +133,12 @@ class Replica:
                 self.scoring = False
                 return
             seconds = self._times.batch_s(tokens) / self._speed
+            self._taken_s = 0.0
             yield self._environment.timeout(seconds)
+            while life == self._life and self._taken_s:
+                more_s, self._taken_s = self._taken_s, 0.0
+                seconds += more_s
+                yield self._environment.timeout(more_s)
             if life != self._life:
                 return
             self.busy_s += seconds

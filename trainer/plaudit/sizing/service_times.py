@@ -25,6 +25,9 @@ class ServiceTimes:
     """The same for each text: tokenisation, validation."""
     delay_s: float = 0.0
     """Seconds of a request and its answer under way, in which nothing is busy: network, balancer."""
+    one_core: bool = False
+    """The model computes on the core that the front end works on, so a request that comes during a forward pass makes
+    it longer: a replica of one CPU core. Off: a GPU, or a core for each."""
     client_s: float = 0.0
     """Seconds that all trainers together spend on a request one after the other: 0 if each has its own machine. The
     benchmarks' trainers share a process."""
@@ -50,15 +53,15 @@ class ServiceTimes:
         return self.front_s + texts * self.front_text_s
 
     def tokens_per_s(self, batch_tokens: int, tokens_per_text: float, request_texts: int) -> float:
-        """Tokens that a replica scores in a second at most, with full batches. The slower of the model and the front
-        end."""
+        """Tokens that a replica scores in a second at most, with full batches: the slower of the model and the front
+        end counts, or both if they share a core."""
         per_batch = max(1, int(batch_tokens // tokens_per_text)) * tokens_per_text
         model_s = self.batch_s(per_batch) / per_batch
         front_s = self.request_s(request_texts) / (request_texts * tokens_per_text)
-        return 1 / max(model_s, front_s, 1e-12)
+        return 1 / max(model_s + front_s if self.one_core else max(model_s, front_s), 1e-12)
 
     @classmethod
-    def linear(cls, batch_s: float, token_s: float, **more: float) -> "ServiceTimes":
+    def linear(cls, batch_s: float, token_s: float, **more: Any) -> "ServiceTimes":
         """A pass of `batch_s` seconds, and `token_s` more for each token."""
         return cls(((0.0, batch_s), (1e5, batch_s + 1e5 * token_s)), **more)
 
@@ -68,7 +71,7 @@ class ServiceTimes:
         rows: Sequence[Sequence[float]] = document["table"]
         return cls(
             tuple((float(tokens), float(seconds)) for tokens, seconds in rows),
-            **{name: float(value) for name, value in document.items() if name != "table"},
+            **{name: type(getattr(cls, name))(value) for name, value in document.items() if name != "table"},
         )
 
     def to_json(self) -> dict[str, Any]:

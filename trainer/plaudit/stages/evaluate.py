@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from plaudit import demo_models
 from plaudit.data.prompts import Prompts, load_sourced_prompts
+from plaudit.data.sources import say_once
 from plaudit.errors import ConfigError
 from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.adapters import base_of, is_adapters, load_adapters
@@ -200,7 +201,8 @@ def _check_all(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer, pro
 
 
 def held_out_prompts(config: EvaluateConfig, policy: Policy, tokenizer: Tokenizer) -> Prompts:
-    """`n_prompts` held-out prompts. Raises `ConfigError` if there are fewer."""
+    """`n_prompts` held-out prompts, or all if there are fewer, with a warning. Raises `ConfigError` if only one is
+    left."""
     return held_out_sources(config, policy, tokenizer)[0]
 
 
@@ -210,10 +212,15 @@ def held_out_sources(config: EvaluateConfig, policy: Policy, tokenizer: Tokenize
     prompts, sources = load_sourced_prompts(
         config.dataset, config.prompts, tokenizer, "held_out", seed=config.seed, limit=config.n_prompts, room=room
     )
-    if len(prompts) < config.n_prompts:
+    if len(prompts) < 2:
         raise ConfigError(
-            f"n_prompts={config.n_prompts} but data={config.dataset.data!r} has {len(prompts)} held-out prompts; "
-            "ask for fewer, or use a larger source"
+            f"data={config.dataset.data!r} has {len(prompts)} held-out prompt, and an interval needs two; give a "
+            "larger --held-out-fraction to every stage, or use a larger source"
+        )
+    if len(prompts) < config.n_prompts:
+        say_once(
+            f"warning: data={config.dataset.data!r} has {len(prompts)} held-out prompts, fewer than "
+            f"n_prompts={config.n_prompts}: the figures are those of {len(prompts)} prompts"
         )
     return prompts, sources
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from plaudit.data.chat_templates import render, use_chat_template
 from plaudit.data.conversations import as_text, messages_of, with_system
 from plaudit.data.tables import DataError, Table, kind_of, read_file
@@ -22,7 +19,6 @@ from plaudit.parallel.devices import device_named, settle_arithmetic
 from plaudit.policy.checks import check_policy, room_for_prompts
 from plaudit.policy.endings import Endings
 from plaudit.policy.generation import Draws, generate
-from plaudit.policy.loading import load_policy
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.reading import settle
@@ -31,11 +27,10 @@ from plaudit.policy.texts import tokens_in_front
 from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.policy.writer import Writer, load_writer, revision_of
 from plaudit.run import checkpoint as checkpoints
-from plaudit.settings.files import from_dict
 from plaudit.settings.generate import GenerateConfig
 from plaudit.settings.policy import GenerationSettings
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo_results import CONFIG_FILE, MERGED
+from plaudit.stages.trained_policy import load_checkpoint, settings_of
 from plaudit.wire import ChatMessage
 
 Prompt = str | list[ChatMessage]
@@ -68,41 +63,15 @@ def run(config: GenerateConfig) -> list[Answer]:
     return answers
 
 
-def settings_of(directory: str) -> PPOConfig | None:
-    """The settings of the run that wrote this directory; None if it contains none.
-
-    Raises:
-        ConfigError: the settings can't be read.
-    """
-    path = Path(directory)
-    if (path / checkpoints.MANIFEST).is_file():
-        return from_dict(PPOConfig, checkpoints.read_checkpoint(path).config, path / checkpoints.MANIFEST)
-    file = (path.parent if path.name == MERGED else path) / CONFIG_FILE
-    if not file.is_file():
-        return None
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} can't be read: {error}") from error
-    return from_dict(PPOConfig, recorded, file)
-
-
 def _writer(config: GenerateConfig, trained: PPOConfig | None) -> Writer:
     device = device_named(config.device)
     if trained is None or not (Path(config.run) / checkpoints.MANIFEST).is_file():
         return load_writer(config.run, device=device)
-    checkpoint = checkpoints.read_checkpoint(Path(config.run))
-    policy = load_policy(trained.policy, trained.lora, device=device)
-    saved = load_file(checkpoint.directory / checkpoints.WEIGHTS, device=str(device))
-    for name, parameter in policy.named_parameters():
-        if parameter.requires_grad and not name.startswith("v_head."):
-            if name not in saved:
-                raise ConfigError(f"{config.run} has no weights for {name} of policy={trained.policy!r}")
-            with torch.no_grad():
-                parameter.copy_(saved[name])
+    directory = Path(config.run)
+    policy = load_checkpoint(trained, directory, device)
     model = policy.language_model.eval()
     cached = check_policy(Policy(model).eval(), config.run)
-    return Writer(config.run, model, load_tokenizer(trained.policy), cached, revision_of(checkpoint.directory))
+    return Writer(config.run, model, load_tokenizer(trained.policy), cached, revision_of(directory))
 
 
 def prompts_of(config: GenerateConfig, trained: PPOConfig | None) -> list[Prompt]:

@@ -14,8 +14,9 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     """AdamW over every trainable parameter; with `muon_learning_rate`, Muon over the hidden layers' matrices instead.
 
     Embeddings, output layers, biases and norms stay with AdamW: Muon orthogonalises updates, which fits linear maps
-    between hidden states only (Jordan et al. 2024).
+    between hidden states only (Jordan et al. 2024). The learning rate must have been chosen.
     """
+    assert settings.learning_rate is not None
     adamw = functools.partial(
         torch.optim.AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
     )

@@ -7,7 +7,7 @@ overwrites another one.
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from plaudit.learner.stepper import PPOStepper
 from plaudit.parallel.devices import settle_arithmetic
 from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
+from plaudit.policy.adapters import is_adapters
 from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.loading import load_policy
 from plaudit.policy.model import Policy
@@ -37,6 +38,7 @@ from plaudit.run.step_log import StepLog
 from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.starting_points import chosen_ppo, ppo_steps
 from plaudit.stages.held_out import HeldOut, open_held_out
 from plaudit.stages.ppo_results import CONFIG_FILE, require_same_kind
 
@@ -107,15 +109,26 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         inputs = _fingerprints(prompts, policy)
         if resumed is not None:
             checkpoints.check_same_inputs(resumed, inputs)
+        hyperparameters, chosen = chosen_ppo(
+            config.ppo,
+            {} if resumed is None else resumed.config["ppo"],
+            parameters=policy.language_model.num_parameters(),
+            adapters=is_adapters(config.policy) or config.lora.enabled,
+            prompts=len(prompts),
+        )
+        config = replace(config, ppo=hyperparameters)
         _distribute_weights(policy, processes)
         schedule = PromptSchedule(
-            prompts, config.ppo.batch_size, seed=config.seed, responses_per_prompt=config.ppo.responses_per_prompt
+            prompts,
+            hyperparameters.batch_size,
+            seed=config.seed,
+            responses_per_prompt=hyperparameters.responses_per_prompt,
         )
-        total_steps = config.steps if config.steps is not None else schedule.steps_per_epoch
+        total_steps = config.steps if config.steps is not None else ppo_steps(schedule.steps_per_epoch)
         stepper = PPOStepper(
             policy,
             None,
-            config.ppo,
+            hyperparameters,
             generation=config.generation,
             total_steps=total_steps,
             seed=config.seed,
@@ -139,6 +152,8 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
         if processes.is_main:
             print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
+            if chosen:
+                print(chosen, flush=True)
             if not cached:
                 print("sampling without a key-value cache, since this model keeps none: right, and slow")
         yield Training(config, total_steps, stepper, rollouts, client, log, stop, inputs, held_out)

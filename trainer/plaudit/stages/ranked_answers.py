@@ -53,7 +53,7 @@ from plaudit.stages.judge_model import (
 )
 from plaudit.stages.optimizers import build_optimizer
 from plaudit.stages.ranking_loss import ranking_loss
-from plaudit.stages.supervised import BatchShape, Run, resumable, train, training_arguments
+from plaudit.stages.supervised import BatchShape, Run, resumable, settled, train, training_arguments
 from plaudit.wire import rankings as wire
 
 RANKINGS_FILE = "rankings.jsonl"
@@ -105,6 +105,8 @@ def train_on_rankings(config: RewardModelConfig, run: Run) -> RankingFigures:
 
     from datasets import Dataset  # takes seconds to import; data errors should come first
 
+    run = settled(run, "pairwise", model, len(elements))
+    config = dataclasses.replace(config, optimizer=run.config.optimizer)
     trainer = resumable(RankingTrainer, EXAMPLES)(
         model=model,
         args=TrainingArguments(remove_unused_columns=False, **training_arguments(config)),

@@ -1,17 +1,16 @@
 """Stage 2: train a reward model from labelled texts or ranked answers, and write a Hugging Face classifier
 directory."""
 
-import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
-from plaudit.data.sources import Label, LabelledTexts, fingerprint, load_labelled_texts
+from plaudit.data.labels import LabelReading, read_labels, spelled
+from plaudit.data.sources import LabelledTexts, fingerprint, load_labelled_texts
 from plaudit.errors import ConfigError
 from plaudit.policy.from_scratch import new_classifier, train_tokenizer
 from plaudit.report.preferences import RankingFigures
@@ -32,7 +31,16 @@ from plaudit.stages.judge_model import (
     write_report,
 )
 from plaudit.stages.optimizers import build_optimizer
-from plaudit.stages.supervised import Drawing, Run, begun, forget_checkpoints, resumable, train, training_arguments
+from plaudit.stages.supervised import (
+    Drawing,
+    Run,
+    begun,
+    forget_checkpoints,
+    resumable,
+    settled,
+    train,
+    training_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def run(config: RewardModelConfig) -> dict[str, Judgement] | dict[str, RankingFi
         forget_checkpoints(run)
     for name, judged in measured.items():
         print(f"held-out {name}: {judged.line()}")
-    print(f"saved in {config.output_dir}; serve it with: plaudit-reward --model {config.output_dir}")
+    print(f"saved in {config.output_dir}")
     push_results(config.output_dir, config.push_to_hub, private=config.hub_private)
     return measured
 
@@ -73,10 +81,12 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
 
     texts = load_labelled_texts(config.dataset, "train")
     held_out = load_labelled_texts(config.dataset, "held_out")
-    reading = read_labels([*texts.labels, *held_out.labels], config.label_names, texts.class_names)
-    labels = [reading.index[spelled(label)] for label in texts.labels]
-    for line in reading.lines([*texts.labels, *held_out.labels]):
-        print(line)
+    everywhere = [*texts.labels, *held_out.labels]
+    reading = read_labels(everywhere, config.label_names, texts.class_names, config.label_map)
+    for line in reading.lines(everywhere):
+        print(line, flush=True)
+    texts, labels = _read(texts, reading)
+    held_out, held_out_labels = _read(held_out, reading)
     if config.from_scratch:
         tokenizer = train_tokenizer(
             texts.texts, vocab_size=config.sizes.vocab_size, max_length=config.max_length, classifier=True
@@ -86,6 +96,8 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
         model, tokenizer = _load(config, config.quantization)
     check_start(config, model, tokenizer, texts.texts)
     model = with_adapters(model, config.lora)
+    run = settled(run, "classifier", model, len(texts.texts))
+    config = replace(config, optimizer=run.config.optimizer)
     collator = CroppingCollator(tokenizer, config)
     trainer = resumable(Trainer)(
         model=model,
@@ -110,7 +122,7 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     trained = without_adapters(train(trainer, run, inputs, collator), full_precision)
     few = held_out.texts[:8]
     judged_texts = held_out.texts[: config.eval_examples]
-    targets = torch.tensor([reading.index[spelled(label)] for label in held_out.labels[: config.eval_examples]])
+    targets = torch.tensor(held_out_labels[: config.eval_examples])
     openings = [" ".join(text.split()[: config.short_words]) for text in judged_texts]
 
     def measure(model: Any, beside: Path) -> dict[str, Judgement]:
@@ -126,6 +138,19 @@ def _classifier(config: RewardModelConfig, run: Run) -> dict[str, Judgement]:
     return save_classifier(
         config, trained, tokenizer, lambda model, tokenizer: logits(model, tokenizer, few, config.max_length), measure
     )
+
+
+def _read(texts: LabelledTexts, reading: LabelReading) -> tuple[LabelledTexts, list[int]]:
+    """The texts whose label has a meaning, and these labels as indices of their names."""
+    known = [i for i, label in enumerate(texts.labels) if spelled(label) in reading.index]
+    if not known:
+        raise ConfigError(
+            f"of {len(texts.texts)} texts in one of the splits, none has a label that means something: add texts, or "
+            "say with --label-map what the values mean"
+        )
+    labels = [texts.labels[i] for i in known]
+    kept = LabelledTexts([texts.texts[i] for i in known], labels, texts.class_names)
+    return kept, [reading.index[spelled(label)] for label in labels]
 
 
 def _load(config: RewardModelConfig, quantization: Quantization | None) -> tuple[Any, Any]:
@@ -167,89 +192,6 @@ class CroppingCollator(Drawing):
         words = text.split(" ")
         last = max(len(words) - self.config.crop_min_tokens, 0)
         return " ".join(words[self.random.randint(0, last) :])
-
-
-@dataclass(frozen=True)
-class LabelReading:
-    """The mapping from values of a label column to label names."""
-
-    names: tuple[str, ...]
-    index: Mapping[str, int]
-    """Keys are values as text (see `spelled`)."""
-    class_names: tuple[str, ...] | None = None
-
-    def lines(self, labels: Sequence[Label]) -> list[str]:
-        """A summary for people: each value with its name and number of rows, and names without rows."""
-        counts = Counter(spelled(label) for label in labels)
-        lines = []
-        for value, i in sorted(self.index.items(), key=lambda entry: (entry[1], entry[0])):
-            own = f" ({self.class_names[int(value)]})" if self.class_names and value.isdigit() else ""
-            lines.append(f"label {value}{own} is {self.names[i]}: {counts[value]} rows")
-        unused = [name for i, name in enumerate(self.names) if i not in self.index.values()]
-        return lines + [f"label {name}: no row, so nothing can be learnt about it" for name in unused]
-
-
-def spelled(label: Label) -> str:
-    """A label as text: whole numbers without a decimal point, true and false as 1 and 0."""
-    text = str(label).strip()
-    if text.lower() in ("true", "false"):
-        return "1" if text.lower() == "true" else "0"
-    return text.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text
-
-
-def read_labels(
-    labels: Sequence[Label], names: Sequence[str], class_names: Sequence[str] | None = None
-) -> LabelReading:
-    """The meaning of the labels: names, or indices of names from 0.
-
-    If they could be either, they are names if all of them are. `class_names` are the source's own names of 0, 1, ...;
-    if they are the same words in another order, they are matched by word, not by position.
-
-    Raises:
-        ConfigError: a label is neither; some are names and all of them could be numbers; or there is only one.
-    """
-    names = tuple(names)
-    values = sorted({spelled(label) for label in labels})
-    if len(values) < 2:
-        raise ConfigError(
-            f"every text has the label {', '.join(values)}: a classifier learns nothing from one label; add texts with "
-            "another, or name another column with --label-column"
-        )
-    by_name = {value: names.index(value) for value in values if value in names}
-    by_number = {value: int(value) for value in values if value.isdigit() and int(value) < len(names)}
-    if len(by_name) == len(values):
-        return LabelReading(names, by_name)
-    if len(by_number) < len(values):
-        unknown = [value for value in values if value not in by_name and value not in by_number]
-        raise ConfigError(
-            f"labels {', '.join((unknown or values)[:5])} are neither numbers below {len(names)} nor among "
-            f"label_names={', '.join(names)}; give --label-names in the order of the labels"
-        )
-    if by_name:
-        as_numbers = ", ".join(f"{value} is {names[i]!r}" for value, i in by_number.items())
-        as_names = ", ".join(f"{value} is {names[i]!r}" for value, i in by_name.items())
-        raise ConfigError(
-            f"labels {', '.join(values)} with label_names={', '.join(names)} can be read in two ways: as numbers that "
-            f"count the names from 0 ({as_numbers}), or as the names ({as_names}, the others unknown); give names "
-            "that are no numbers, in the order of the labels"
-        )
-    if class_names is not None:
-        own, wanted = ([name.casefold() for name in some] for some in (class_names, names))
-        if set(own) & set(wanted):
-            missing = [class_names[i] for i in by_number.values() if own[i] not in wanted]
-            if missing:
-                raise ConfigError(
-                    f"the data call labels {', '.join(class_names)}, and label_names={', '.join(names)} lacks "
-                    f"{', '.join(missing)}: give --label-names {' '.join(class_names)}"
-                )
-            by_number = {value: wanted.index(own[i]) for value, i in by_number.items()}
-    return LabelReading(names, by_number, None if class_names is None else tuple(class_names))
-
-
-def label_indices(data: LabelledTexts, names: Sequence[str]) -> list[int]:
-    """Labels as indices into `names` (see `read_labels`)."""
-    reading = read_labels(data.labels, names, data.class_names)
-    return [reading.index[spelled(label)] for label in data.labels]
 
 
 def class_probabilities(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> torch.Tensor:

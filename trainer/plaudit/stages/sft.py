@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from plaudit.stages.supervised import (
     require_same_figures,
     resumable,
     saved_model,
+    settled,
     train,
     training_arguments,
 )
@@ -85,6 +86,8 @@ def _run(config: SFTConfig, run: Run) -> SFTResult:
     _end_turns(model, tokenizer, taken)
     _tell_example(tokenizer, taken)
     rows = Dataset.from_dict({"input_ids": taken.ids, "labels": taken.labels})
+    run = settled(run, "sft", model, len(rows))
+    config = replace(config, optimizer=run.config.optimizer)
     trainer = resumable(SFTTrainer)(
         model=model,
         args=TrlSFTConfig(

@@ -8,7 +8,7 @@ model is loaded again and must give the same metrics.
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ from plaudit.run.storage import NotWritten, replaced_model
 from plaudit.settings.plain import to_dict
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
+from plaudit.settings.starting_points import Stage, chosen_optimizer
 from plaudit.settings.supervised import OptimizerSettings
 
 CHECKPOINTS = "checkpoints"
@@ -105,6 +106,19 @@ def _checkpoint_to_resume(config: SFTConfig | RewardModelConfig, root: Path) -> 
         defaults=type(config)(),
         free=FREE_TO_CHANGE,
     )
+
+
+def settled(run: Run, stage: Stage, model: PreTrainedModel, examples: int) -> Run:
+    """The run with the open settings of its optimizer chosen (`settings.starting_points`). Prints what was chosen."""
+    before = {} if run.resumed is None else run.resumed.config["optimizer"]
+    parameters = model.num_parameters()
+    adapters = run.config.lora.enabled
+    optimizer, chosen = chosen_optimizer(
+        run.config.optimizer, before, stage, parameters=parameters, adapters=adapters, examples=examples
+    )
+    if chosen:
+        print(chosen, flush=True)
+    return replace(run, config=replace(run.config, optimizer=optimizer))
 
 
 def training_arguments(config: SFTConfig | RewardModelConfig) -> dict[str, Any]:
