@@ -1,6 +1,6 @@
 """Each setting of the algorithm beside the default: reward and KL at the end of runs on the embedded models.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --steps 12 --into docs/explanation/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.settings --steps 12 --into docs/evidence/ppo.md
 
 A run is the PPO stage of a preset with some settings changed, against one reward service on this machine. It leaves one
 JSON file in `--runs`; a run whose file is there is not taken again. Prints a Markdown table, which `--into` puts into a
@@ -99,9 +99,9 @@ def main() -> None:
     lines = table(results, names)
     print("\n".join(lines))
     if arguments.into is not None:
-        samples = arguments.steps * config.ppo.batch_size
-        seeds = len(arguments.seeds)
-        head = [f"{measured_on('torch', 'transformers')}; {samples:,} samples a run, {seeds} seeds", ""]
+        samples, count = arguments.steps * config.ppo.batch_size, len(arguments.seeds)
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
+        head = [f"{measured_on('torch', 'transformers')}; {samples:,} samples a run, {seeds}", ""]
         put(arguments.into, "settings", [*head, *lines])
 
 
