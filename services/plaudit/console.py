@@ -1,4 +1,4 @@
-"""The console scripts. If a program's extra is not installed, they say so in one line. Standard library only."""
+"""The console scripts. If a program can't run (no extra, Windows), they say so in one line. Standard library only."""
 
 import importlib
 import sys
@@ -20,6 +20,11 @@ def ranking_service() -> None:
 
 
 def _start(program: str, module: str, *, extra: str) -> None:
+    if sys.platform == "win32":
+        sys.exit(
+            f"{program}: it runs on Linux and macOS, and on Windows inside WSL 2: "
+            "https://learn.microsoft.com/windows/wsl/install"
+        )
     try:
         code = importlib.import_module(module).main()
     except ModuleNotFoundError as error:
