@@ -139,7 +139,7 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     with measuring_peak(where) as rollout, processes.gathered_weights(policy):
         own = collect_rollout(stepper, tokenizer, own_prompts, own_draws, generation, Lengths())
     collected = CollectedRollout.concatenate(processes.on_all(own.to, "cpu")).to(where)
-    _give_freed_memory_back()
+    give_freed_memory_back()
     with measuring_peak(where) as update:
         began = time.process_time()
         stepper.update(collected.rollout)
@@ -151,7 +151,7 @@ def measure(layout: Layout, path: Path, batch_size: int, device: str, rank: int,
     return Measured(weights, added(rollout), added(update), update_cpu_s)
 
 
-def _give_freed_memory_back() -> None:
+def give_freed_memory_back() -> None:
     """What the C library keeps of a phase would count as the next one's."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):

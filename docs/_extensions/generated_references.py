@@ -34,7 +34,7 @@ DEFAULT = re.compile(r"\s*\((?:default: (?P<default>.*?)|(?P<required>required))
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A row of a table of settings."""
+    """A setting, as the reference shows it."""
 
     name: str
     kind: str
@@ -53,7 +53,7 @@ def flags_of(command: str) -> list[Flag]:
             default=cli._CommandLine(settings=config_type()),
             registry=cli._registry(),
         )
-    return [flag_of(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    return [flag_of(action) for action in parser._actions if "--help" not in action.option_strings]
 
 
 def flag_of(action: argparse.Action) -> Flag:
@@ -85,25 +85,29 @@ def default_of(field: FieldInfo) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def table(flags: Iterable[Flag], second: str) -> list[str]:
-    """The Markdown of a table of settings."""
+def described(flags: Iterable[Flag]) -> list[str]:
+    """The Markdown of a list of settings: a definition list, which a phone shows as well as a screen."""
+    lines = []
+    for flag in flags:
+        default = "required" if flag.default == "required" else f"default {code(flag.default)}" if flag.default else ""
+        kind = code(flag.kind.replace("{None}|", "").replace("|{None}", ""))
+        lines += [
+            " · ".join(part for part in (code(flag.name), kind, default) if part),
+            f": {escaped(flag.text) or '—'}",
+            "",
+        ]
+    return lines
 
-    def cell(text: str) -> str:
-        return " ".join(text.split()).replace("|", "\\|").replace("<", "\\<").replace("{", "\\{")
 
-    def code(text: str) -> str:
-        return f"`{' '.join(text.split())}`".replace("|", "\\|") if text.strip() else ""
+def escaped(text: str) -> str:
+    """A help text as Markdown: only its `code` is markup."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_<>{}\[\]|$])", r"\\\1", part) for part in parts)
 
-    rows = [f"| {code(flag.name)} | {code(flag.kind)} | {code(flag.default)} | {cell(flag.text)} |" for flag in flags]
-    return [
-        "```{table}",
-        ":class: settings",
-        "",
-        f"| flag | {second} | default | meaning |",
-        "| --- | --- | --- | --- |",
-        *rows,
-        "```",
-    ]
+
+def code(text: str) -> str:
+    """A text as code; nothing for an empty one."""
+    return f"`{' '.join(text.split())}`" if text.strip() else ""
 
 
 class _Generated(SphinxDirective):
@@ -132,7 +136,7 @@ class Commands(_Generated):
         for name, command in cli.COMMANDS.items():
             self.depends_on(command.config_type.__module__)
             summary = f"{command.summary[0].upper()}{command.summary[1:]}."
-            lines = [summary, "", "```bash", command.example, "```", "", *table(flags_of(name), "value")]
+            lines = [summary, "", "```bash", command.example, "```", "", *described(flags_of(name))]
             made.append(self.section(f"plaudit {name}", lines))
         return made
 
@@ -152,7 +156,7 @@ class Services(_Generated):
         self.depends_on(rank.__name__)
         self.depends_on(reward.__name__)
         return [
-            self.section(name, [*first_paragraph(settings), "", *table(setting_flags(settings, prefix), "variable")])
+            self.section(name, [*first_paragraph(settings), "", *described(setting_flags(settings, prefix))])
             for name, (settings, prefix) in commands.items()
         ]
 

@@ -20,7 +20,8 @@ class Service(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
         rewards = [reward(item.response) for item in RewardRequest.model_validate_json(body).items]
-        self.answer(RewardResponse(rewards=rewards, model=MODEL.id, revision=MODEL.revision).model_dump_json())
+        answer = RewardResponse(rewards=rewards, model=MODEL.id, revision=MODEL.revision, label="ING")
+        self.answer(answer.model_dump_json())
 
     def answer(self, document: str) -> None:
         self.send_response(200)

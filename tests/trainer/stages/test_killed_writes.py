@@ -134,7 +134,7 @@ def a_merged_model(tmp_path: Path) -> Scene:
 
     def save(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Policy, "merge", copied)
+            patch.setattr(ppo_results, "merge_policy", copied)
             scene.old(root)
 
     scene.old(tmp_path / "once")

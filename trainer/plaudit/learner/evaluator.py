@@ -10,7 +10,6 @@ from plaudit.learner.graphs import FlatSamples, Graphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
 from plaudit.policy.model import Policy, ResponseOutputs
 from plaudit.policy.samples import EvaluatedSamples, Samples
-from plaudit.ppo import kl
 from plaudit.settings.policy import GenerationSettings
 
 
@@ -50,12 +49,7 @@ class Evaluator:
         own: ResponseOutputs = self._policy(samples, temperature=temperature, support=support, entropy=False)
         full = None
         if self._full_kl:
-            full = samples.spread(
-                kl.full_kl(
-                    self._policy.policy_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-                    self._policy.reference_logits(samples, temperature=temperature, support=support).log_softmax(-1),
-                )
-            )
+            full = self._policy.full_kl(samples, temperature=temperature, support=support)
         return EvaluatedSamples(
             samples=samples,
             logprobs=own.logprobs,
@@ -69,8 +63,11 @@ class Evaluator:
         """`_evaluate` by a recorded graph; None if there is none."""
         if self._graphs is None or self._full_kl:
             return None
+        flat = FlatSamples.of(samples, self._policy.mask_dtype)
+        if self._policy.in_pieces(len(flat.mask)):
+            return None
         try:
-            outputs = self._graphs.run(FlatSamples.of(samples, self._policy.mask_dtype))
+            outputs = self._graphs.run(flat)
         except RuntimeError as error:
             self._graphs = None
             warn_of_no_graphs("evaluations", error)

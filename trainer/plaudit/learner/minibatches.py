@@ -18,7 +18,7 @@ from plaudit.learner.adam import make_optimizer, step_unless
 from plaudit.learner.experience import Experience
 from plaudit.learner.graphs import FlatMinibatch, UpdateGraphs, warn_of_no_graphs
 from plaudit.learner.memory import BatchSizeFinder
-from plaudit.learner.objective import how_to_aggregate, token_losses
+from plaudit.learner.objective import clipped_losses, how_to_aggregate, token_losses
 from plaudit.learner.step_statistics import STATISTICS, averaged, measure
 from plaudit.parallel.processes import Processes
 from plaudit.policy.model import Policy, ResponseOutputs
@@ -120,6 +120,9 @@ class MinibatchEngine:
         self.batch_size_finder = BatchSizeFinder(
             min(config.micro_batch_size or share, share), fixed=processes.is_sharded
         )
+        # Through fp16 goes the gradient of a sum over tokens: that of their mean would be rounded to 0.
+        self._divides_gradients = policy.language_model.dtype == torch.float16
+        self._value_only = False
         self._step = 0
         self._temperature = 1.0
         self._updates: UpdateGraphs | None = None
@@ -146,17 +149,21 @@ class MinibatchEngine:
         """Everything that learns, in the optimizer's order."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    def _of_the_policy(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
+
     def run(
-        self, experience: Experience, orders: Iterable[Tensor], *, step: int = 0
+        self, experience: Experience, orders: Iterable[Tensor], *, step: int = 0, value_only: bool = False
     ) -> tuple[dict[str, float], list[list[int]]]:
         """One epoch for each of the `ppo_epochs` orders of samples, unless early stopping ends them.
 
-        Returns the mini-batches' statistics, averaged, and the orders that were taken. `step` is for messages.
+        Returns the mini-batches' statistics, averaged, and the orders that were taken. `step` is for messages. With
+        `value_only` the loss is the value head's, and nothing moves but it and a value model.
 
         Raises:
             NonFiniteUpdate: a loss or gradient is not finite; no weight has seen it.
         """
-        config, self._step = self.config, step
+        config, self._step, self._value_only = self.config, step, value_only
         self.policy.train()
         history: list[dict[str, float]] = []
         recorded: list[_Recorded] = []
@@ -187,6 +194,9 @@ class MinibatchEngine:
         ]
         if all(statistics["ppo/skipped"] for statistics in history):
             return history
+        if self._value_only:
+            for parameter in self._of_the_policy():
+                parameter.grad = None  # Adam leaves it, and its moments, as they are
         self.processes.all_reduce_gradients(self.parameters())
         norm = self.processes.full_tensor(nn.utils.clip_grad_norm_(self.parameters(), config.max_grad_norm or math.inf))
         if not bool(norm.isfinite()):
@@ -199,7 +209,7 @@ class MinibatchEngine:
 
     def _recorded_step(self, experience: Experience, rows: Tensor, *, epoch: int) -> "_Recorded | None":
         """`_optimizer_step` for one mini-batch by a recorded graph, statistics unread; None if there is no graph."""
-        if self._updates is None:
+        if self._updates is None or self._value_only:
             return None
         minibatch = Minibatch.of(experience, rows)
         flat = FlatMinibatch.of(
@@ -210,6 +220,8 @@ class MinibatchEngine:
             advantages=minibatch.advantages,
             returns=minibatch.returns,
         )
+        if self.policy.in_pieces(len(flat.mask)):
+            return None
         try:
             return _Recorded(self._updates.run(flat), rows, epoch)
         except RuntimeError as error:
@@ -282,6 +294,9 @@ class MinibatchEngine:
         how = how_to_aggregate(self.config)
         whole = divisor(minibatch.mask, aggregation=self.config.loss_aggregation)
         whole = whole * self.config.gradient_accumulation_steps
+        later = 1.0
+        if self._divides_gradients:
+            whole, later = 1, float(whole)
         groups = []
         largest = self.processes.largest_share(len(minibatch), group=self.config.responses_per_prompt)
         for start in range(0, largest, size):
@@ -296,9 +311,18 @@ class MinibatchEngine:
                 temperature=self._temperature,
                 support=group.support,
             )
-            loss = group_sum(token_losses(group, new, self.config, group.ref_logprobs), group.mask, **how) / whole
+            each = (
+                self.config.vf_coef * clipped_losses(group, new, self.config)[1]
+                if self._value_only
+                else token_losses(group, new, self.config, group.ref_logprobs)
+            )
+            loss = group_sum(each, group.mask, **how) / whole
             loss.backward()  # type: ignore[no-untyped-call]
             groups.append(torch.stack([new.logprobs, new.values, new.entropy]).detach())
+        if self._divides_gradients:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(later)
         return stack_rows(groups, dim=2)
 
     def _idle_pass(self, minibatch: "Minibatch") -> None:

@@ -193,13 +193,14 @@ class PPOStepper:
         learning_rate = self._set_learning_rates()
         # Drawn as they are taken: epochs that early stopping leaves out draw nothing.
         orders = (self._order(epoch, minibatch_permutations) for epoch in range(config.ppo_epochs))
-        minibatches, permutations = self._engine.run(experience, orders, step=self.steps_done)
+        value_only = self.steps_done < config.value_warmup_steps
+        minibatches, permutations = self._engine.run(experience, orders, step=self.steps_done, value_only=value_only)
         statistics = {
             **step_statistics.of_experience(experience, kl_coef=self.kl_coef),
             **minibatches,
             "ppo/learning_rate": learning_rate,
         }
-        if config.adap_kl_ctrl:
+        if config.adap_kl_ctrl and not value_only:
             self.kl_coef = kl.adapt_coefficient(
                 self.kl_coef,
                 statistics["objective/kl"],
@@ -303,6 +304,7 @@ def _can_record(
         and policy.device.type == "cuda"
         and processes.count == 1
         and policy.packs
+        and policy.language_model.dtype != torch.float16  # whose gradients are divided afterwards
         and config.gradient_accumulation_steps == 1
         and config.micro_batch_size is None
         and not getattr(policy.language_model, "is_gradient_checkpointing", False)

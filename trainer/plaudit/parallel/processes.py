@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import peft
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -191,7 +192,9 @@ class Processes:
             # Of a model with adapters, its base is not written.
             model=of(policy.model, learning=policy.has_adapters),
             value_head={} if policy.v_head is None else of(policy.v_head),
-            value_model={} if policy.value_model is None else of(policy.value_model),
+            value_model={}
+            if policy.value_model is None
+            else of(policy.value_model, learning=isinstance(policy.value_model, peft.PeftModel)),
         )
 
 

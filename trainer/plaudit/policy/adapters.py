@@ -26,7 +26,7 @@ def add_lora(
     model: PreTrainedModel,
     lora: LoraSettings,
     *,
-    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION"] = "CAUSAL_LM",
     modules_to_save: Sequence[str] = (),
 ) -> peft.PeftModel:
     """Wraps the model with fresh adapters, which start as the identity. `modules_to_save` learn whole beside them.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plaudit.errors import ConfigError, NotFinite
+from plaudit.policy.head import HALVES
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
 from plaudit.policy.tokenizer import Tokenizer
@@ -65,13 +66,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-def check_room(model: PreTrainedModel, longest_prompt: int, settings: GenerationSettings, source: str) -> None:
+def check_room(
+    model: PreTrainedModel, longest_prompt: int, settings: GenerationSettings, source: str, *, setting: str = "policy"
+) -> None:
     """Raises `ConfigError` where a prompt and its response need more positions than the model has."""
     positions = max_positions(model)
     needed = longest_prompt + settings.max_new_tokens - 1  # nothing is read after the last token
     if positions is not None and needed > positions:
         raise ConfigError(
-            f"policy={source!r} has {positions} positions, and a prompt of {longest_prompt} tokens with "
+            f"{setting}={source!r} has {positions} positions, and a prompt of {longest_prompt} tokens with "
             f"generation.max_new_tokens={settings.max_new_tokens} needs {needed}: lower prompts.max_tokens or "
             "generation.max_new_tokens"
         )
@@ -192,4 +195,5 @@ def _ask(model: PreTrainedModel, ids: Tensor, seen: Tensor, position: Tensor, ca
 
 def _tolerance(policy: Policy) -> float:
     """Of a spread of log-probabilities. A model that sees padding is off by a large part of it."""
-    return 0.1 if getattr(policy.language_model, "is_quantized", False) else 1e-2
+    rounded = getattr(policy.language_model, "is_quantized", False) or policy.language_model.dtype in HALVES
+    return 0.1 if rounded else 1e-2

@@ -4,6 +4,7 @@ Failure modes: a log-probability that depends on padding; a reference that is th
 """
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,11 +16,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plaudit.errors import ConfigError
-from plaudit.policy.head import fp32_logits
 from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
+from plaudit.policy.response_logits import (
+    ResponseLogits,
+    apply_head,
+    computing_in,
+    ends_with_its_head,
+    in_pieces,
+    probe_samples,
+    response_logits,
+    same_logits,
+)
 from plaudit.policy.samples import Samples
-from plaudit.policy.transformer import bare, disable_dropout, fuse_activations
-from plaudit.ppo import distributions
+from plaudit.policy.transformer import bare, disable_dropout, fuse_activations, head_of, numel
+from plaudit.policy.value_model import same_states, value_states
+from plaudit.ppo import distributions, kl
+from plaudit.settings.policy import LOGITS_MIB
+
+PIECES = 8
+"""A piece of the response tokens has at most this part of `logits_mib`."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +62,23 @@ class Policy(nn.Module):
         model: nn.Module,
         *,
         reference: nn.Module | None = None,
-        value_model: PreTrainedModel | None = None,
+        value_model: nn.Module | None = None,
         autocast: torch.dtype | None = None,
+        logits_mib: float = LOGITS_MIB,
         value_head: bool = True,
     ) -> None:
         """`model` is any Hugging Face causal LM, bare or as a `peft.PeftModel`; `autocast` the dtype of its passes.
 
-        `value_model` is a headless transformer of its own for the values; without it they share the policy's. Without
-        a `value_head`, for advantages that need no critic, all values are 0.
+        `value_model` is a headless transformer of its own for the values, or such a one with adapters (`value_model`);
+        without it they share the policy's. Response
+        tokens whose logits take more than `logits_mib` go through the output head in pieces. Without a `value_head`,
+        for advantages that need no critic, all values are 0.
         """
         super().__init__()
         self.model: Any = model
-        self.value_model = value_model
-        head = self._head_of(model)
-        width = head.in_features if value_model is None else value_model.config.hidden_size
+        self.value_model: Any = value_model
+        head = head_of(model)
+        width = head.in_features if value_model is None else bare(value_model).config.hidden_size
         self.v_head: Any = None
         if value_head:
             self.v_head = nn.Linear(width, 1, dtype=torch.float32, device=head.weight.device)
@@ -74,17 +92,31 @@ class Policy(nn.Module):
         self._reference: list[Any] = []
         if self.device.type == "cuda":
             fuse_activations(self)
-        self._takes_own_mask = takes_own_mask(self.language_model)
-        self._takes_own_mask = self._takes_own_mask and self._agrees(
-            lambda samples: padded(samples, takes_positions=self._takes_positions, mask_dtype=self.mask_dtype)
-        )
-        # By their positions, most architectures tell the samples of a row apart.
-        self._packs = self._takes_positions and self._agrees(
-            lambda samples: packed(samples, mask_dtype=self.mask_dtype)
-        )
+        self._logits_mib, self._vocabulary = logits_mib, int(getattr(head, "out_features", head.weight.shape[0]))
+        self._takes_own_mask = self._packs = self._head_is_last = False
+        if self.device.type != "meta":
+            self._try_forms_of_input()
         self._last_input: tuple[Samples, ModelInput] | None = None
         if reference is not None:
             self.use_reference(reference)
+
+    def _try_forms_of_input(self) -> None:
+        """Which forms of input give the same logits and values. The models are asked, not believed."""
+        probe, positions = probe_samples(self.device), self._takes_positions
+        plain = padded(probe, takes_positions=positions)
+
+        def agrees(other: ModelInput) -> bool:
+            return same_logits(self.model, plain, other, autocast=self.autocast) and (
+                self.value_model is None or same_states(self.value_model, plain, other, autocast=self.autocast)
+            )
+
+        self._takes_own_mask = all(map(takes_own_mask, self.transformers))
+        self._takes_own_mask = self._takes_own_mask and agrees(
+            padded(probe, takes_positions=positions, mask_dtype=self.mask_dtype)
+        )
+        # By their positions, most architectures tell the samples of a row apart.
+        self._packs = positions and agrees(packed(probe, mask_dtype=self.mask_dtype))
+        self._head_is_last = ends_with_its_head(self.model, plain, autocast=self.autocast)
 
     def use_reference(self, model: nn.Module) -> None:
         """Holds the policy to this model from now on; its parameters are frozen."""
@@ -106,12 +138,12 @@ class Policy(nn.Module):
     @property
     def transformers(self) -> list[PreTrainedModel]:
         """Every transformer that it computes with: the language model, the reference's copy, the values' own."""
-        return [self.language_model, *self._reference, *([] if self.value_model is None else [self.value_model])]
+        return [self.language_model, *self._reference, *([] if self.value_model is None else [bare(self.value_model)])]
 
     @property
     def device(self) -> torch.device:
         """Where the policy's inputs belong."""
-        head = self._head_of(self.model) if self.v_head is None else self.v_head
+        head = head_of(self.model) if self.v_head is None else self.v_head
         device: torch.device = head.weight.device
         return device
 
@@ -159,14 +191,14 @@ class Policy(nn.Module):
 
         `support` is [N, V] here.
         """
-        logits, states = self._response_logits(self.model, given)
-        if self.value_model is not None:
-            states = self._value_states(given)
-        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
-        logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
+        logits = self._response_logits(self.model, given)
+        logprobs, entropies = self._statistics(logits, tokens, support, temperature=temperature, entropy=entropy)
         if self.v_head is None:
             values = torch.zeros_like(logprobs)
         else:
+            states = logits.states
+            if self.value_model is not None:
+                states = value_states(self.value_model, given, autocast=self.autocast)
             with torch.autocast(states.device.type, enabled=False):
                 values = self.v_head(states.float()).squeeze(-1)
         return ResponseOutputs(logprobs, values, torch.zeros_like(logprobs) if entropies is None else entropies)
@@ -199,25 +231,26 @@ class Policy(nn.Module):
     ) -> Tensor:
         """`reference_logprobs` on an input that is made already, [N]; `support` is [N, V] here."""
         with self.as_reference() as reference:
-            logits, _ = self._response_logits(reference, given)
-        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
-        return distributions.token_statistics(logits, tokens)[0]
+            logits = self._response_logits(reference, given)
+            return self._statistics(logits, tokens, support, temperature=temperature, entropy=False)[0]
 
     @torch.no_grad()
-    def policy_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-        """Whole sampling distributions of the policy as logits, [N, V] fp32, one for each real response token.
+    def full_kl(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+        """KL of the policy from the reference over the whole vocabulary at each response token, [B, T] fp32."""
 
-        Large: ask for few rows at a time.
-        """
-        logits, _ = self._response_logits(self.model, self._input_of(samples))
-        return _sampling_logits(logits, samples, temperature, support)
+        def divergence(own: Tensor, other: Tensor, kept: Tensor | None) -> tuple[Tensor]:
+            sampled = (
+                distributions.sampling_logits(logits, temperature=temperature, support=kept) for logits in (own, other)
+            )
+            return (kl.full_kl(*(logits.log_softmax(-1) for logits in sampled)),)
 
-    @torch.no_grad()
-    def reference_logits(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
-        """Whole sampling distributions of the reference as logits, [N, V] fp32, one for each real response token."""
+        given = self._input_of(samples)
+        own = self._response_logits(self.model, given)
         with self.as_reference() as reference:
-            logits, _ = self._response_logits(reference, self._input_of(samples))
-        return _sampling_logits(logits, samples, temperature, support)
+            other = self._response_logits(reference, given)
+        other = dataclasses.replace(other, head=self._apply_head_of_reference)
+        kept = None if support is None else samples.gather(support)
+        return samples.spread(self._in_pieces(divergence, own, other, columns=(kept,))[0])
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
@@ -243,30 +276,47 @@ class Policy(nn.Module):
         """
         if top_k == 0 and top_p == 1.0:
             return None
-        kept = distributions.truncation(self.policy_logits(samples, temperature=temperature), top_k=top_k, top_p=top_p)
-        return samples.spread(kept.scatter(-1, samples.gather(samples.response_ids).unsqueeze(-1), True), fill=True)
 
-    def _response_logits(self, model: Any, given: ModelInput) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] for the real response tokens, and the states [N, H] that the LM head saw."""
-        seen: list[Tensor] = []
+        def truncated(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
+            logits = distributions.sampling_logits(logits, temperature=temperature)
+            kept = distributions.truncation(logits, top_k=top_k, top_p=top_p)
+            return (kept.scatter(-1, tokens.unsqueeze(-1), True),)
 
-        def keep_response_states(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            seen.append(inputs[0].flatten(0, 1).index_select(0, given.states))
-            return (seen[0].unsqueeze(0), *inputs[1:])
+        logits = self._response_logits(self.model, self._input_of(samples))
+        kept = self._in_pieces(truncated, logits, columns=(samples.gather(samples.response_ids),))[0]
+        return samples.spread(kept, fill=True)
 
-        hook = self._head_of(model).register_forward_pre_hook(keep_response_states)
-        try:
-            with self.autocasting():
-                logits = bare(model)(**given.arguments, use_cache=False).logits
-        finally:
-            hook.remove()
-        return logits.squeeze(0), seen[0]
+    def in_pieces(self, tokens: int) -> bool:
+        """Whether so many response tokens go through the output head a few at a time, since their logits are large."""
+        return self._head_is_last and 4 * tokens * self._vocabulary > 2**20 * self._logits_mib
 
-    def _value_states(self, given: ModelInput) -> Tensor:
-        assert self.value_model is not None
-        with self.autocasting():
-            states: Tensor = self.value_model(**given.arguments, use_cache=False).last_hidden_state
-        return states.flatten(0, 1).index_select(0, given.states)
+    def _in_pieces(
+        self, work: Callable[..., tuple[Tensor, ...]], *logits: ResponseLogits, columns: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        rows = max(1, int(2**20 * self._logits_mib / PIECES / (4 * self._vocabulary)))
+        return in_pieces(work, logits, *columns, rows=rows)
+
+    def _statistics(
+        self, logits: ResponseLogits, tokens: Tensor, support: Tensor | None, *, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of `tokens` [N] and entropies, [N] each."""
+
+        def statistics(logits: Tensor, tokens: Tensor, support: Tensor | None) -> tuple[Tensor, ...]:
+            logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
+            logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
+            return (logprobs,) if entropies is None else (logprobs, entropies)
+
+        results = self._in_pieces(statistics, logits, columns=(tokens, support))
+        return results[0], results[1] if entropy else None
+
+    def _apply_head_of_reference(self, states: Tensor) -> Tensor:
+        # Adapters of the head have to be off for every piece.
+        with self.as_reference() as reference:
+            return apply_head(reference, self.autocast, states)
+
+    def _response_logits(self, model: Any, given: ModelInput) -> ResponseLogits:
+        whole = not self.in_pieces(len(given.states))
+        return response_logits(model, given, autocast=self.autocast, whole=whole)
 
     def _input_of(self, samples: Samples) -> ModelInput:
         # Policy, reference and values are asked about the same samples in turn.
@@ -280,21 +330,6 @@ class Policy(nn.Module):
             self._last_input = samples, given
         return self._last_input[1]
 
-    @torch.no_grad()
-    def _agrees(self, make_input: Callable[[Samples], ModelInput]) -> bool:
-        """Whether an input of another form gives the logits of plain padded rows. Each model is asked, not believed."""
-        if self.device.type == "meta":
-            return False
-        probe = Samples.from_lists([[1, 2, 3], [4, 5]], [[6, 7], [7, 6, 5]], pad_token_id=0, device=self.device)
-        plain, _ = self._response_logits(self.model, padded(probe, takes_positions=self._takes_positions))
-        try:
-            logits, _ = self._response_logits(self.model, make_input(probe))
-        except (RuntimeError, TypeError, ValueError):
-            return False
-        exact = self.autocast is None and self.language_model.dtype == torch.float32
-        tolerance = 1e-3 if exact and not getattr(self.language_model, "is_quantized", False) else 3e-2
-        return bool((plain - logits).abs().max() < tolerance * plain.std())
-
     @contextlib.contextmanager
     def generating(self) -> Iterator[None]:
         """Around generation: the policy's precision, and nothing compiled, since every token has another shape."""
@@ -303,7 +338,7 @@ class Policy(nn.Module):
             # The last states of all rows lie apart, and torch would multiply them row by row.
             return (inputs[0].contiguous(), *inputs[1:])
 
-        hook = self._head_of(self.model).register_forward_pre_hook(in_one_piece)
+        hook = head_of(self.model).register_forward_pre_hook(in_one_piece)
         try:
             with torch.compiler.set_stance("force_eager"), self.autocasting():
                 yield
@@ -313,23 +348,13 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def autocasting(self) -> Iterator[None]:
         """The precision that the policy and its reference compute in; their logits are fp32."""
-        # No cache: each weight is cast once a pass anyway, and a recorded graph would keep an old step's copy.
-        enabled = self.autocast is not None
-        heads = [self._head_of(model) for model in (self.model, *self._reference)]
-        with (
-            fp32_logits(*heads, autocast=self.autocast),
-            torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled, cache_enabled=False),
-        ):
+        with computing_in(self.autocast, self.model, *self._reference):
             yield
-
-    @staticmethod
-    def _head_of(model: Any) -> Any:
-        return bare(model).get_output_embeddings()
 
     def trainable_parameters_line(self) -> str:
         """How much of the policy learns, in the words of peft; tied weights count once."""
-        everything = sum(_numel(p) for p in self.parameters())
-        learning = sum(_numel(p) for p in self.parameters() if p.requires_grad)
+        everything = sum(numel(p) for p in self.parameters())
+        learning = sum(numel(p) for p in self.parameters() if p.requires_grad)
         share = 100 * learning / everything
         return f"trainable params: {learning:,} || all params: {everything:,} || trainable%: {share:.4f}"
 
@@ -340,14 +365,3 @@ class Policy(nn.Module):
         mib = sum(p.numel() * p.element_size() for p in self._reference[0].parameters()) / 2**20
         why = "the adapters had learnt before" if self.has_adapters else "every parameter learns"
         return f"{why}, so the reference is a frozen copy of the weights: another {mib:,.0f} MiB"
-
-
-def _sampling_logits(logits: Tensor, samples: Samples, temperature: float, support: Tensor | None) -> Tensor:
-    kept = None if support is None else samples.gather(support)
-    return distributions.sampling_logits(logits, temperature=temperature, support=kept)
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    # A 4-bit weight is stored two to a byte; its quantisation state knows the real shape.
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()

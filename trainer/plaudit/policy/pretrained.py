@@ -35,20 +35,28 @@ def load_causal_lm(
     setting: str = "policy",
 ) -> PreTrainedModel:
     """A bare causal language model. Raises `ModelNotFound` with one line that names the path."""
-    _require_reachable(path, setting)
-    options = {"dtype": dtype, **quantised(quantization, dtype=dtype, device=device)}
+    require_reachable(path, setting)
+    computes_in = _checkpoint_dtype(path) if quantization is not None and dtype == "auto" else dtype
+    options = {"dtype": dtype, **quantised(quantization, dtype=computes_in, device=device)}
     with reading(path):
         try:
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 demo_models.resolve(path), output_loading_info=True, **options
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise _not_found(path, "model", error, setting) from error
+            raise not_found(path, "model", error, setting) from error
     require_no_random_weights(model, loaded, path, setting)
     if quantization is None:
         return model.to(device)
     compute_quantised_layers_in_one_way(model)
     return model
+
+
+def _checkpoint_dtype(path: str | Path) -> torch.dtype:
+    """What the configuration says that the weights are; fp32 where it says nothing."""
+    with reading(path):
+        dtype: torch.dtype | None = transformers.AutoConfig.from_pretrained(demo_models.resolve(path)).dtype
+    return dtype or torch.float32
 
 
 def quantised(
@@ -117,14 +125,14 @@ def load_tokenizer(path: str | Path, *, setting: str = "policy") -> Tokenizer:
         ModelNotFound: there is none, or only the empty one that transformers makes up where the files are missing.
         ConfigError: it has neither a pad token nor an end-of-text token.
     """
-    _require_reachable(path, setting)
+    require_reachable(path, setting)
     tokenizer: Tokenizer | None = None
     with reading(path):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(demo_models.resolve(path))
         except (OSError, ValueError) as error:
             if not is_adapters(path):
-                raise _not_found(path, "tokenizer", error, setting) from error
+                raise not_found(path, "tokenizer", error, setting) from error
     words = [] if tokenizer is None else tokenizer(list(_WORDS), add_special_tokens=False)["input_ids"]
     if tokenizer is None or len({tuple(ids) for ids in words if ids}) < 2:
         if is_adapters(path):
@@ -148,7 +156,7 @@ _WORDS = ("good", "bad", "A", "C", "1", "2", "хорошо", "плохо", "好"
 """Any tokenizer knows two of them apart."""
 
 
-def _require_reachable(path: str | Path, setting: str) -> None:
+def require_reachable(path: str | Path, setting: str) -> None:
     """Raises `ModelNotFound` for a directory that isn't there, before the hub is asked about it and tried again."""
     settle(path)
     path = demo_models.resolve(path)
@@ -158,7 +166,8 @@ def _require_reachable(path: str | Path, setting: str) -> None:
         raise ModelNotFound(f"{setting}={str(path)!r}: no such directory; name one with a model in it, or a hub id")
 
 
-def _not_found(path: str | Path, what: str, error: Exception, setting: str) -> ModelNotFound:
+def not_found(path: str | Path, what: str, error: Exception, setting: str) -> ModelNotFound:
+    """The error for a path whose `what` can't be loaded, in one line."""
     where = "directory" if Path(path).is_dir() else "directory here, and no hub id that can be reached,"
     reason = " ".join(str(error).split())
     return ModelNotFound(f"{setting}={str(path)!r} is no {where} with a {what} that loads ({reason:.160})")

@@ -63,8 +63,13 @@ def check_saved(policy: Policy, directory: Path, weights: PolicyWeights | None =
     head = _value_head(policy, weights)
     _require_saved(directory, {**whole, **head}, some_are_tied=not policy.has_adapters)
     if policy.value_model is not None:
-        own = _as_saved(policy.value_model, None if weights is None else weights.value_model)
-        _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=True)
+        given = None if weights is None else weights.value_model
+        adapted = isinstance(policy.value_model, peft.PeftModel)
+        if adapted:
+            own = peft.get_peft_model_state_dict(policy.value_model, state_dict=given)
+        else:
+            own = _as_saved(policy.value_model, given)
+        _require_saved(directory / VALUE_MODEL_DIRECTORY, own, some_are_tied=not adapted)
 
 
 def _value_head(policy: Policy, weights: PolicyWeights | None) -> Mapping[str, Tensor]:

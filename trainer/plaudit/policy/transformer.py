@@ -14,6 +14,11 @@ def bare(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
+def head_of(model: Any) -> Any:
+    """The output head: states [..., H] to logits [..., V]."""
+    return bare(model).get_output_embeddings()
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability in the model to 0, in modules and plain attributes; the config is left alone."""
     for module in model.modules():
@@ -44,3 +49,10 @@ def compute_quantised_layers_in_one_way(quantised: PreTrainedModel) -> None:
         if isinstance(module, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
             module.training = True
             module.train = lambda mode=True, module=module: module
+
+
+def numel(parameter: nn.Parameter) -> int:
+    """How many numbers it stands for, however they are packed."""
+    # A 4-bit weight is stored two to a byte; its quantisation state knows the real shape.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

@@ -8,6 +8,8 @@ from plaudit.checks import positive, require
 from plaudit.settings.data import PromptKind
 
 Quantization = Literal["8bit", "4bit"]
+LOGITS_MIB = 512.0
+Dtype = Literal["fp32", "bf16", "fp16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class LoraSettings:
 class ModelSettings:
     """Precision, memory and compilation of the policy."""
 
+    dtype: Dtype = "fp32"
+    """Format of the weights that don't learn: the base below adapters, and the reference. `auto` is the checkpoint's
+    own. Adapters, value head, log-probabilities, losses and the optimizer's state are fp32 in any case."""
     quantization: Quantization | None = None
     """Quantise the base weights to 8 or 4 bits (bitsandbytes). Adapters and value head stay in full precision."""
+    logits_mib: float = LOGITS_MIB
+    """Largest size of the fp32 logits of a pass's response tokens. Above it, tokens go through the output head in
+    pieces of an eighth of it, forward and backward, which takes one more product with the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass of updates. Saves memory and takes about a third more time."""
     bf16: bool = False
-    """Autocast to bfloat16; weights, log-probabilities and losses stay in fp32."""
+    """Autocast to bfloat16; weights stay as `dtype` says, log-probabilities and losses in fp32."""
     tf32: bool = False
     """Use TF32 (10 bits of mantissa) for fp32 matrix products on GPUs that support it: several times as fast, less
     exact."""
@@ -46,8 +54,31 @@ class ModelSettings:
     """Compile the transformer for evaluation and updates (torch.compile): a minute at the start, then faster steps."""
     cuda_graphs: bool = True
     """On a GPU, capture the update of a whole mini-batch as one CUDA graph, if model and settings allow it."""
+    value_model: str = "shared"
+    """Transformer of the value head. `shared`: the policy's own. `copy`: a copy of the policy's start. Otherwise the
+    directory or hub id of a causal model with the policy's vocabulary, such as a reward model made from one, whose
+    score head the value head starts from. If a run has saved a value model beside the policy, that one is used."""
+    value_model_lora: bool = False
+    """Train adapters on the value model, with the settings of `lora`, instead of all its parameters."""
     separate_value_model: bool = False
-    """Use a separate transformer for values. It starts as a copy of the policy, and all its parameters are trained."""
+    """Earlier name of value_model=copy."""
+
+    @property
+    def value_source(self) -> str:
+        """`value_model`, under whichever name it was given."""
+        return "copy" if self.separate_value_model else self.value_model
+
+    def __post_init__(self) -> None:
+        positive(self, "logits_mib")
+        require(
+            not self.separate_value_model or self.value_model in ("shared", "copy"),
+            f"separate_value_model=True means value_model=copy, and cannot go with value_model={self.value_model}",
+        )
+        require(
+            not (self.value_model_lora and self.value_source == "shared"),
+            "value_model_lora=True needs a value model of its own: give value_model=copy or a directory",
+        )
+        require(not (self.bf16 and self.dtype == "fp16"), "bf16=True computes in bf16: it cannot go with dtype=fp16")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,9 @@ class PPOSettings:
     adam_eps: float = 1e-8
     value_head_learning_rate: float | None = None
     """Learning rate of the value head and a separate value model, where there is one. Default: the policy's."""
+    value_warmup_steps: int = 0
+    """First PPO steps that train the value head and a value model alone. The policy and the KL coefficient stay as they
+    are."""
     lr_schedule: LearningRateSchedule = "constant"
     """Decay of the learning rate to 0 over the run's steps, after the warm-up."""
     lr_warmup_steps: int = 0
@@ -126,6 +129,7 @@ class PPOSettings:
             f"loss_tokens={self.loss_tokens} with loss_aggregation={self.loss_aggregation}: sequence_sum needs "
             "loss_tokens, for example the value of generation.max_new_tokens, and the others take none",
         )
+        require(self.value_warmup_steps >= 0, f"value_warmup_steps={self.value_warmup_steps} must be 0 (off) or more")
         require(self.lr_warmup_steps >= 0, f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more")
         require(self.kl_loss_coef >= 0, f"kl_loss_coef={self.kl_loss_coef} must be 0 (off) or more")
         require(
@@ -169,6 +173,7 @@ class PPOSettings:
         )
         for name, off in (
             ("value_lam", None),
+            ("value_warmup_steps", 0),
             ("lam_alpha", None),
             ("whiten_rewards", False),
             ("gamma", 1.0),
@@ -260,8 +265,8 @@ class PPOConfig:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")
         check_push(self)
         require(
-            not (self.ppo.critic_free and self.model.separate_value_model),
+            not (self.ppo.critic_free and self.model.value_source != "shared"),
             f"ppo.advantage_estimator={self.ppo.advantage_estimator} uses no values: leave out "
-            "model.separate_value_model",
+            f"model.value_model={self.model.value_source}",
         )
         require(self.log_samples_every >= 0, f"log_samples_every={self.log_samples_every} must be 0 (off) or more")

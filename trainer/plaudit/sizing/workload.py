@@ -18,7 +18,7 @@ from plaudit.run.metrics import FILE_NAME, read_metrics
 
 EVALUATE_SHARE = 0.5
 """Of a rollout without its wait, the share that a trainer evaluates after it has sent a chunk: log-probabilities,
-values and reference. docs/speed.md: 0.52 for the demo's sizes, 0.56 for 124 million parameters."""
+values and reference. docs/evidence/speed.md: 0.52 for the demo's sizes, 0.56 for 124 million parameters."""
 ROLLOUT, WAIT, UPDATE = "time/rollout_s", "time/reward_wait_s", "time/update_s"
 QUERIES, RESPONSES = "tokens/queries_len_mean", "tokens/responses_len_mean"
 TOKENS_AROUND = 2

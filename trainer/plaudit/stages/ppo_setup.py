@@ -21,12 +21,15 @@ from plaudit.parallel.devices import settle_arithmetic
 from plaudit.parallel.launch import process_group
 from plaudit.parallel.processes import Processes
 from plaudit.policy.adapters import is_adapters
-from plaudit.policy.checks import check_policy, check_prompts, check_tokenizer_fits, room_for_prompts
+from plaudit.policy.checks import check_policy, check_prompts, check_room, check_tokenizer_fits, room_for_prompts
 from plaudit.policy.loading import load_policy
 from plaudit.policy.model import Policy
 from plaudit.policy.pretrained import load_tokenizer
 from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
+from plaudit.policy.transformer import bare
+from plaudit.policy.value_model import require_same_vocabulary
+from plaudit.report.held_out import HeldOut, open_held_out
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.evaluations import BEST, forget_evaluations_after
@@ -39,7 +42,6 @@ from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.starting_points import chosen_ppo, ppo_steps
-from plaudit.stages.held_out import HeldOut, open_held_out
 from plaudit.stages.ppo_results import CONFIG_FILE, require_same_kind
 
 CHECKPOINTS = "checkpoints"
@@ -104,6 +106,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
             policy = load_policy(
                 config.policy, config.lora, config.model, device=device, value_head=not config.ppo.critic_free
             )
+        check_value_model(policy, config, tokenizer)
         cached = check_policy(policy, config.policy)
         prompts = _load_prompts(config, tokenizer, policy)
         inputs = _fingerprints(prompts, policy)
@@ -151,6 +154,8 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         processes.on_main(_prepare_directory, config, stepper.steps_done)
         log = held.enter_context(StepLog(config, processes, progress).opened(stepper.steps_done))
         if processes.is_main:
+            if config.model.separate_value_model:
+                print("model.separate_value_model is model.value_model=copy now: 0.3.0 removes the earlier name")
             print(f"{policy.trainable_parameters_line()}\n{policy.reference_line()}", flush=True)
             if chosen:
                 print(chosen, flush=True)
@@ -182,6 +187,14 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
     return checkpoints.checkpoint_to_resume(root, config.output_dir, config.resume, config)
 
 
+def check_value_model(policy: Policy, config: PPOConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` if a value model from elsewhere has another vocabulary than the policy."""
+    source = config.model.value_source
+    if source not in ("shared", "copy"):
+        rows = policy.language_model.get_output_embeddings().weight.shape[0]
+        require_same_vocabulary(source, policy.value_model, tokenizer, rows)
+
+
 def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Prompts:
     """The training prompts, checked against the policy's vocabulary and context length."""
     model = policy.language_model
@@ -189,6 +202,9 @@ def _load_prompts(config: PPOConfig, tokenizer: Tokenizer, policy: Policy) -> Pr
     prompts = load_prompts(config.dataset, config.prompts, tokenizer, "train", seed=config.seed, room=room)
     check_tokenizer_fits(tokenizer, model, config.policy, prompts.texts)
     check_prompts(tokenizer, model, prompts.token_ids, config.generation, config.policy)
+    if policy.value_model is not None:
+        longest, source = max(map(len, prompts.token_ids)), config.model.value_source
+        check_room(bare(policy.value_model), longest, config.generation, source, setting="model.value_model")
     return prompts
 
 
