@@ -46,6 +46,7 @@ from plaudit.settings.init import InitConfig
 from plaudit.settings.loop import LoopConfig
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.push import PushConfig
+from plaudit.settings.report import CompareConfig, ReportConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sample import SampleConfig
 from plaudit.settings.sft import SFTConfig
@@ -59,6 +60,8 @@ REPEATABLE = (
     "--stop",
     "--watch.judges.url",
     "--watch.judges.header",
+    "--judges.url",
+    "--judges.header",
 )
 
 T = TypeVar("T")
@@ -150,6 +153,20 @@ COMMANDS = {
         "plaudit.stages.evaluate_judge",
         "evaluate a reward model on preferences: accuracy, calibration, length bias",
         "plaudit evaluate-judge --preferences rankings.jsonl --reward.url http://127.0.0.1:8000",
+    ),
+    "report": Command(
+        ReportConfig,
+        "plaudit.stages.report",
+        "write the page of a PPO run: curves, audit, samples; also while it runs",
+        "plaudit report runs/ppo",
+        resume=(),
+    ),
+    "compare": Command(
+        CompareConfig,
+        "plaudit.stages.report",
+        "write one page of several PPO runs beside each other",
+        "plaudit compare runs/a runs/b --file comparison.html",
+        resume=(),
     ),
     "generate": Command(
         GenerateConfig,

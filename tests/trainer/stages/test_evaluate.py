@@ -18,7 +18,7 @@ from plaudit.policy.adapters import add_lora
 from plaudit.policy.generation import Draws, generate
 from plaudit.report.evaluation import Answers, compare
 from plaudit.rewards import RewardRejected
-from plaudit.rewards.settings import RewardSettings
+from plaudit.rewards.settings import RewardComponent, RewardSettings
 from plaudit.run.metrics import KL, REWARD_MEAN, MetricsLog
 from plaudit.run.storage import NotWritten
 from plaudit.settings.data import DataSettings
@@ -176,6 +176,44 @@ def test_all_held_out_prompts_are_taken_with_a_warning_if_there_are_fewer_than_a
     assert (
         f"has {n} held-out prompts, fewer than n_prompts=500: the figures are those of {n}" in capsys.readouterr().err
     )
+
+
+def test_any_number_of_policies_and_judges(config, judged, policy_dir, tmp_path, start_stub, monkeypatch):
+    monkeypatch.setenv("PLAUDIT_REWARD_API_KEY", "secret-of-the-first")
+    untrained = save_adapters(policy_dir, tmp_path / "untrained", trained=False)
+    servers = [start_stub(), start_stub()]
+    judges = RewardSettings(tuple(RewardComponent(name=f"j{i}", url=(s.url,)) for i, s in enumerate(servers)))
+    result = judge(dataclasses.replace(config, also=(str(untrained),), judges=judges))
+    # The comparison of the first policy is what it was.
+    assert result.evaluation == judged.evaluation
+    assert result.samples == judged.samples
+    before, after, other = result.policies
+    assert (before.policy, after.policy, other.policy) == (str(policy_dir), config.after, str(untrained))
+    assert after.reward.mean.value == judged.evaluation.reward.after.mean
+    assert after.kl.value == judged.evaluation.kl
+    # Untrained adapters answer as the policy before does.
+    assert other.reward.mean == before.reward.mean
+    assert other.reward.win_rate is not None
+    assert other.reward.win_rate.value == 0.5
+    assert other.perplexity_ratio is not None
+    assert other.perplexity_ratio.ci95 == pytest.approx((1, 1))
+    for figures in result.policies:
+        # All judges are the same function of the text here.
+        for name in ("j0", "j1"):
+            assert figures.judges[name].mean.value == pytest.approx(figures.reward.mean.value)
+        for figure in (figures.reward.mean, figures.reward.median, figures.kl, figures.perplexity, figures.length):
+            assert figure.ci95[0] <= figure.value <= figure.ci95[1]
+    assert all("authorization" not in server.state["headers"] for server in servers)
+    saved = json.loads((config.output_dir / "evaluation.json").read_text())
+    assert [policy["policy"] for policy in saved["policies"]] == [str(policy_dir), config.after, str(untrained)]
+    page = (config.output_dir / "report.html").read_text()
+    assert "j1, win rate" in page
+    assert str(untrained) in page
+
+
+def test_one_policy_named_twice_is_refused(config):
+    with pytest.raises(ConfigError, match="one policy stands twice"):
+        dataclasses.replace(config, also=(config.after,))
 
 
 def test_a_directory_without_adapters_or_model_is_one_line(tmp_path, capsys):

@@ -63,6 +63,7 @@ def test_the_figures_are_those_of_the_answers_and_the_first_policy_is_its_refere
     assert records[3]["eval/win_rate"] == pytest.approx(statistics.fmean(wins))
     assert records[3]["eval/reward_low"] < records[3]["eval/reward"] < records[3]["eval/reward_high"]
     assert 0 <= records[3]["eval/ended_share"] <= 1
+    assert "from step 0 to step 5" in (undisturbed / "training.html").read_text()
 
 
 def test_evaluation_changes_nothing_of_the_training(config: PPOConfig, undisturbed: Path, tmp_path: Path) -> None:

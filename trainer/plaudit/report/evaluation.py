@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,13 @@ class Answers:
     plain_reference_logprobs: tuple[float, ...]
     """The same under the reference, without temperature and truncation."""
     token_counts: tuple[int, ...]
+    judged: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Scores of further judges, by name."""
 
     def __post_init__(self) -> None:
-        counts = {field.name: len(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        names = [each.name for each in dataclasses.fields(self) if each.name != "judged"]
+        counts = {name: len(getattr(self, name)) for name in names}
+        counts |= {name: len(scores) for name, scores in self.judged.items()}
         if len(set(counts.values())) != 1:
             raise ValueError(f"answers must be as many in every field: {counts}")
 
@@ -109,11 +113,11 @@ def compare(before: Answers, after: Answers) -> Evaluation:
         NotFinite: a log-probability or a reward is NaN or infinite.
     """
     for name, answers in (("before", before), ("after", after)):
-        for field in ("rewards", "logprobs", "reference_logprobs", "plain_reference_logprobs"):
-            for i, value in enumerate(getattr(answers, field)):
+        for column in ("rewards", "logprobs", "reference_logprobs", "plain_reference_logprobs"):
+            for i, value in enumerate(getattr(answers, column)):
                 if not math.isfinite(value):
                     raise NotFinite(
-                        f"{field} of the answer {name} to prompt {i} is {value}, so no figure means anything; look at "
+                        f"{column} of the answer {name} to prompt {i} is {value}, so no figure means anything; look at "
                         "the weights of that policy"
                     )
     if len(before) != len(after):

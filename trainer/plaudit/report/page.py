@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from plaudit.report.evaluation import Answers, Evaluation, Summary
+from plaudit.report.policies import Measured, PolicyFigures
 from plaudit.run.metrics import KL, REWARD_MEAN
 
 if TYPE_CHECKING:
@@ -72,12 +73,14 @@ def render_report(
     title: str,
     evaluation: Evaluation,
     samples: Sequence[Sample],
+    policies: Sequence[PolicyFigures] = (),
     training: Sequence[Mapping[str, float]] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The report as a self-contained HTML document.
 
     Args:
+        policies: figures of all policies, with their judges.
         training: the steps of metrics.jsonl; without them the training curves are left out.
         settings: the configuration of each stage by the stage's name, as `config.to_dict` gives it.
     """
@@ -90,12 +93,13 @@ def render_report(
             subtitle=f"{evaluation.n} held-out prompts, answered before and after PPO with the same seeds.",
             verdict=verdict(evaluation),
             evaluation=evaluation,
+            policies=policy_rows(policies) if policies else None,
             colours=COLOURS,
             distributions=data_uri(plot_distributions(samples, evaluation)),
             training=data_uri(plot_training(curves)) if curves else None,
             steps=len(curves),
             samples=samples[:SAMPLES_IN_REPORT],
-            settings={name: _grouped(values) for name, values in (settings or {}).items()},
+            settings={name: grouped(values) for name, values in (settings or {}).items()},
         )
     )
 
@@ -200,6 +204,43 @@ def summary_table(evaluation: Evaluation) -> "Table":
     return table
 
 
+def policy_rows(policies: Sequence[PolicyFigures]) -> list[list[str]]:
+    """Names of the figures, then one row of texts for each policy. Every figure but the count has its interval."""
+    judges = list(policies[0].judges)
+    names = ["policy", "reward", "median", "win rate", "KL, nats", "perplexity", "× before", "length", "distinct"]
+    rows = [names + [f"{name}{figure}" for name in judges for figure in ("", ", win rate")]]
+    for each in policies:
+        figures = [each.reward.mean, each.reward.median, each.reward.win_rate, each.kl]
+        row = [each.policy, *map(_measured, figures), _measured(each.perplexity, 1), _measured(each.perplexity_ratio)]
+        row += [_measured(each.length, 1), str(each.distinct_responses)]
+        for name in judges:
+            row += [_measured(each.judges[name].mean), _measured(each.judges[name].win_rate)]
+        rows.append(row)
+    return rows
+
+
+def policies_table(policies: Sequence[PolicyFigures]) -> "Table":
+    """For the console: one column for each policy, one row for each figure with its interval."""
+    from rich.table import Table
+    from rich.text import Text
+
+    names, *rows = policy_rows(policies)
+    table = Table(title="Every policy, with 95 % intervals", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(Text(row[0]), justify="right")
+    for i, name in enumerate(names[1:], start=1):
+        table.add_row(Text(name), *(row[i] for row in rows))
+    return table
+
+
+def _measured(figure: Measured | None, digits: int = 2) -> str:
+    if figure is None:
+        return ""
+    low, high = (as_number(end, digits) for end in figure.ci95)
+    return f"{as_number(figure.value, digits)} ({low} to {high})"
+
+
 def samples_table(samples: Sequence[Sample], count: int = SAMPLES_ON_CONSOLE) -> "Table":
     """For the console: the first few samples."""
     from rich.table import Table
@@ -242,7 +283,7 @@ def data_uri(figure: "Figure") -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings in groups, one level deep. Ungrouped settings come first, in a group without a name."""
     groups: dict[str, dict[str, Any]] = {"": {}}
     for key, value in settings.items():

@@ -1,4 +1,4 @@
-"""Progress of a long run: a bar on a terminal, or lines in a log file."""
+"""Progress of a long run: a bar on a terminal, a view in a notebook, or lines in a log file."""
 
 import sys
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.status import Status
 from rich.text import Text
 
-from plaudit.run.metrics import KL, REWARD_MEAN
+from plaudit.run.live import LiveFigures, notebook_display
 
 LINE_EVERY_S = 10.0
+NOTEBOOK_EVERY_S = 1.0
 
 
 class WaitingLine:
@@ -54,25 +55,36 @@ class WaitingLine:
 
 
 class _Bar(Progress):
-    """A progress bar with a line below it for waits."""
+    """A progress bar with a line below it for waits, and figures below both."""
 
     waits_for = ""
+    figures: LiveFigures | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
         if self.waits_for:
             yield Text(self.waits_for)
+        if self.figures is not None:
+            yield self.figures.table()
 
 
 class StepProgress:
-    """Shows reward, KL and samples per second of each step. While the bar is off, `waiting_line` shows waits."""
+    """Shows the figures of each step. While the bar is off, `waiting_line` shows waits.
+
+    On a terminal, a bar and a table of figures with their recent course; in a notebook, the same as one output that is
+    updated; elsewhere, a line every few seconds.
+    """
 
     def __init__(self, total: int, done: int, waiting_line: WaitingLine) -> None:
-        self._total = total
-        self._done = done
+        self._figures = LiveFigures(total, done)
         self._line_at = 0.0
         self._waiting_line = waiting_line
         self._bar: _Bar | None = None
+        self._notebook: _NotebookView | None = None
+        display = notebook_display()
+        if display is not None:
+            self._notebook = _NotebookView(display, self._figures)
+            return
         if sys.stderr.isatty():
             self._bar = _Bar(
                 TextColumn("PPO"),
@@ -90,27 +102,52 @@ class StepProgress:
         if self._bar is None:
             yield self
         else:
+            self._bar.figures = self._figures
             with self._bar:
                 yield self
 
     def step(self, metrics: Mapping[str, float]) -> None:
         """Show a completed step."""
-        self._done += 1
-        rate = metrics["time/samples_per_second"]
-        text = f"reward {metrics[REWARD_MEAN]:+.2f}  KL {metrics[KL]:.2f}  {rate:.0f} samples/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, description=text)
-        elif self._done == self._total or time.monotonic() - self._line_at >= LINE_EVERY_S:
+        figures = self._figures
+        figures.add(metrics)
+        is_last = figures.done == figures.total
+        if self._notebook is not None:
+            self._notebook.update(at_once=is_last)
+        elif self._bar is not None:
+            self._bar.update(self._task, completed=figures.done, description=figures.rate)
+        elif is_last or time.monotonic() - self._line_at >= LINE_EVERY_S:
             self._line_at = time.monotonic()
-            print(f"PPO step {self._done}/{self._total}  {text}", file=sys.stderr, flush=True)
+            print(f"PPO step {figures.done}/{figures.total}  {figures.line()}", file=sys.stderr, flush=True)
 
     def waiting(self, what: str) -> None:
         """Show what the run waits for, or "" when the wait is over."""
-        if self._bar is not None and self._bar.live.is_started:
+        if self._notebook is not None:
+            self._notebook.waiting(what)
+        elif self._bar is not None and self._bar.live.is_started:
             self._bar.waits_for = what
             self._bar.refresh()
         else:
             self._waiting_line(what)
+
+
+class _NotebookView:
+    """One output of a notebook that is updated, at most once a second."""
+
+    def __init__(self, display: Any, figures: LiveFigures) -> None:
+        self._html: Any = display.HTML
+        self._figures, self._waits_for, self._at = figures, "", float("-inf")
+        self._handle = display.display(self._html(figures.as_html()), display_id=True)
+
+    def update(self, *, at_once: bool = False) -> None:
+        """Show the newest figures."""
+        if at_once or time.monotonic() - self._at >= NOTEBOOK_EVERY_S:
+            self._at = time.monotonic()
+            self._handle.update(self._html(self._figures.as_html(self._waits_for)))
+
+    def waiting(self, what: str) -> None:
+        """Show what is waited for, or "" when the wait is over."""
+        self._waits_for = what
+        self.update(at_once=not what)
 
 
 class Counting:

@@ -88,9 +88,9 @@ def rollout_rows(
     return rows
 
 
-def read_rollouts(directory: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run's rollouts, in order. `directory` is the run's."""
-    for path in rollout_files(directory):
+def read_rollouts(directory: Path, files: Sequence[Path] | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a run's rollouts, in order, or those in some of its files. `directory` is the run's."""
+    for path in rollout_files(directory) if files is None else files:
         # Not splitlines: a response may hold other line separators, such as U+2028.
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line:

@@ -13,6 +13,13 @@ ONE_JUDGE = "judge"
 """Name of the only further judge, if it has none of its own."""
 
 
+def with_names(judges: RewardSettings) -> RewardSettings:
+    """Further judges; the only one is called `judge` unless it has a name."""
+    if len(judges.components) != 1 or judges.components[0].name != "reward":
+        return judges
+    return dataclasses.replace(judges, components=(dataclasses.replace(judges.components[0], name=ONE_JUDGE),))
+
+
 @dataclass(frozen=True)
 class WatchSettings:
     """What a run records about itself, and when it may stop early. Nothing here changes a training step."""
@@ -59,10 +66,7 @@ class WatchSettings:
     @property
     def named_judges(self) -> RewardSettings:
         """`judges`; the only one is called `judge` unless it has a name."""
-        components = self.judges.components
-        if len(components) != 1 or components[0].name != "reward":
-            return self.judges
-        return dataclasses.replace(self.judges, components=(dataclasses.replace(components[0], name=ONE_JUDGE),))
+        return with_names(self.judges)
 
     @property
     def figures(self) -> tuple[str, ...]:

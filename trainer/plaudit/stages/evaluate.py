@@ -1,7 +1,10 @@
 """Compare a policy before and after training on the same held-out prompts, with the same random numbers."""
 
+import dataclasses
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +34,14 @@ from plaudit.report.evaluation import Answers, Evaluation, compare
 from plaudit.report.page import (
     Sample,
     pair_samples,
+    policies_table,
     render_report,
     samples_table,
     summary_table,
     verdict,
     write_samples,
 )
+from plaudit.report.policies import PolicyFigures, policy_figures
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run.metrics import FILE_NAME, read_metrics
 from plaudit.run.progress import WaitingLine
@@ -45,6 +50,7 @@ from plaudit.run.storage import replaced_files
 from plaudit.settings.evaluate import EvaluateConfig
 from plaudit.settings.plain import to_dict
 from plaudit.settings.policy import GenerationSettings
+from plaudit.settings.watch import with_names
 from plaudit.stages import by_people
 from plaudit.stages.by_people import BothAnswers, PeopleResult
 from plaudit.stages.ppo_results import CONFIG_FILE
@@ -60,6 +66,8 @@ class EvaluationResult:
 
     evaluation: Evaluation
     samples: list[Sample]
+    policies: tuple[PolicyFigures, ...] = ()
+    """The policy before, the one after, and further ones, with all judges and intervals."""
 
 
 def run(config: EvaluateConfig) -> EvaluationResult | PeopleResult:
@@ -81,26 +89,41 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
         policy, tokenizer = load_pair(config)
         prompts = held_out_prompts(config, policy, tokenizer)
         cached = _check_all(config, policy, tokenizer, prompts)
-        answer = functools.partial(_answer, policy, tokenizer, prompts, _draws(config, len(prompts)))
-        with (
-            WaitingLine() as waiting,
-            RewardClient(config.reward, fields=config.prompts.fields, on_wait=waiting) as client,
-        ):
+        with WaitingLine() as waiting, _clients(config, waiting) as (client, judges):
             try:
                 client.connect()
-                before = answer(config.generation, client, as_reference=True, cached=cached)
-                after = answer(config.generation, client, as_reference=False, cached=cached)
+                if judges is not None:
+                    judges.connect()
+                ask = functools.partial(_answer, prompts=prompts, client=client, judges=judges, config=config)
+                before = ask(policy, tokenizer, as_reference=True, cached=cached)
+                answers = [ask(policy, tokenizer, as_reference=False, cached=cached)]
+                for other in config.also:
+                    this = dataclasses.replace(config, after=other, also=(), policy=_before(config))
+                    policy, tokenizer = load_pair(this)
+                    cached = _check_all(this, policy, tokenizer, prompts)
+                    answers.append(ask(policy, tokenizer, as_reference=False, cached=cached))
             except RewardRejected as error:
                 error.leave_in(config.output_dir)
                 raise
-        result = EvaluationResult(compare(before, after), pair_samples(prompts.texts, before, after))
+        result = _result(config, prompts, before, answers)
         _write(config, result)
     console.print(f"before: {_before(config)}; after: {config.after}", markup=False, soft_wrap=True)
     console.print(summary_table(result.evaluation))
+    console.print(policies_table(result.policies))
     console.print(verdict(result.evaluation))
     console.print(samples_table(result.samples))
     console.print(f"report: {config.output_dir / REPORT_FILE}", markup=False, soft_wrap=True)
     return result
+
+
+def _result(config: EvaluateConfig, prompts: Prompts, before: Answers, answers: list[Answers]) -> EvaluationResult:
+    """The figures of all policies. Raises `NotFinite`."""
+    compared = [compare(before, own) for own in answers]
+    policies = [policy_figures(_before(config), before, None)]
+    policies += [
+        policy_figures(name, own, before) for name, own in zip((config.after, *config.also), answers, strict=True)
+    ]
+    return EvaluationResult(compared[0], pair_samples(prompts.texts, before, answers[0]), tuple(policies))
 
 
 def load_pair(config: EvaluateConfig) -> tuple[Policy, Tokenizer]:
@@ -257,18 +280,19 @@ def _draws(config: EvaluateConfig, count: int) -> Draws:
 def _answer(
     policy: Policy,
     tokenizer: Tokenizer,
-    prompts: Prompts,
-    draws: Draws,
-    settings: GenerationSettings,
-    client: RewardClient,
     *,
+    prompts: Prompts,
+    client: RewardClient,
+    judges: RewardClient | None,
+    config: EvaluateConfig,
     as_reference: bool,
     cached: bool,
 ) -> Answers:
     """Answers of the policy, or of its reference. A chunk is scored while the next one is generated."""
+    settings, draws = config.generation, _draws(config, len(prompts))
     draw = generate if cached else generate_uncached
     texts: list[str] = []
-    pending, scored = [], []
+    pending, judging, scored = [], [], []
     for start in range(0, len(prompts), settings.batch_size):
         stop = min(start + settings.batch_size, len(prompts))
         chunk, chunk_draws = prompts.rows(start, stop), draws.rows(start, stop)
@@ -279,6 +303,8 @@ def _answer(
             samples = draw(policy.language_model, chunk.token_ids, chunk_draws, settings, tokenizer)
         responses = Endings.of(policy.language_model, tokenizer, settings).texts(samples)
         pending.append(client.submit_components(chunk.judged, responses, chunk.fields))
+        if judges is not None:
+            judging.append(judges.submit_components(chunk.judged, responses, chunk.fields))
         texts += responses
         scored.append(_logprobs(policy, samples, settings, as_reference=as_reference))
     own, reference, plain, counts = (torch.cat(parts).tolist() for parts in zip(*scored, strict=True))
@@ -289,7 +315,24 @@ def _answer(
         reference_logprobs=tuple(reference),
         plain_reference_logprobs=tuple(plain),
         token_counts=tuple(counts),
+        judged={
+            component.name: tuple(score for future in judging for score in future.result().components[component.name])
+            for component in (with_names(config.judges).components if judging else ())
+        },
     )
+
+
+@contextmanager
+def _clients(config: EvaluateConfig, on_wait: WaitingLine) -> Iterator[tuple[RewardClient, RewardClient | None]]:
+    """The rewards, and the further judges if there are any."""
+    fields = config.prompts.fields
+    with ExitStack() as held:
+        client = held.enter_context(RewardClient(config.reward, fields=fields, on_wait=on_wait))
+        judges = None
+        if config.judges.says_whom_to_ask:
+            named = with_names(config.judges)
+            judges = held.enter_context(RewardClient(named, fields=fields, on_wait=on_wait, environment_key=False))
+        yield client, judges
 
 
 def _logprobs(
@@ -321,6 +364,7 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
         title=f"{config.after}: before and after PPO",
         evaluation=result.evaluation,
         samples=result.samples,
+        policies=result.policies,
         training=read_metrics(after / FILE_NAME) if (after / FILE_NAME).is_file() else (),
         settings=settings,
     )
@@ -329,7 +373,8 @@ def _write(config: EvaluateConfig, result: EvaluationResult) -> None:
 
 def write_evaluation(directory: Path, result: EvaluationResult, report: str) -> None:
     """Write metrics, samples and report of one evaluation, atomically. Raises `NotWritten`."""
-    figures = json.dumps(result.evaluation.to_dict(), indent=2, allow_nan=False)
+    policies = {"policies": [dataclasses.asdict(figures) for figures in result.policies]} if result.policies else {}
+    figures = json.dumps(result.evaluation.to_dict() | policies, indent=2, allow_nan=False)
     with replaced_files(directory, "evaluation", last=EVALUATION_FILE) as beside:
         write_samples(beside / SAMPLES_FILE, result.samples)
         (beside / REPORT_FILE).write_text(report, encoding="utf-8")

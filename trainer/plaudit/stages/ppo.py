@@ -15,6 +15,7 @@ from plaudit.learner.memory import measuring_peak
 from plaudit.learner.step_statistics import std_or_zero
 from plaudit.policy.samples import Rollout
 from plaudit.ppo.rewards import penalise_length, penalise_missing_eos
+from plaudit.report.held_out import evaluation_line
 from plaudit.rewards import RewardRejected, RewardUnavailable
 from plaudit.run.evaluations import reason_to_stop
 from plaudit.run.hub import push_results, require_pushable
@@ -23,8 +24,9 @@ from plaudit.run.post_mortem import keeping_non_finite_batch
 from plaudit.run.runtime import StopRequested
 from plaudit.run.storage import NotWritten
 from plaudit.settings.ppo import PenaltySettings, PPOConfig
+from plaudit.settings.report import ReportConfig
+from plaudit.stages import report
 from plaudit.stages.check import tell_estimates, tell_prompt, tell_rewards, tried_out
-from plaudit.stages.held_out import evaluation_line
 from plaudit.stages.ppo_results import write_results
 from plaudit.stages.ppo_setup import Training, set_up
 
@@ -186,3 +188,5 @@ def save_results(training: Training) -> None:
     if processes.is_main:
         write_results(config, policy, tokenizer, reward_revision=training.client.revision, weights=weights)
         print(f"trained {training.stepper.steps_done} steps; what they made is in {config.output_dir}")
+        if config.watch.rollouts != "off" or config.watch.eval_every is not None:
+            report.run(ReportConfig(config.output_dir))

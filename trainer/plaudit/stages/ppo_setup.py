@@ -29,6 +29,7 @@ from plaudit.policy.reading import reading
 from plaudit.policy.tokenizer import Tokenizer
 from plaudit.policy.transformer import bare
 from plaudit.policy.value_model import require_same_vocabulary
+from plaudit.report.held_out import HeldOut, open_held_out
 from plaudit.rewards import RewardClient, RewardRejected
 from plaudit.run import checkpoint as checkpoints
 from plaudit.run.evaluations import BEST, forget_evaluations_after
@@ -41,7 +42,6 @@ from plaudit.run.storage import NotWritten, write_text
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.starting_points import chosen_ppo, ppo_steps
-from plaudit.stages.held_out import HeldOut, open_held_out
 from plaudit.stages.ppo_results import CONFIG_FILE, require_same_kind
 
 CHECKPOINTS = "checkpoints"

@@ -25,6 +25,7 @@ from plaudit.policy.uncached_generation import generate_uncached
 from plaudit.ppo.masked import masked_sum
 from plaudit.report.comparison import win_rate_by_scores
 from plaudit.report.evaluation import mean_ci95
+from plaudit.report.run_data import SETTINGS_FILE
 from plaudit.rewards import RewardClient
 from plaudit.run.checkpoint import MANIFEST, contents
 from plaudit.run.evaluations import BEST, PREFIX, best_of, read_evaluations, write_answers
@@ -32,7 +33,6 @@ from plaudit.run.runtime import exclusive
 from plaudit.run.storage import replaced_model
 from plaudit.settings.plain import to_dict
 from plaudit.settings.ppo import PPOConfig
-from plaudit.stages.ppo_results import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def save_best(
             tokenizer.save_pretrained(beside)
             check_saved(policy, beside, weights)
             fill(beside)
-            (beside / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+            (beside / SETTINGS_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
             best = manifest | {"evaluation": record}
             (beside / MANIFEST).write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
 
