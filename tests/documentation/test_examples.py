@@ -30,7 +30,7 @@ def stand_ins(flags: list[str], directory: Path) -> list[str]:
     """Flags whose values are files of the reader's: settings files that don't exist are left out, `…` too."""
     kept: list[str] = []
     skip = False
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in zip(flags, [*flags, ""][1:], strict=True):
         if skip or (flag == "…" and not (kept and kept[-1].startswith("--"))):
             skip = False
         elif flag == "--config" and value.endswith((".yaml", ".yml")) and not Path(value).exists():
