@@ -191,6 +191,9 @@ def test_a_chart_of_one_point_a_constant_and_a_hostile_name_is_drawn() -> None:
     assert "&lt;x&gt;, step 3: 1" in svg
     assert svg.count("<circle") == 3
     assert "nan" not in line_chart("empty", [])
+    # Values that differ by rounding alone.
+    assert "1.00" in line_chart("t", [Series("s", [1, 2], [0.9999999999999997, 1.0], "red")])
+    assert "0" in line_chart("t", [Series("s", [1, 2], [0.0, 0.0], "red")])
 
 
 def test_a_chart_puts_values_where_they_belong() -> None:

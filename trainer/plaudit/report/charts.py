@@ -99,7 +99,8 @@ def legend(series: Sequence[Series]) -> str:
 
 def _range(low: float, high: float) -> tuple[float, float, list[float]]:
     """A range of round numbers around the values, and its ticks."""
-    if low == high:
+    # Values that differ by rounding alone are one value.
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     raw = (high - low) / TICKS
     scale = 10.0 ** math.floor(math.log10(raw))
