@@ -77,12 +77,12 @@ def test_the_only_judge_is_called_judge_and_others_have_their_names() -> None:
 
 
 def test_what_a_resumed_run_repeats_is_forgotten(tmp_path: Path) -> None:
-    lines = [f'{{"step": {step}, "eval/reward": 1.0}}\n' for step in (0, 10, 20)]
+    lines = [f'{{"step": {step}, "eval/reward": 1.0}}\n' for step in (0, 10, 11)]
     (tmp_path / "evaluations.jsonl").write_text("".join(lines) + '{"step": 30, "eval/re')
-    for step in (0, 10, 20, 30):
+    for step in (0, 10, 11, 30):
         write_answers(tmp_path, step, [{"step": step, "response": "a\u2028b"}])
-    assert read_answers(tmp_path, 20) == [{"step": 20, "response": "a\u2028b"}]
+    assert read_answers(tmp_path, 11) == [{"step": 11, "response": "a\u2028b"}]
     assert forget_evaluations_after(tmp_path, 10) == []
     assert (tmp_path / "evaluations.jsonl").read_text() == "".join(lines[:2])
     assert sorted(path.name for path in (tmp_path / "held-out").iterdir()) == ["step-000000.jsonl", "step-000010.jsonl"]
-    assert read_answers(tmp_path, 20) == []
+    assert read_answers(tmp_path, 11) == []
