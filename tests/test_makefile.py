@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = [
+TARGETS = ["check", "format-check", "lint", "types", "workflows", "docs", "test", "coverage", "parts-test", "compose-test", "demo"]
     *("check", "format-check", "lint", "types", "workflows", "docs", "test", "coverage"),
     *("parts-test", "compose-test", "demo", "dist", "release-check"),
 ]
