@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ["check", "format-check", "lint", "types", "workflows", "docs", "test", "coverage", "parts-test", "compose-test", "demo"]
-    *("check", "format-check", "lint", "types", "workflows", "docs", "test", "coverage"),
-    *("parts-test", "compose-test", "demo", "dist", "release-check"),
+TARGETS = [
+    "check",
+    "format-check",
+    "lint",
+    "types",
+    "workflows",
+    "docs",
+    "test",
+    "coverage",
+    "parts-test",
+    "compose-test",
+    "demo",
 ]
 
 
