@@ -59,6 +59,7 @@ class JudgeSettings:
     max_tokens: int = 512
     """Maximum length of the judge's answer, in tokens."""
     temperature: float = 0.0
+    """Of the judge's sampling; 0 takes the likeliest token."""
 
     def __post_init__(self) -> None:
         positive(self, "tries", "max_tokens")
@@ -96,6 +97,7 @@ class RewardComponent:
     name: str = "reward"
     """Name of the reward in the metrics."""
     weight: float = 1.0
+    """Factor of this reward in the sum."""
     url: tuple[str, ...] = ()
     """Base URL of a reward endpoint. Several endpoints share the load."""
     kind: EndpointKind = "auto"
@@ -169,7 +171,9 @@ class RewardSettings:
     patience_s: float = 600.0
     """How long to retry without any usable answer before the run saves a checkpoint and exits with 75."""
     request_timeout_s: float = 60.0
+    """Time limit of one request."""
     connect_timeout_s: float = 5.0
+    """Time limit for a connection to a reward service."""
     chunk_size: int = 32
     """Maximum number of completions in one request."""
     max_in_flight: int = 8

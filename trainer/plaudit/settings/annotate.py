@@ -43,6 +43,7 @@ class AnnotateConfig:
     device: str | None = None
     """The judge's device: `cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
+    """Of the simulated annotators' noise."""
 
     def __post_init__(self) -> None:
         check_url("url", self.url)

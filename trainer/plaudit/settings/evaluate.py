@@ -26,6 +26,7 @@ class EvaluateConfig:
     also: tuple[str, ...] = ()
     """Further trained policies, evaluated in the same way on the same prompts."""
     output_dir: Path = Path("runs/evaluation")
+    """Directory for figures, samples and report."""
     dataset: Data = field(default_factory=DataSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
@@ -44,6 +45,7 @@ class EvaluateConfig:
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
+    """Of sampling; the same for all policies."""
 
     def __post_init__(self) -> None:
         positive(self, "people_poll_s")

@@ -22,6 +22,7 @@ class JudgeConfig:
     limit: int | None = None
     """Maximum number of prompts. They are taken in an order that depends only on their texts."""
     output_dir: Path = Path("runs/judge-evaluation")
+    """Directory for the figures."""
     reward: RewardSettings = field(default_factory=RewardSettings)
     score_scale: float = 1.0
     """Divide scores by this before interpreting a difference as log-odds: `score_scale` in the config.json of a model

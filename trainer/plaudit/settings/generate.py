@@ -31,9 +31,13 @@ class GenerateConfig:
     chat_template: Path | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     max_new_tokens: int | None = None
+    """Length limit of an answer, in tokens."""
     temperature: float | None = None
+    """Divisor of the logits before sampling."""
     top_k: int | None = None
+    """Sample among the k likeliest tokens; 0 keeps the whole vocabulary."""
     top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability."""
     stop: tuple[str, ...] | None = None
     """Stop strings."""
     json: bool = False
@@ -44,6 +48,7 @@ class GenerateConfig:
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
+    """Of sampling."""
 
     def __post_init__(self) -> None:
         positive(self, "max_new_tokens", "batch_size")

@@ -85,6 +85,7 @@ class LoopConfig:
     output_dir: Path = Path("runs/loop")
     """Where everything goes; `round-N` holds each round's stages."""
     rounds: int = 2
+    """Rounds of ranking, reward model and PPO."""
     resume: str | None = None
     """`auto` goes on with what is in output_dir, if there is something. Finished stages are not repeated."""
     dataset: Data = field(default_factory=DataSettings)
@@ -134,6 +135,7 @@ class LoopConfig:
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`; not given means a GPU if there is one."""
     seed: int = 0
+    """Of all stages."""
 
     def __post_init__(self) -> None:
         positive(self, "rounds", "people_poll_s", "reload_patience_s", "ready_timeout_s", "steps", "checkpoint_every")

@@ -19,7 +19,9 @@ class LoraSettings:
     enabled: bool = True
     """If off, all parameters are trained. PPO's reference is then a frozen second copy."""
     r: int = 16
+    """Rank of the adapters."""
     alpha: int = 32
+    """The adapters' output is multiplied by alpha / r."""
     dropout: float = 0.05
     """Used in stages 1 and 2. PPO only records it and runs without dropout, because its ratio needs a deterministic
     network."""
@@ -88,15 +90,18 @@ class GenerationSettings:
     min_new_tokens: int = 4
     """With drawn lengths: the lower bound of a response's length limit."""
     max_new_tokens: int = 16
+    """Length limit of a response, in tokens."""
     draw_lengths: bool | None = None
     """Draw each response's length limit between min_new_tokens and max_new_tokens. Default: on for openings of texts,
     as in the published recipe; off for prompts from a column, where the limit is max_new_tokens."""
     stop: tuple[str, ...] = ()
     """Stop strings. PPO trains on their tokens; the reward sees only the text before them."""
     temperature: float = 1.0
+    """Divisor of the logits before sampling. Log-probabilities are those of the divided logits."""
     top_k: int = 0
     """0 keeps the whole vocabulary. Log-probabilities are those of the truncated sampling distribution."""
     top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability; 1 keeps the whole vocabulary."""
     batch_size: int = 128
     """Prompts generated at once. Also the size of the chunks passed to the reward client."""
     static_cache: bool | None = None

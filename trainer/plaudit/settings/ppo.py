@@ -33,11 +33,14 @@ class PPOSettings:
     mini_batch_size: int | None = None
     """Samples per gradient accumulation step. Default: the batch; at most 128, and so that it divides the batch."""
     gradient_accumulation_steps: int = 1
+    """Mini-batches per optimizer step."""
     micro_batch_size: int | None = None
     """Samples per forward pass in updates. Default: as many of a mini-batch as fit into memory. Does not affect
     results."""
     ppo_epochs: int = 4
+    """Passes over the samples of a step."""
     adap_kl_ctrl: bool = True
+    """Adapt the coefficient of the KL penalty so that the KL approaches target. If off, it stays at init_kl_coef."""
     init_kl_coef: float | None = None
     """Weight of the KL penalty at the start. Default: 0.05."""
     target: float = 6.0
@@ -45,6 +48,9 @@ class PPOSettings:
     horizon: float = 10_000.0
     """Number of samples over which the controller may change the coefficient by about 20 %."""
     kl_penalty: KLPenalty = "kl"
+    """Estimator of each token's KL to the reference in the reward: `kl` is the difference of log-probabilities, `abs`
+    its absolute value, `mse` half its square, `k3` an estimator that is never negative, `full` the exact KL over the
+    vocabulary."""
     kl_loss_coef: float = 0.0
     """Coefficient of a KL term in the loss, beside the KL in the reward. For the loss alone, set init_kl_coef to 0."""
     kl_loss: KLLoss = "k3"
@@ -56,6 +62,7 @@ class PPOSettings:
     """`gae` with a value head; or without one, by comparison with the other responses to the prompt: `rloo` (reward
     minus the mean of the others), `dr_grpo` (minus the mean of all), `grpo` (and over their standard deviation)."""
     gamma: float = 1.0
+    """Discount per token."""
     lam: float = 0.95
     """Lambda of generalised advantage estimation, for advantages and returns."""
     value_lam: float | None = None
@@ -63,31 +70,44 @@ class PPOSettings:
     lam_alpha: float | None = None
     """Length-adaptive lambda of the advantages, in place of lam: 1 - 1 / (lam_alpha x response length), at least 0."""
     cliprange: float = 0.2
+    """Clip range of the ratio between the new and the old probability of a token."""
     cliprange_upper: float | None = None
     """Clip range of the ratio above 1 (clip-higher). Default: cliprange."""
     dual_clip: float | None = None
     """Upper bound of the ratio in the loss of tokens with a negative advantage, above 1 (dual clip). Default: none."""
     cliprange_value: float = 0.2
+    """Clip range of a value around its value in the rollout."""
     loss_aggregation: Aggregation = "token_mean"
     """How the losses of a mini-batch's tokens are combined: their mean, the mean over responses of each one's mean, or
     the mean over responses of each one's sum divided by loss_tokens."""
     loss_tokens: int | None = None
     """Divisor of each response's sum with loss_aggregation=sequence_sum, for example generation.max_new_tokens."""
     vf_coef: float = 0.1
+    """Coefficient of the value loss."""
     entropy_coef: float = 0.0
+    """Coefficient of the entropy bonus; 0 turns it off."""
     ratio_threshold: float = 10.0
     """Mini-batches whose mean ratio exceeds this are skipped."""
     max_grad_norm: float | None = None
+    """Clip the gradient to this norm. Default: not clipped."""
     early_stopping: bool = False
+    """End an update early when the policy has moved too far (target_kl)."""
     target_kl: float = 1.0
     """With early stopping: the update ends after an epoch whose KL exceeds 1.5 times this."""
     use_score_scaling: bool = False
+    """Divide rewards by their running standard deviation."""
     use_score_norm: bool = False
+    """With use_score_scaling: also subtract their running mean."""
     score_clip: float | None = None
+    """Clip rewards to plus and minus this. Default: not clipped."""
     whiten_rewards: bool = False
+    """Scale token rewards to standard deviation 1 over the batch; their mean stays."""
     adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
     adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
     adam_eps: float = 1e-8
+    """Adam's epsilon."""
     value_head_learning_rate: float | None = None
     """Learning rate of the value head and a separate value model, where there is one. Default: the policy's."""
     value_warmup_steps: int = 0
@@ -201,6 +221,7 @@ class PenaltySettings:
     per_token: float = 0.0
     """Penalty for each response token beyond free_tokens."""
     free_tokens: int = 0
+    """Response tokens without a penalty."""
 
     def __post_init__(self) -> None:
         for name in ("missing_eos", "per_token", "free_tokens"):
@@ -260,6 +281,7 @@ class PPOConfig:
     collective_timeout_s: float = 600.0
     """With several processes: timeout of collective operations, in addition to the time that rewards may take."""
     seed: int = 0
+    """Of sampling, the order of prompts and new weights."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "checkpoint_every", "keep_checkpoints", "collective_timeout_s")

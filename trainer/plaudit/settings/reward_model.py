@@ -27,6 +27,7 @@ class RewardModelConfig:
     """Train a new model of `sizes` instead, with a tokenizer trained on the same texts."""
     sizes: ModelSizes = field(default_factory=lambda: ModelSizes("distilbert", 8192, 128, 2, 2, 256))
     output_dir: Path = Path("runs/reward-model")
+    """Directory for the reward model and its figures."""
     dataset: Data = field(default_factory=DataSettings)
     label_names: tuple[str, ...] = ("NEGATIVE", "POSITIVE")
     """Names of the labels in the head's order, as the reward service lists them. The data may contain these names, or
@@ -67,6 +68,7 @@ class RewardModelConfig:
     on the unquantised weights, and the figures are those of the result."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     max_length: int = 256
+    """Longest input, in tokens."""
     crop_fraction: float = 0.5
     """Classifier: share of training batches cropped to short random passages, because the reward model will judge short
     texts. 0 turns it off."""
@@ -89,6 +91,7 @@ class RewardModelConfig:
     """Optimizer steps between checkpoints. A checkpoint is also saved when the run is stopped. All are deleted at the
     end."""
     seed: int = 0
+    """Of new weights and the order of examples."""
 
     def __post_init__(self) -> None:
         positive(self, "max_length", "crop_min_tokens", "crop_max_tokens", "short_words", "checkpoint_every")

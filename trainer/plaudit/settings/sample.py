@@ -35,6 +35,7 @@ class SampleConfig:
     device: str | None = None
     """`cuda`, `cuda:1`, `cpu`. Default: a GPU if there is one."""
     seed: int = 0
+    """Of sampling."""
 
     def __post_init__(self) -> None:
         require(

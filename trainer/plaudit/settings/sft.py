@@ -23,6 +23,7 @@ class SFTConfig:
     """Train a new model of `sizes` instead, with a byte-level BPE tokenizer trained on the same texts."""
     sizes: ModelSizes = field(default_factory=lambda: ModelSizes("gpt2"))
     output_dir: Path = Path("runs/sft")
+    """Directory for the model and its figures."""
     dataset: Data = field(default_factory=DataSettings)
     data_format: Literal["auto", "text", "messages", "prompt-completion"] = "auto"
     """Format of the data. `auto` decides by the columns: messages, else prompt and completion, else text."""
@@ -61,6 +62,7 @@ class SFTConfig:
     """Optimizer steps between checkpoints. A checkpoint is also saved when the run is stopped. All are deleted at the
     end."""
     seed: int = 0
+    """Of new weights and the order of examples."""
 
     def __post_init__(self) -> None:
         positive(self, "max_length", "eval_texts", "checkpoint_every")
