@@ -162,7 +162,9 @@ def replacing(
         ends = tuple(name for name in put if PurePosixPath(name).name in entries)
         # Whoever finds the directory's own entry finds its sub-directories complete.
         ends = tuple(sorted(ends, key=lambda name: -name.count("/")))
-        _Plan(what, uuid.uuid4().hex, put, ends, tuple(sorted(old - set(put)))).write(beside / PLAN)
+        # Without its entry, nobody takes what is left of a sub-directory for a whole result.
+        gone = tuple(sorted(old - set(put), key=lambda name: (PurePosixPath(name).name not in entries, name)))
+        _Plan(what, uuid.uuid4().hex, put, ends, gone).write(beside / PLAN)
     finish(directory)
 
 
