@@ -53,7 +53,7 @@ def test_the_recipe_for_ones_own_data_works_at_the_first_try(
         ppo, evaluate, generate = ([url if word.startswith("http") else word for word in command] for command in rest)
         said = told(ppo, "--steps", "6")
         assert "ppo.learning_rate=0.0025, ppo.batch_size=128, ppo.mini_batch_size=128, ppo.init_kl_coef=0.05" in said
-        assert "held-out prompts, fewer than n_prompts=256" in told(evaluate)
+        assert "held-out prompts, fewer than n_prompts=1024" in told(evaluate)
         steps = [json.loads(line) for line in Path("runs/ppo/metrics.jsonl").read_text().splitlines()]
         assert steps[-1]["objective/kl"] > 0.05  # something has visibly moved
         assert told(generate).strip()

@@ -57,7 +57,7 @@ def test_from_texts_to_a_report_over_real_http(presets_dir: Path, tmp_path: Path
     )
     figures = json.loads((output / "evaluation.json").read_text())
     assert figures["n"] == 16
-    assert set(figures) == {"n", "reward", "kl", "perplexity", "distinct_responses"}
+    assert set(figures) == {"n", "reward", "kl", "perplexity", "distinct_responses", "policies"}
     assert len((output / "ppo" / "metrics.jsonl").read_text().splitlines()) == 2
     report = (output / "report.html").read_text()
     assert "<img" in report or "<svg" in report

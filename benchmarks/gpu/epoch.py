@@ -20,6 +20,8 @@ from benchmarks.gpu.common import Results, Setting, attempt, rounded, use_format
 
 EPOCHS, BATCH = 4, 128
 FEW_CELLS = 2048
+TINY_EPOCH = 8
+"""Steps of 8 of the 64 prompts that there are with `--tiny`."""
 """The trainer's own bound for packing."""
 PEAK_TFLOPS = {"fp32": 67.0, "TF32": 494.7, "bf16": 989.4}
 """Of an H100 SXM, dense, by its data sheet."""
@@ -114,7 +116,8 @@ def run(setting: Setting, variant: Variant, url: str, steps: int | None) -> dict
     config = recipe(setting, variant, url, output, bf16)
     began = time.perf_counter()
     timing = _timing_the_loop(ppo)
-    ppo.run(dataclasses.replace(config, steps=steps))
+    # With no number of steps, a run of few prompts would pass over them more than once.
+    ppo.run(dataclasses.replace(config, steps=TINY_EPOCH if steps is None and setting.tiny else steps))
     ended = time.perf_counter()
     metrics = read_metrics(output / "metrics.jsonl")
     training = timing.get("training_s", sum(m["time/step_s"] for m in metrics))

@@ -15,7 +15,8 @@ def bodies(document: dict[str, Any], size: int, items: int) -> Iterator[tuple[st
             value = example["value"]
             many = items if any(isinstance(member, list) for member in value.values()) else 1
             texts = many * json.dumps(_grown(value, 1, "\0")).count("\\u0000")
-            chars = min(900_000, int(size * 0.93) // texts)
+            # The messages of a conversation share the limit of one text.
+            chars = min(900_000 // (texts if "messages" in value else 1), int(size * 0.93) // texts)
             text = (TEXT * (chars // len(TEXT) + 1))[:chars]
             body = json.dumps(_grown(value, many, text), ensure_ascii=False).encode()
             assert len(body) <= size, (path, name, len(body))

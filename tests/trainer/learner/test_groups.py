@@ -131,7 +131,7 @@ def test_what_has_no_critic_is_refused_one() -> None:
         PPOStepper(make_policy(), None, RLOO)
     with pytest.raises(ConfigError, match=r"advantage_estimator=gae needs a policy made with .*value_head=True"):
         PPOStepper(make_policy(value_head=False), None, CONFIG)
-    with pytest.raises(ConfigError, match=r"leave out model.separate_value_model"):
+    with pytest.raises(ConfigError, match=r"leave out model.value_model=copy"):
         PPOConfig(ppo=RLOO, model=ModelSettings(separate_value_model=True))
     with pytest.raises(
         ConfigError, match="mini_batch_size=2, 1 prompts with 2 responses each, is less than 2 processes"

@@ -25,7 +25,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def test_muon_takes_the_block_matrices_and_adamw_everything_else_once() -> None:
     model = tiny_model()
-    optimizer = build_optimizer(model, OptimizerSettings(muon_learning_rate=0.02))
+    optimizer = build_optimizer(model, OptimizerSettings(learning_rate=2e-5, muon_learning_rate=0.02))
     muon, adamw = optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in muon["params"]} == {
@@ -46,7 +46,7 @@ def test_a_schedule_moves_the_learning_rates_of_both() -> None:
 
 def test_a_restored_optimizer_takes_the_same_step_under_the_same_schedule() -> None:
     models = [tiny_model(), tiny_model()]
-    settings = OptimizerSettings(muon_learning_rate=0.02)
+    settings = OptimizerSettings(learning_rate=2e-5, muon_learning_rate=0.02)
     optimizers = [build_optimizer(model, settings) for model in models]
     step(models[0], optimizers[0])
     models[1].load_state_dict(models[0].state_dict())

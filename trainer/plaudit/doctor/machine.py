@@ -70,7 +70,7 @@ def cores() -> float:
     """The cores that this process may use: its affinity, and a container's share."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
         return min(float(affinity), int(quota) / int(period))
     except (OSError, ValueError):
         return float(affinity)
@@ -80,12 +80,12 @@ def free_memory() -> int | None:
     """Bytes that can be allocated without swapping: the system's, or a container's if that is less."""
     free = None
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = (CGROUP / "memory.max").read_text().strip()
+        limit = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
         if limit != "max":
-            left = int(limit) - int((CGROUP / "memory.current").read_text())
+            left = int(limit) - int((CGROUP / "memory.current").read_text(encoding="utf-8"))
             free = left if free is None else min(free, left)
     except (OSError, ValueError):
         pass

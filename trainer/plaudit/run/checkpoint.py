@@ -20,7 +20,7 @@ from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.model import Policy
 from plaudit.run.storage import writing
-from plaudit.settings.plain import comparable, to_dict
+from plaudit.settings.plain import comparable, flat, to_dict
 from plaudit.settings.ppo import PPOConfig
 
 MANIFEST = "manifest.json"
@@ -55,6 +55,7 @@ FREE_TO_CHANGE = (
 CHOSEN_IF_OPEN = (
     *(f"ppo.{name}" for name in ("learning_rate", "batch_size", "mini_batch_size", "init_kl_coef")),
     *("optimizer.learning_rate", "optimizer.epochs"),
+    "prompts.min_text_chars",
 )
 """Settings that a run chooses if they are None; a resumed run then keeps the checkpoint's."""
 
@@ -301,10 +302,10 @@ def check_same_run(
     # A setting added since the checkpoint was written had its default value.
     defaults = comparable(to_dict(PPOConfig() if defaults is None else defaults))
     before, after = defaults | comparable(saved), defaults | comparable(current)
+    given = flat(current)
+    left_open = {name for name in CHOSEN_IF_OPEN if given.get(name) is None}
     differing = sorted(
-        name
-        for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name) and (name not in CHOSEN_IF_OPEN or after[name] is not None)
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name) and name not in left_open
     )
     lines = {name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing}
     refused = [line for name, line in lines.items() if not name.startswith(free)]

@@ -29,15 +29,20 @@ def to_dict(config: object) -> dict[str, object]:
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings by their dotted names. Settings from earlier versions are converted to the current form."""
-    flat = dict(_flat(config, ""))
-    openings = flat.get("prompts.column") is None and flat.get("prompts.messages_column") is None
-    if openings and "prompts.max_tokens" in flat:
+    settings = flat(config)
+    openings = settings.get("prompts.column") is None and settings.get("prompts.messages_column") is None
+    if openings and "prompts.max_tokens" in settings:
         # Earlier versions saved the default of openings explicitly.
-        flat["prompts.max_tokens"] = flat["prompts.max_tokens"] or OPENING_TOKENS
-    if flat.get("prompts.min_text_chars", 0) is None and "dataset.data" in flat:
+        settings["prompts.max_tokens"] = settings["prompts.max_tokens"] or OPENING_TOKENS
+    if settings.get("prompts.min_text_chars", 0) is None and "dataset.data" in settings:
         # Earlier versions had one default for every source.
-        flat["prompts.min_text_chars"] = PromptSettings().shortest_text(flat["dataset.data"])
-    return flat
+        settings["prompts.min_text_chars"] = PromptSettings().shortest_text(settings["dataset.data"])
+    return settings
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names."""
+    return dict(_flat(config, ""))
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

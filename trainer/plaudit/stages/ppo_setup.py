@@ -101,6 +101,7 @@ def set_up(config: PPOConfig) -> Iterator[Training]:
         StopSignal().listening() as stop,
     ):
         resumed = processes.on_main(hold_directory, config, held)
+        config = _with_texts_of(config, resumed)
         with reading(config.policy):
             tokenizer = load_tokenizer(config.policy)
             policy = load_policy(
@@ -185,6 +186,14 @@ def hold_directory(config: PPOConfig, held: ExitStack) -> checkpoints.Checkpoint
             """Entering finishes a replacement that a kill interrupted."""
     root = config.output_dir / CHECKPOINTS
     return checkpoints.checkpoint_to_resume(root, config.output_dir, config.resume, config)
+
+
+def _with_texts_of(config: PPOConfig, resumed: checkpoints.Checkpoint | None) -> PPOConfig:
+    """The settings with the checkpoint's `prompts.min_text_chars` if they leave it open: its default has changed."""
+    if resumed is None or config.prompts.min_text_chars is not None:
+        return config
+    shortest = resumed.config["prompts"].get("min_text_chars")
+    return replace(config, prompts=replace(config.prompts, min_text_chars=shortest))
 
 
 def check_value_model(policy: Policy, config: PPOConfig, tokenizer: Tokenizer) -> None:
