@@ -119,11 +119,14 @@ def test_an_open_setting_is_no_difference_from_a_checkpoint_and_a_given_one_is()
 
 
 def test_a_run_from_before_that_left_out_short_texts_is_not_resumed_with_all_of_them() -> None:
+    """`tests/test_earlier_versions.py` shows that one with nothing given keeps the checkpoint's value."""
     old = PPOConfig(prompts=PromptSettings(min_text_chars=200))
     check_same_run(to_dict(old), to_dict(PPOConfig()))  # imdb: as ever
     mine = dataclasses.replace(PPOConfig().dataset, data="mine.csv")
+    check_same_run(to_dict(dataclasses.replace(old, dataset=mine)), to_dict(PPOConfig(dataset=mine)))
+    given = PPOConfig(dataset=mine, prompts=PromptSettings(min_text_chars=0))
     with pytest.raises(ConfigError, match="min_text_chars: 200 -> 0"):
-        check_same_run(to_dict(dataclasses.replace(old, dataset=mine)), to_dict(PPOConfig(dataset=mine)))
+        check_same_run(to_dict(dataclasses.replace(old, dataset=mine)), to_dict(given))
 
 
 def test_few_prompts_are_passed_over_until_something_can_be_seen() -> None:
