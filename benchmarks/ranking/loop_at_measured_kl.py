@@ -63,7 +63,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     directory = arguments.runs / f"seed-{seed}"
     config = arm(arguments, seed, "two rounds", directory)
     assert config.judge is not None
-    run = Path(str(read_metrics(config.output_dir / ROUNDS_FILE)[-1]["policy"]))
+    *_, last_round = (config.output_dir / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()
+    run = Path(json.loads(last_round)["policy"])
     limit = first["held_out_kl"]["one round"]
     step = last_at_most(limit, [record[KL] for record in read_metrics(run / FILE_NAME)])
     policy = policy_at(run, step, directory / "two-rounds" / f"step-{step}")
