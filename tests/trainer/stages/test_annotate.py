@@ -1,6 +1,7 @@
 """Simulated annotators in the real service: everything is ranked, deterministically, and who is careless is found."""
 
 import dataclasses
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,10 @@ def test_a_service_that_goes_away_ends_the_run_with_75(
 ) -> None:
     service.upload(valued_rows(20))
     turn = annotator.Annotator.turn
+    first = threading.Lock()
 
     def kills(self: annotator.Annotator) -> annotator.Turn:
-        if self.statuses.total() == 1:
+        if self.statuses.total() == 1 and first.acquire(blocking=False):
             service.kill()
         return turn(self)
 
