@@ -11,25 +11,22 @@ that of `benchmarks.learning.settings`.
 import argparse
 import dataclasses
 import json
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.learning.settings import DEFAULT, Result, at_the_end, table
+from benchmarks.learning.settings import DEFAULT, result_of, table
 from benchmarks.tables import measured_on, put
 from plaudit.data.sources import load_labelled_texts
-from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
 from plaudit.run.service_process import reward_service
 from plaudit.run.storage import write_text
 from plaudit.settings import files as presets
 from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.supervised import OptimizerSettings
-from plaudit.stages import ppo, reward_model
+from plaudit.stages import reward_model
 
 WARM_UP = {"value_warmup_steps": 4}
 CRITICS: Mapping[str, tuple[Mapping[str, Any], bool]] = {
@@ -68,7 +65,11 @@ def main() -> None:
                     reward=config.reward.asking(url),
                     output_dir=arguments.runs / f"{name.replace(' ', '-')}-seed-{seed}",
                 )
-                results.append(result_of(changed, name))
+                changes = {
+                    "value_warmup_steps": changed.ppo.value_warmup_steps,
+                    "value_model": changed.model.value_model,
+                }
+                results.append(result_of(changed, name, changes))
     lines = table(results, list(CRITICS))
     print("\n".join(lines))
     if arguments.into is not None:
@@ -99,25 +100,6 @@ def decoder_judge(config: PPOConfig, runs: Path) -> Path:
         )
     )
     return directory
-
-
-def result_of(config: PPOConfig, name: str) -> Result:
-    """The result beside the run's directory, or that of a run, which is then written there."""
-    file = config.output_dir.with_name(f"{config.output_dir.name}.json")
-    if file.is_file():
-        return Result(**json.loads(file.read_text(encoding="utf-8")))
-    assert config.steps is not None
-    shutil.rmtree(config.output_dir, ignore_errors=True)
-    began = time.process_time()
-    ppo.run(config)
-    cpu_s = time.process_time() - began
-    metrics = read_metrics(config.output_dir / FILE_NAME)
-    changes = {"value_warmup_steps": config.ppo.value_warmup_steps, "value_model": config.model.value_model}
-    ends = at_the_end(metrics, REWARD_MEAN), at_the_end(metrics, KL)
-    result = Result(name, config.seed, config.steps, changes, *ends, cpu_s)
-    write_text(file, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    shutil.rmtree(config.output_dir)
-    return result
 
 
 if __name__ == "__main__":

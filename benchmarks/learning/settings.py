@@ -92,7 +92,15 @@ def main() -> None:
     with reward_service(arguments.reward_model, arguments.runs, ready_timeout_s=300.0) as url:
         # Seed by seed, so that an interrupted benchmark has something of every setting.
         results = [
-            result_of(changed(config, name, url), name, seed, arguments.runs / f"{name}-seed-{seed}")
+            result_of(
+                dataclasses.replace(
+                    changed(config, name, url), seed=seed, output_dir=arguments.runs / f"{name}-seed-{seed}"
+                ),
+                name,
+                {**OF_PPO.get(name, {}), **OF_REWARD.get(name, {})},
+                # Of several judges, the one that all settings have in common.
+                REWARD_COMPONENT.format(name="positive", statistic="mean") if name in OF_REWARD else REWARD_MEAN,
+            )
             for seed in arguments.seeds
             for name in names
         ]
@@ -119,14 +127,15 @@ def changed(config: PPOConfig, name: str, url: str) -> PPOConfig:
     )
 
 
-def result_of(config: PPOConfig, name: str, seed: int, directory: Path) -> Result:
-    """The result in `directory`.json, or that of a run, which is then written there.
+def result_of(config: PPOConfig, name: str, changes: Mapping[str, Any], reward: str = REWARD_MEAN) -> Result:
+    """The result in the file beside the run's directory, or that of a run, which is then written there. `reward` is
+    the metric that is compared.
 
     Raises:
         SystemExit: the file is that of other settings.
     """
+    directory = config.output_dir
     file = directory.with_name(f"{directory.name}.json")
-    changes = {**OF_PPO.get(name, {}), **OF_REWARD.get(name, {})}
     if file.is_file():
         found = Result(**json.loads(file.read_text(encoding="utf-8")))
         if (found.steps, found.changes) != (config.steps, changes):
@@ -134,13 +143,12 @@ def result_of(config: PPOConfig, name: str, seed: int, directory: Path) -> Resul
         return found
     shutil.rmtree(directory, ignore_errors=True)
     began = time.process_time()
-    ppo.run(dataclasses.replace(config, seed=seed, output_dir=directory))
+    ppo.run(config)
     cpu_s = time.process_time() - began
     metrics = read_metrics(directory / FILE_NAME)
-    # Of several judges, the one that all settings have in common.
-    reward = REWARD_COMPONENT.format(name="positive", statistic="mean") if name in OF_REWARD else REWARD_MEAN
+    ends = at_the_end(metrics, reward), at_the_end(metrics, KL)
     assert config.steps is not None
-    result = Result(name, seed, config.steps, changes, at_the_end(metrics, reward), at_the_end(metrics, KL), cpu_s)
+    result = Result(name, config.seed, config.steps, changes, *ends, cpu_s)
     write_text(file, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     shutil.rmtree(directory)
     return result

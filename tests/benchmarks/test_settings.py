@@ -36,7 +36,7 @@ def test_the_table_compares_runs_of_the_same_seed() -> None:
 def test_a_run_that_is_there_is_not_taken_again_and_that_of_other_settings_is_refused(tmp_path: Path) -> None:
     made = Result("rloo", 1, 16, OF_PPO["rloo"], 1.0, 2.0, 30.0)
     (tmp_path / "rloo.json").write_text(json.dumps(dataclasses.asdict(made)))
-    config = changed(CONFIG, "rloo", URL)
-    assert result_of(config, "rloo", 1, tmp_path / "rloo") == made
+    config = dataclasses.replace(changed(CONFIG, "rloo", URL), seed=1, output_dir=tmp_path / "rloo")
+    assert result_of(config, "rloo", OF_PPO["rloo"]) == made
     with pytest.raises(SystemExit, match=r"rloo\.json has 16 steps of .*: remove it, or name other --runs"):
-        result_of(dataclasses.replace(config, steps=4), "rloo", 1, tmp_path / "rloo")
+        result_of(dataclasses.replace(config, steps=4), "rloo", OF_PPO["rloo"])

@@ -39,15 +39,15 @@ def write_results(
         NotWritten: the disk is full, or can't be written to. In all three cases the earlier files stay.
     """
     directory = config.output_dir
+    metrics = read_metrics(directory / FILE_NAME)
     with replaced_model(directory) as beside:
         save_policy(policy, beside, weights)
         tokenizer.save_pretrained(beside)
         check_saved(policy, beside, weights)
-        write_model_card(config, beside, read_metrics(directory / FILE_NAME), reward_revision)
+        write_model_card(config, beside, metrics, reward_revision)
         if config.merge:
             merge_policy(policy, beside / MERGED, weights)
             tokenizer.save_pretrained(beside / MERGED)
-            metrics = read_metrics(directory / FILE_NAME)
             write_model_card(config, beside / MERGED, metrics, reward_revision, merged=MERGED)
 
 
