@@ -22,6 +22,7 @@ The rule, written before the first run:
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -33,7 +34,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.learning.settings import interval
@@ -83,7 +83,7 @@ class Texts:
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Texts":
         """The figures of these responses."""
-        pairs = [pair for words in map(str.split, texts) for pair in zip(words, words[1:], strict=False)]
+        pairs = [pair for words in map(str.split, texts) for pair in itertools.pairwise(words)]
         return cls(
             repeated_words=repeated_share(texts, 1),
             three_times=statistics.fmean(has_a_word_three_times(text) for text in texts),
@@ -223,7 +223,7 @@ def has_a_word_three_times(text: str) -> bool:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Means of `SMOOTHED_STEPS` consecutive values."""
-    return np.convolve(values, np.full(SMOOTHED_STEPS, 1 / SMOOTHED_STEPS), mode="valid").tolist()
+    return [statistics.fmean(values[i : i + SMOOTHED_STEPS]) for i in range(len(values) - SMOOTHED_STEPS + 1)]
 
 
 def first_reach(x: Sequence[float], y: Sequence[float], at: float) -> float | None:
