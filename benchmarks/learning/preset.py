@@ -60,7 +60,7 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     TODAY: {},
     "fresh-kl-0.1": {**FRESH, "learning_rate": 0.003, "init_kl_coef": 0.1},
     "fresh-grpo": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.1},
-    "fresh-kl-0.1-fast": {**FRESH, "learning_rate": 0.0045, "init_kl_coef": 0.1},
+    "fresh-kl-0.2": {**FRESH, "learning_rate": 0.005, "init_kl_coef": 0.2},
     "fresh": FRESH,
     "kl-0.2": {"init_kl_coef": 0.2},
     "kl-loss-0.2": {"init_kl_coef": 0.0, "kl_loss": "k3", "kl_loss_coef": 0.2},
