@@ -23,9 +23,9 @@ Tasks.
 Protocol of `embedded`.
 1. Tuning. Both sides run every point of the grid with seed 100. A side's point is the one whose last policy has the
    highest reward minus 0.06 x KL on the held-out prompts.
-2. Seeds 0 to 4 run with `trl` and `plaudit` at both sides' points (one, if they are the same), and with `preset`.
-3. The policies after 5, 10, 15 and 20 steps (wide: 3 and 6) answer the same 1,024 held-out prompts from the same random
-   numbers, whichever side trained them, in the same program (Plaudit's).
+2. Seeds 0 to 4 run with `trl` and `plaudit` at both sides' points (one, if they are the same), and then with `preset`.
+3. The policies after 10 and 20 steps (wide: 3 and 6; tuning: 20) answer the same 1,024 held-out prompts from the same
+   random numbers, whichever side trained them, in the same program (Plaudit's).
 
 Analysis. Each comparison is `plaudit` or `preset` minus `trl`, with each side at its own point.
 - At equal samples: the reward of the last policies. Per seed, the difference over prompts with its bootstrap interval;
@@ -87,7 +87,7 @@ def task_of(name: str, work: Path) -> Task:
     """The task of this name."""
     config = presets.load(PPOConfig, PRESET_FILE)
     if name == "embedded":
-        return Task(name, config, JUDGE, 20, 128, 64, (5, 10, 15, 20))
+        return Task(name, config, JUDGE, 20, 128, 64, (10, 20))
     policy = wide_policy(Path(config.policy), work / "policy")
     return Task(name, dataclasses.replace(config, policy=str(policy)), JUDGE, 6, 64, 32, (3, 6))
 
@@ -122,12 +122,13 @@ def main() -> None:
         start = before_training(task, results, work, judge)
         points = tuned_points(task, taken)
         arms: list[Arm] = [(side, point) for point in dict.fromkeys(points.values()) for side in (TRL, PLAUDIT)]
+        # Seed by seed, so that an interrupted benchmark has something of both sides.
+        wanted = [(arm, seed) for seed in seeds for arm in arms]
         if task.name == "embedded":
-            arms.append((PRESET, None))
-        # Seed by seed, so that an interrupted benchmark has something of every side.
-        found: Found = {(arm, seed): taken(Run(task, *arm, seed)) for seed in seeds for arm in arms}
+            wanted += [((PRESET, None), seed) for seed in seeds]
+        found: Found = {(arm, seed): taken(Run(task, *arm, seed)) for arm, seed in wanted}
         tuning: dict[Arm, Judged] = {
-            (side, point): taken(Run(task, side, point, TUNING_SEED)).held_out[str(task.steps)]
+            (side, point): taken(tuning_run(task, side, point)).held_out[str(task.steps)]
             for side in (TRL, PLAUDIT)
             for point in GRIDS[task.name]
             if len(GRIDS[task.name]) > 1
@@ -165,13 +166,18 @@ def before_training(task: Task, results: Path, work: Path, judge: Callable[..., 
     return read_result(file).held_out["0"]
 
 
+def tuning_run(task: Task, side: str, point: Point) -> Run:
+    """Of which only the last policy is judged."""
+    return Run(dataclasses.replace(task, checkpoints=(task.steps,)), side, point, TUNING_SEED)
+
+
 def tuned_points(task: Task, taken: Callable[[Run], Result]) -> dict[str, Point]:
     """Each side's point of the grid. A grid of one point needs no runs."""
     grid = GRIDS[task.name]
     if len(grid) == 1:
         return {TRL: grid[0], PLAUDIT: grid[0]}
     return {
-        side: max(grid, key=lambda point: worth(taken(Run(task, side, point, TUNING_SEED)).held_out[str(task.steps)]))
+        side: max(grid, key=lambda point: worth(taken(tuning_run(task, side, point)).held_out[str(task.steps)]))
         for side in (TRL, PLAUDIT)
     }
 
