@@ -4,8 +4,8 @@
 
 The rollout evaluates all samples together, the update a mini-batch of them in another order: both round, but not alike.
 The embedded GPT-2 with LoRA takes two steps of 32 responses of 4 to 24 tokens, with padded rows, with packed rows, with
-both as in a real run, and then with response tokens that go through the output head in pieces. The figure is the largest |ratio - 1| of any token in
-the first mini-batch of any step. Takes 3 minutes.
+both as in a real run, and then with response tokens that go through the output head in pieces. The figure is the
+largest |ratio - 1| of any token in the first mini-batch of any step. Takes 3 minutes.
 """
 
 import argparse
