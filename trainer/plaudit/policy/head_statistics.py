@@ -30,9 +30,9 @@ def head_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of a token under each distribution, and the distribution's entropy if it is asked for.
 
-    `states` [N, H], `token_ids` [N] and a packed `support` give [N] and [N], in fp32 (fp64 for weights in fp64). Factors
-    are rounded to `dtype` (default: that of the weights), products are summed in fp32. With z = (W x + b) / temperature
-    (-inf outside the support) and p = softmax(z):
+    `states` [N, H], `token_ids` [N] and a `support` [N, ceil(V / 8)] as `distributions.pack` packs it give [N] and [N],
+    in fp32 (fp64 for weights in fp64). Factors are rounded to `dtype` (default: that of the weights), products are
+    summed in fp32. With z = (W x + b) / temperature (-inf outside the support) and p = softmax(z):
 
         log p_k = z_k - logsumexp(z)        d log p_k / dz = onehot_k - p
         H = -sum(p log p)                   dH / dz = -p (log p + H)
