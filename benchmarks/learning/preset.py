@@ -1,11 +1,13 @@
 """Candidates for the demo's preset: reward, KL and repetition on held-out prompts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --into docs/evidence/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --tuning --into docs/evidence/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --candidates today NAME --into docs/evidence/ppo.md
 
 A run is the PPO stage of the demo's preset with a candidate's changes, then `plaudit evaluate` on 1,024 held-out
 prompts with the same random numbers for every run. It leaves one JSON file in `--runs`; a run whose file is there is
 not taken again. Prints a Markdown table, and ten responses of two candidates to the first held-out prompts, which
-`--into` puts into a document.
+`--into` puts into a document: the first command the table of all candidates, the second that of the confirmation, with
+the samples.
 
 The rule, written before the first run:
 
@@ -49,6 +51,7 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.stages import evaluate, ppo
 
 TODAY = "today"
+TUNING_SEED = 100
 FRESH = {"steps": 72, "ppo_epochs": 1, "mini_batch_size": 32}
 """One pass over each batch instead of four. An update of four passes takes about 70 % of a step, so that twice as many
 samples fit into the same time; and the gradients of different samples do not share their noise, as those of four passes
@@ -132,7 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(CANDIDATES)
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tuning", action="store_true", help=f"seed {TUNING_SEED} and the table of the tuning")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--preset", type=Path, default=Path("presets/demo.yaml"))
     parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
     parser.add_argument("--n-prompts", type=int, default=1024, help="held-out prompts")
@@ -140,21 +144,23 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="document whose tables of this benchmark are replaced")
     arguments = parser.parse_args()
 
+    seeds = arguments.seeds or ([TUNING_SEED] if arguments.tuning else [0, 1, 2])
     config = dataclasses.replace(presets.load(PPOConfig, arguments.preset), trackers=())
     with reward_service(arguments.reward_model, arguments.runs, ready_timeout_s=300.0) as url:
         config = dataclasses.replace(config, reward=config.reward.asking(url))
         runs = [
             run_of(name, seed, config, arguments.runs / f"{name}-seed-{seed}", n_prompts=arguments.n_prompts)
             for name in arguments.candidates
-            for seed in arguments.seeds
+            for seed in seeds
         ]
     lines = table(runs)
     print("\n".join(lines))
     if arguments.into is not None:
-        seeds = ", ".join(str(seed) for seed in arguments.seeds)
-        head = [f"{measured_on('torch', 'transformers')}; {arguments.n_prompts:,} held-out prompts, seeds {seeds}", ""]
-        put(arguments.into, "preset", [*head, *lines])
-        put(arguments.into, "preset-samples", samples_table(runs))
+        what = f"{arguments.n_prompts:,} held-out prompts, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        lines = [f"{measured_on('torch', 'transformers')}; {what}", "", *lines]
+        if not arguments.tuning:
+            lines += ["", f"Seed {seeds[0]}:", "", *samples_table(runs)]
+        put(arguments.into, "preset-tuning" if arguments.tuning else "preset", lines)
 
 
 def changed(config: PPOConfig, name: str) -> PPOConfig:
