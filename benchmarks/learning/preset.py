@@ -64,7 +64,7 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "fresh-kl-0.1": {**FRESH, "learning_rate": 0.003, "init_kl_coef": 0.1},
     "fresh-grpo": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.1},
     "fresh-kl-0.2": {**FRESH, "learning_rate": 0.005, "init_kl_coef": 0.2},
-    "fresh-grpo-entropy": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.06, "entropy_coef": 0.05},
+    "fresh-grpo-entropy": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.06, "entropy_coef": 0.01},
     "kl-0.2": {"init_kl_coef": 0.2},
     "kl-loss-0.2": {"init_kl_coef": 0.0, "kl_loss": "k3", "kl_loss_coef": 0.2},
     "rloo-4": {"responses_per_prompt": 4, "advantage_estimator": "rloo"},
