@@ -1,13 +1,12 @@
 """Candidates for the demo's preset: reward, KL and repetition on held-out prompts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --tuning --into docs/evidence/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --tuning --show today NAME --into docs/evidence/ppo.md
     OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --candidates today NAME --into docs/evidence/ppo.md
 
 A run is the PPO stage of the demo's preset with a candidate's changes, then `plaudit evaluate` on 1,024 held-out
 prompts with the same random numbers for every run. It leaves one JSON file in `--runs`; a run whose file is there is
-not taken again. Prints a Markdown table, and ten responses of two candidates to the first held-out prompts, which
-`--into` puts into a document: the first command the table of all candidates, the second that of the confirmation, with
-the samples.
+not taken again. Prints a Markdown table, and the responses to the first ten held-out prompts, which `--into` puts
+into a document. The first command is the tuning, with all candidates; the second the confirmation.
 
 The rule, written before the first run:
 
@@ -41,7 +40,7 @@ import torch
 from benchmarks.learning.settings import interval
 from benchmarks.tables import measured_on, put
 from plaudit.report.audit import repeated_share
-from plaudit.report.page import Sample
+from plaudit.report.evaluation import mean_ci95
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
 from plaudit.run.service_process import reward_service
 from plaudit.run.storage import write_text
@@ -65,11 +64,8 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "fresh-grpo": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.1},
     "fresh-kl-0.2": {**FRESH, "learning_rate": 0.005, "init_kl_coef": 0.2},
     "fresh-grpo-entropy": {**FRESH, **GRPO, "learning_rate": 0.0045, "init_kl_coef": 0.06, "entropy_coef": 0.01},
-    "kl-0.2": {"init_kl_coef": 0.2},
-    "kl-loss-0.2": {"init_kl_coef": 0.0, "kl_loss": "k3", "kl_loss_coef": 0.2},
-    "rloo-4": {"responses_per_prompt": 4, "advantage_estimator": "rloo"},
 }
-"""What each candidate changes: `steps`, `lora` (a dict), and otherwise settings of `ppo`."""
+"""What each candidate changes: `steps`, and otherwise settings of `ppo`."""
 AT_KL = (3.0, 5.0, 7.0)
 """Nats at which rewards along the training are compared."""
 SMOOTHED_STEPS = 5
@@ -135,7 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(CANDIDATES)
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--tuning", action="store_true", help=f"seed {TUNING_SEED} and the table of the tuning")
+    parser.add_argument("--tuning", action="store_true", help=f"seed {TUNING_SEED}, and the document's other table")
+    parser.add_argument("--show", nargs="+", choices=names, metavar="NAME", help="those with samples; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--preset", type=Path, default=Path("presets/demo.yaml"))
     parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
@@ -153,22 +150,20 @@ def main() -> None:
             for name in arguments.candidates
             for seed in seeds
         ]
-    lines = table(runs)
+    shown = [run for run in runs if run.candidate in (arguments.show or names)]
+    lines = [*table(runs), "", f"The first {SHOWN} held-out prompts, seed {seeds[0]}:", "", *samples_table(shown)]
     print("\n".join(lines))
     if arguments.into is not None:
         what = f"{arguments.n_prompts:,} held-out prompts, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        lines = [f"{measured_on('torch', 'transformers')}; {what}", "", *lines]
-        if not arguments.tuning:
-            lines += ["", f"Seed {seeds[0]}:", "", *samples_table(runs)]
-        put(arguments.into, "preset-tuning" if arguments.tuning else "preset", lines)
+        head = [f"{measured_on('torch', 'transformers')}; {what}", ""]
+        put(arguments.into, "preset-tuning" if arguments.tuning else "preset", [*head, *lines])
 
 
 def changed(config: PPOConfig, name: str) -> PPOConfig:
     """The config with a candidate's changes."""
     changes = dict(CANDIDATES[name])
-    lora = dataclasses.replace(config.lora, **changes.pop("lora", {}))
     steps = changes.pop("steps", config.steps)
-    return dataclasses.replace(config, steps=steps, lora=lora, ppo=dataclasses.replace(config.ppo, **changes))
+    return dataclasses.replace(config, steps=steps, ppo=dataclasses.replace(config.ppo, **changes))
 
 
 def run_of(name: str, seed: int, config: PPOConfig, directory: Path, *, n_prompts: int) -> Run:
@@ -218,15 +213,10 @@ def run_of(name: str, seed: int, config: PPOConfig, directory: Path, *, n_prompt
         rewards=[sample.reward_after for sample in samples],
         texts=dataclasses.asdict(Texts.of([sample.response_after for sample in samples])),
         texts_before=dataclasses.asdict(Texts.of([sample.response_before for sample in samples])),
-        samples=[shown(sample) for sample in samples[:SHOWN]],
+        samples=[(row.query, row.response_before, row.response_after) for row in samples[:SHOWN]],
     )
     write_text(file, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
     return run
-
-
-def shown(sample: Sample) -> tuple[str, str, str]:
-    """A prompt, and both responses."""
-    return sample.query, sample.response_before, sample.response_after
 
 
 def has_a_word_three_times(text: str) -> bool:
@@ -249,21 +239,45 @@ def first_reach(x: Sequence[float], y: Sequence[float], at: float) -> float | No
 
 def table(runs: Sequence[Run]) -> list[str]:
     """One row for each candidate, and the policy before, in Markdown."""
-    head = ["candidate", "held-out reward", "KL, nats", *(f"reward at {kl:g} nats" for kl in AT_KL), "perplexity"]
+    head = [
+        "candidate",
+        "held-out reward",
+        "difference",
+        "KL, nats",
+        "ratio",
+        *(f"reward at {kl:g} nats" for kl in AT_KL),
+        "perplexity",
+    ]
     head += ["repeated words", "a word three times", "distinct pairs", "trainer, CPU s"]
     rows = [f"| {' | '.join(head)} |", f"| --- {'| ---: ' * (len(head) - 1)}|"]
     first = runs[0]
-    start = [f"{first.reward_before:+.2f}", "0", *("" for _ in AT_KL), f"{first.perplexity_before:.0f}"]
+    start = [f"{first.reward_before:+.2f}", "", "0", "", *("" for _ in AT_KL), f"{first.perplexity_before:.0f}"]
     rows.append(f"| the start | {' | '.join([*start, *of_texts([first.texts_before])])} | |")
     for name in dict.fromkeys(run.candidate for run in runs):
         own = [run for run in runs if run.candidate == name]
-        cells = [interval([run.reward for run in own], "{:+.2f}"), interval([run.kl for run in own], "{:.2f}")]
+        todays = [run for run in runs if run.candidate == TODAY]
+        against = compared(own, todays) if name != TODAY and len(own) == len(todays) else ("", "")
+        cells = [interval([run.reward for run in own], "{:+.2f}"), against[0]]
+        cells += [interval([run.kl for run in own], "{:.2f}"), against[1]]
         for kl in AT_KL:
             reached = [reward for run in own if (reward := run.reward_at(kl)) is not None]
             cells.append(f"{statistics.fmean(reached):+.2f}" if len(reached) == len(own) else "")
         cells += [f"{statistics.fmean(run.perplexity for run in own):.0f}", *of_texts([run.texts for run in own])]
         rows.append(f"| {name} | {' | '.join(cells)} | {statistics.fmean(run.cpu_s for run in own):.0f} |")
     return rows
+
+
+def compared(own: Sequence[Run], todays: Sequence[Run]) -> tuple[str, str]:
+    """The mean difference of the rewards from today's, with its interval, and the ratio of the mean KLs. The interval
+    is over seeds by Student's t, or of a single seed over prompts by bootstrap (`report.evaluation.mean_ci95`)."""
+    ratio = statistics.fmean(run.kl for run in own) / statistics.fmean(run.kl for run in todays)
+    if len(own) > 1:
+        difference = interval([run.reward - today.reward for run, today in zip(own, todays, strict=True)], "{:+.2f}")
+    else:
+        pairs = [after - today for after, today in zip(own[0].rewards, todays[0].rewards, strict=True)]
+        low, high = mean_ci95(pairs)
+        difference = f"{statistics.fmean(pairs):+.2f} ({low:+.2f} to {high:+.2f})"
+    return difference, f"{ratio:.2f}"
 
 
 def of_texts(figures: Sequence[Mapping[str, float]]) -> list[str]:

@@ -47,7 +47,7 @@ RUN = Run(
 @pytest.mark.parametrize("name", list(CANDIDATES))
 def test_a_candidate_changes_the_algorithm_alone(name: str) -> None:
     config = changed(CONFIG, name)
-    assert dataclasses.replace(config, steps=CONFIG.steps, lora=CONFIG.lora, ppo=CONFIG.ppo) == CONFIG
+    assert dataclasses.replace(config, steps=CONFIG.steps, ppo=CONFIG.ppo) == CONFIG
     assert (config == CONFIG) == (name == TODAY)
 
 
@@ -73,11 +73,15 @@ def test_rewards_are_compared_where_the_kl_is_first_reached() -> None:
 
 
 def test_the_table_has_the_start_and_a_row_for_each_candidate() -> None:
-    other = dataclasses.replace(RUN, candidate="rloo-4", kl=5.0)
+    other = dataclasses.replace(RUN, candidate="rloo-4", kl=5.0, rewards=[1.5, 2.0])
     *_, start, today, rloo = table([RUN, other])
-    assert start == "| the start | -0.01 | 0 |  |  |  | 61 | 12.5 % | 0.0 % | 90.0 % | |"
-    assert today == "| today | +1.25 | 10.00 | +0.10 |  |  | 40 | 12.5 % | 50.0 % | 90.0 % | 60 |"
-    assert rloo.startswith("| rloo-4 | +1.25 | 5.00 |")
+    assert start == "| the start | -0.01 |  | 0 |  |  |  |  | 61 | 12.5 % | 0.0 % | 90.0 % | |"
+    assert today == "| today | +1.25 |  | 10.00 |  | +0.10 |  |  | 40 | 12.5 % | 50.0 % | 90.0 % | 60 |"
+    # A single seed is paired by prompt, several by seed: the mean of 0.5 and 0.5, and of -0.25 three times.
+    assert rloo.startswith("| rloo-4 | +1.25 | +0.50 (+0.50 to +0.50) | 5.00 | 0.50 |")
+    seeds = [dataclasses.replace(RUN, seed=seed, reward=1.25 + seed) for seed in range(3)]
+    seeds += [dataclasses.replace(other, seed=seed, reward=1.0 + seed) for seed in range(3)]
+    assert "| -0.25 (-0.25 to -0.25) |" in table(seeds)[-1]
     later = dataclasses.replace(RUN, seed=1, samples=[["A film", "", " of a later seed"]])
     assert samples_table([RUN, later, other])[-1] == "| A film | is bad . | is good. | is good. |"
 
