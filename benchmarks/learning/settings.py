@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
+from benchmarks.learning.analysis import over_seeds
 from benchmarks.tables import measured_on, put
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_COMPONENT, REWARD_MEAN, read_metrics
 from plaudit.run.service_process import reward_service
@@ -187,11 +187,10 @@ def table(results: Sequence[Result], names: Sequence[str]) -> list[str]:
 
 def interval(values: Sequence[float], form: str) -> str:
     """The mean and its 95 % interval, by Student's t; the mean alone of a single value."""
-    mean = statistics.fmean(values)
+    over = over_seeds(values)
     if len(values) == 1:
-        return form.format(mean)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{form.format(mean)} ({form.format(mean - half)} to {form.format(mean + half)})"
+        return form.format(over.mean)
+    return f"{form.format(over.mean)} ({form.format(over.low)} to {form.format(over.high)})"
 
 
 if __name__ == "__main__":

@@ -84,6 +84,18 @@ def test_a_file_for_all_stages_is_all_that_the_next_command_needs(tmp_path: Path
     assert "--config" not in commands(PPOConfig(), one_stage)[0][:3]
 
 
+@pytest.mark.parametrize(
+    ("address", "port"), [("http://localhost:9123", "9123"), ("https://judge.example.org:9123", "8000")]
+)
+def test_a_reward_model_is_served_where_the_settings_file_lets_ppo_look(
+    tmp_path: Path, address: str, port: str
+) -> None:
+    file = tmp_path / "all.yaml"
+    file.write_text(f"stages:\n  ppo: {{reward: {{url: [{address}]}}}}\n  reward-model: {{}}\n")
+    serve = commands(RewardModelConfig(), file)[0]
+    assert serve[serve.index("--port") + 1] == port
+
+
 @pytest.mark.parametrize("config", [EvaluateConfig(), DemoConfig()])
 def test_at_the_end_there_is_a_report_to_open(config: EvaluateConfig | DemoConfig) -> None:
     first, *others = commands(config)

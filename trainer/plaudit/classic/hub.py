@@ -4,13 +4,9 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from plaudit.classic.config import PPOConfig
 from plaudit.run.hub import HubRejected, HubUnavailable, push
-
-if TYPE_CHECKING:
-    from plaudit.classic.trainer import PPOTrainer
 
 
 def upload(
@@ -51,10 +47,9 @@ class BestUploads:
         return True
 
 
-def upload_best(trainer: "PPOTrainer") -> None:
-    """Upload the policy as `push_to_hub_if_best_kwargs` say. A hub that doesn't take it is a warning: training goes
-    on."""
+def upload_best(upload_policy: Callable[[], object]) -> None:
+    """Call `upload_policy`. A hub that doesn't take the policy is a warning: training goes on."""
     try:
-        trainer.push_to_hub(**trainer.config.push_to_hub_if_best_kwargs)
+        upload_policy()
     except (HubRejected, HubUnavailable) as error:
         warnings.warn(f"the best policy so far was not uploaded: {error}", stacklevel=3)

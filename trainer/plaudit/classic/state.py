@@ -4,17 +4,31 @@ Failure mode: a resumed run that draws other random numbers, or learns at anothe
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from plaudit.classic.trainer import PPOTrainer
+from plaudit.classic.controllers import AdaptiveKLController, FixedKLController
+from plaudit.learner.stepper import PPOStepper
 
 
-def trainer_state(trainer: "PPOTrainer") -> dict[str, Any]:
+class Resumable(Protocol):
+    """The parts of a `PPOTrainer` that change from step to step."""
+
+    stepper: PPOStepper
+    kl_ctl: AdaptiveKLController | FixedKLController
+    lr_scheduler: Any
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the policy's weights."""
+        ...
+
+
+def trainer_state(trainer: Resumable) -> dict[str, Any]:
     """Everything but the model's weights and the batch that the next `generate` and `step` depend on."""
     scheduler = trainer.lr_scheduler
     return {
@@ -27,7 +41,7 @@ def trainer_state(trainer: "PPOTrainer") -> dict[str, Any]:
     }
 
 
-def restore_trainer(trainer: "PPOTrainer", state: Mapping[str, Any]) -> None:
+def restore_trainer(trainer: Resumable, state: Mapping[str, Any]) -> None:
     """Goes on from `trainer_state`, once the model has the weights of that moment."""
     trainer.stepper.load_state_dict(state["stepper"])
     for group, rate in zip(trainer.optimizer.param_groups, state["rates"], strict=True):

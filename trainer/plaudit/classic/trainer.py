@@ -294,7 +294,7 @@ class PPOTrainer:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self._best.is_beaten_by(float(result.scores.mean())) and self.accelerator.is_main_process:
-            upload_best(self)
+            upload_best(lambda: self.push_to_hub(**self.config.push_to_hub_if_best_kwargs))
         statistics |= {f"time/ppo/{name}": seconds for name, seconds in times.items()}
         return statistics if self.config.log_with == "wandb" else convert_to_scalar(statistics)
 

@@ -3,11 +3,14 @@
 Failure mode: a command that doesn't parse, or that leaves out a setting on which the next stage's result depends.
 """
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from plaudit.errors import ConfigError
 from plaudit.rewards.settings import RewardSettings
 from plaudit.settings import files
 from plaudit.settings.data import DataSettings, PromptSettings
@@ -18,18 +21,19 @@ from plaudit.settings.ppo import PPOConfig
 from plaudit.settings.reward_model import RewardModelConfig
 from plaudit.settings.sft import SFTConfig
 
-URL = "http://127.0.0.1:8000"
+PORT = 8000
+URL = f"http://127.0.0.1:{PORT}"
 PROMPT = "The film was"
 
 
 def after(config: object, file: Path | None = None) -> str:
     """What to run next, for people; "" after a command that nothing follows. `file` is the command's --config."""
-    shared = f"--config {shlex.quote(str(file))}" if file is not None and files.has_stages(file) else None
-    steps = list(_steps(config, shared))
+    steps = list(_steps(config, file if file is not None and files.has_stages(file) else None))
     return "\nNext:\n" + "\n".join(f"  {step}" for step in steps) if steps else ""
 
 
-def _steps(config: object, shared: str | None) -> Iterator[str]:
+def _steps(config: object, file: Path | None) -> Iterator[str]:
+    shared = f"--config {shlex.quote(str(file))}" if file is not None else None
     if isinstance(config, SFTConfig):
         data = shared or _joined(_flags(config.dataset, DataSettings()))
         directory = shlex.quote(str(config.output_dir))
@@ -38,7 +42,8 @@ def _steps(config: object, shared: str | None) -> Iterator[str]:
         yield f"plaudit ppo {shared}" if shared else f"plaudit ppo --policy {directory} {data} --reward.url {URL}"
     elif isinstance(config, RewardModelConfig):
         label = "" if config.kind == "pairwise" else f" --label {shlex.quote(config.label_names[-1])}"
-        yield f"plaudit-reward --model {shlex.quote(str(config.output_dir))}{label} --port 8000 &"
+        model, port = shlex.quote(str(config.output_dir)), _port(file)
+        yield f"plaudit-reward --model {model}{label} --port {port} &"
         if shared:
             yield f"plaudit ppo {shared}"
         else:
@@ -55,6 +60,17 @@ def _steps(config: object, shared: str | None) -> Iterator[str]:
         yield f"open {config.output_dir / 'report.html'}"
         yield f'plaudit generate {shlex.quote(str(config.output_dir / "ppo"))} "{PROMPT}"'
         yield "plaudit init my_reviews.csv    # the same with your own data"
+
+
+def _port(file: Path | None) -> int:
+    """The port on this machine at which PPO will look for the reward service, by its part of the settings file."""
+    if file is not None:
+        with contextlib.suppress(ConfigError):
+            addresses = [urlsplit(url) for part in files.load(PPOConfig, file).reward.components for url in part.url]
+            for address in addresses:
+                if address.port and address.hostname in ("localhost", "127.0.0.1", "::1"):
+                    return address.port
+    return PORT
 
 
 def _evaluation(config: PPOConfig) -> Iterator[str]:
