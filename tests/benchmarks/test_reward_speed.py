@@ -2,8 +2,8 @@
 
 import argparse
 import functools
-import importlib.util
 import math
+import runpy
 import sys
 
 import pytest
@@ -126,12 +126,10 @@ def test_only_a_server_that_answers_as_the_model_is_timed(tmp_path, monkeypatch,
 
 
 def test_an_engine_without_its_package_says_how_to_install_it(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("engines", servers.PEERS / "engines.py")
-    engines = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engines)
-    monkeypatch.setitem(engines.PACKAGES, ("onnxruntime", "int8"), ("torch", "no_such_engine"))
+    engines = runpy.run_path(str(servers.PEERS / "engines.py"))
+    monkeypatch.setitem(engines["PACKAGES"], ("onnxruntime", "int8"), ("torch", "no_such_engine"))
     with pytest.raises(SystemExit, match=r"onnxruntime in int8 needs no_such_engine: .* -m pip install no_such_engine"):
-        engines.load("onnxruntime", "int8", str(tmp_path))
+        engines["load"]("onnxruntime", "int8", str(tmp_path))
 
 
 @pytest.mark.parametrize(
