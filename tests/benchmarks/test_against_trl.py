@@ -114,12 +114,13 @@ def test_a_run_whose_file_is_there_is_not_taken_again(tmp_path: Path) -> None:
     made = Result(run.name, run.hyperparameters, [0.5] * 20, [1.0] * 20, {"20": Judged(1.25, [0.5, 0.25])})
 
     def result(run: Run) -> Result:
-        return result_of(run, tmp_path, tmp_path, classic_python=None, judge=lambda policy: Judged(0.0, []))
+        return result_of(run, tmp_path / "results", tmp_path, classic_python=None, judge=lambda policy: Judged(0.0, []))
 
     with pytest.raises(SystemExit, match="is not there yet: name the environment with trl"):
         result(run)
-    write_result(tmp_path / f"{run.name}.json", made)
-    assert result(run) == made == read_result(tmp_path / f"{run.name}.json")
+    file = tmp_path / "results" / f"{run.name}.json"
+    write_result(file, made)
+    assert result(run) == made == read_result(file)
     other = dataclasses.replace(run, task=dataclasses.replace(run.task, steps=4))
     with pytest.raises(SystemExit, match=r"seed-0\.json has 20 steps of .*: name other --results"):
         result(other)
