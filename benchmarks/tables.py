@@ -8,10 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def measured_on(*packages: str) -> str:
+def measured_on(*packages: str, cores: int = 1) -> str:
     """The date, the kind of machine, and the versions of these packages."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{datetime.now(UTC):%Y-%m-%d}, one core of {_machine()}, {versions}"
+    used = "one core" if cores == 1 else f"{cores} cores"
+    return f"{datetime.now(UTC):%Y-%m-%d}, {used} of {_machine()}, {versions}"
 
 
 def _machine() -> str:

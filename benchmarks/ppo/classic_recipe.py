@@ -7,8 +7,10 @@ Runs in an environment of its own, since that version needs older libraries:
         datasets==2.21.0 numpy==1.26.4 'pyarrow<18'
 
 One sample is generated at a time, policy and reference are two copies, the classifier runs in the same process. With
-`--library plaudit.classic` the same program runs over Plaudit's classic API, in Plaudit's environment; otherwise it
-imports nothing of Plaudit. Prints a JSON line for each step: seconds a phase, the step's processor time, and samples.
+`--batched` the trainer's `generate` gets all queries of a step as one list and one batch; it knows one length for a
+batch, so it generates the longest, and each response is cut at its own. With `--library plaudit.classic` the same
+program runs over Plaudit's classic API, in Plaudit's environment; otherwise it imports nothing of Plaudit. Prints a
+JSON line for each step: seconds a phase, the step's processor time, samples, response tokens, and peak memory.
 """
 
 import argparse
@@ -23,6 +25,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
+from benchmarks.ppo.peaks import peak_resident_mib
+
+SHORTEST, LONGEST = 4, 16
+"""Response tokens."""
+
 
 def tokenizer_of(directory: str, **special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(Path(directory) / "tokenizer.json"), **special)
@@ -36,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lora-r", type=int, default=0, help="0 trains every parameter, as the recipe does")
+    parser.add_argument("--batched", action="store_true", help="generate the responses of a step in one batch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--library", default="trl", help="where PPOTrainer comes from: trl, or plaudit.classic")
     arguments = parser.parse_args()
@@ -69,11 +77,17 @@ def main() -> None:
         offset = step * arguments.batch_size
         queries = [prompts[(offset + i) % len(prompts)] for i in range(arguments.batch_size)]
         processor_began, began = time.process_time(), time.perf_counter()
-        responses = []
-        for query in queries:
-            length = int(torch.randint(4, 17, (), generator=lengths))
-            response = trainer.generate(query, max_new_tokens=length, **sampling)
-            responses.append(response.squeeze()[-length:])
+        most = [int(torch.randint(SHORTEST, LONGEST + 1, (), generator=lengths)) for _ in queries]
+        if arguments.batched:
+            whole = trainer.generate(
+                queries, batch_size=batch_size, return_prompt=False, max_new_tokens=LONGEST, **sampling
+            )
+            responses = [response[:length] for response, length in zip(whole, most)]  # noqa: B905
+        else:
+            responses = [
+                trainer.generate(query, max_new_tokens=length, **sampling).squeeze()[-length:]
+                for query, length in zip(queries, most)  # noqa: B905
+            ]
         generated = time.perf_counter()
         texts = [tokenizer.decode(torch.cat(pair)) for pair in zip(queries, responses)]  # noqa: B905
         outputs = judge(texts, top_k=None, function_to_apply="none", batch_size=16, truncation=True)
@@ -90,6 +104,8 @@ def main() -> None:
             "step": ended - began,
             "processor": time.process_time() - processor_began,
             "samples": arguments.batch_size,
+            "tokens": sum(map(len, responses)),
+            "peak_mib": peak_resident_mib(),
         }
         print(json.dumps(record), flush=True)
 

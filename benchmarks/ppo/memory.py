@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from benchmarks.ppo.step import models_of
+from benchmarks.ppo.models import models_of
 from plaudit.data.prompts import load_prompts
 from plaudit.learner.memory import Peak, measuring_peak
 from plaudit.learner.rollout import CollectedRollout, collect_rollout

@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from benchmarks.ppo.memory import Layout, Measured, measure
-from benchmarks.ppo.step import models_of
+from benchmarks.ppo.models import models_of
 from benchmarks.tables import measured_on, put
 from plaudit.policy.pretrained import load_causal_lm, load_tokenizer
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics

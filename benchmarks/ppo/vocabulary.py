@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.ppo.vocabulary slope --results DIR --table docs/evidence/memory.md
 
 `phases`: loading, rollout and update of a Qwen2 of 0.5B parameters (24 layers, 896 wide, 151,936 tokens) with random
-weights and LoRA, for each format of its base. `slope`: a model of two layers with two vocabularies and two numbers of
-response tokens; what is left of the four peaks when a part for each vocabulary and one for each number is taken off is
+weights and LoRA, for each format of its base. `slope`: a model of two layers with two vocabularies and two lengths of
+16 responses; what is left of the four peaks when a part for each vocabulary and one for each length is taken off is
 the memory for each logit. Each measurement is one step in a process of its own; results are kept in DIR, and a call
 that finds them doesn't measure again. Peaks are resident sizes beyond that of a process that has loaded no model; for
 the slope, beyond the process with its model.
@@ -92,10 +92,10 @@ PHASES = (
 )
 NARROW = (Model(32_000, 2, 256, 4), Model(151_936, 2, 256, 4))
 SLOPES = tuple(
-    Case(f"{words}, V = {model.vocabulary:,}, N = {samples * 32:,}", settings, model, samples, 32)
-    for words, settings in (("whole", ModelSettings(logits_mib=WHOLE)), ("in pieces", ModelSettings(logits_mib=PIECES)))
+    Case(f"{words}, V = {model.vocabulary:,}, N = {16 * tokens:,}", ModelSettings(logits_mib=limit), model, 16, tokens)
+    for words, limit in (("whole", WHOLE), ("in pieces", PIECES / 2))
     for model in NARROW
-    for samples in (16, 64)
+    for tokens in (32, 128)
 )
 
 

@@ -1,6 +1,7 @@
 """Weights in half precision that don't learn, and fp32 for all that does."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir
+from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
 from plaudit.policy.checks import check_policy
@@ -22,6 +23,14 @@ from plaudit.settings.ppo import PPOHyperparameters
 LORA = LoraSettings(r=4, alpha=8)
 DRIFT: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
 """How far from 1 a ratio may be before the first update."""
+OTHER_FORMATS: dict[str, tuple[ModelSettings, float]] = {
+    "passes in bf16": (ModelSettings(bf16=True), DRIFT["bf16"]),
+    "8 bits": (ModelSettings(quantization="8bit"), DRIFT["fp32"]),
+    "4 bits": (ModelSettings(quantization="4bit"), DRIFT["fp32"]),
+    "8 bits, the rest bf16": (ModelSettings(quantization="8bit", dtype="bf16"), DRIFT["bf16"]),
+    "4 bits, the rest bf16": (ModelSettings(quantization="4bit", dtype="bf16"), DRIFT["bf16"]),
+}
+"""On a CPU, quantised weights are made whole again before they multiply, in the format of the rest."""
 ERROR: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 5e-2}
 """Of a log-probability in nats, from the same weights computed in fp32 throughout."""
 
@@ -68,12 +77,32 @@ def test_what_learns_is_fp32_and_the_base_is_as_asked(architecture: str, dtype: 
 @pytest.mark.parametrize("dtype", DRIFT)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_ratio_starts_at_1_to_a_stated_bound(architecture: str, dtype: Dtype, tmp_path: Path) -> None:
-    policy = load_policy(save(ARCHITECTURES[architecture](), tmp_path), LORA, ModelSettings(dtype=dtype))
+    base = save(ARCHITECTURES[architecture](), tmp_path)
+    require_drift_below(DRIFT[dtype], load_policy(base, LORA, ModelSettings(dtype=dtype)))
+
+
+@pytest.mark.usefixtures("layout")
+@pytest.mark.parametrize("base", OTHER_FORMATS)
+def test_a_ratio_on_a_base_in_another_format_starts_at_1_to_a_stated_bound(base: str, tmp_path: Path) -> None:
+    settings, bound = OTHER_FORMATS[base]
+    require_drift_below(bound, load_policy(save(tiny_llama(), tmp_path), LORA, settings))
+
+
+@pytest.mark.parametrize("base", [*DRIFT, *OTHER_FORMATS])
+def test_a_ratio_of_logits_in_pieces_starts_at_1_to_a_stated_bound(base: Any, tmp_path: Path) -> None:
+    settings, bound = (ModelSettings(dtype=base), DRIFT[base]) if base in DRIFT else OTHER_FORMATS[base]
+    policy = load_policy(save(tiny_llama(), tmp_path), LORA, dataclasses.replace(settings, logits_mib=0.01))
+    assert policy.in_pieces(10)
+    require_drift_below(bound, policy)
+
+
+def require_drift_below(bound: float, policy: Policy) -> None:
+    """One step: the rollout evaluates 16 samples at once, the update four of them, in another order."""
     stir(policy)
     config = PPOHyperparameters(batch_size=16, mini_batch_size=4, ppo_epochs=1, learning_rate=1e-3)
     stepper = PPOStepper(policy, None, config)
     statistics = stepper.step(ragged(16, 12), ragged(16, 10), [float(i % 3) for i in range(16)]).statistics
-    assert statistics["ppo/policy/ratio_drift"] < DRIFT[dtype]
+    assert statistics["ppo/policy/ratio_drift"] < bound
     moments = [m for state in stepper.optimizer.state.values() for m in state.values()]
     assert {moment.dtype for moment in moments} == {torch.float32}
 

@@ -32,7 +32,7 @@ def fp32_logits(*heads: nn.Module | None, autocast: torch.dtype | None) -> Itera
 def _forward_of(head: nn.Linear, dtype: torch.dtype) -> Any:
     def forward(states: Tensor) -> Tensor:
         logits: Tensor = _Product.apply(states.flatten(0, -2), head.weight, dtype)  # type: ignore[no-untyped-call]
-        logits = logits.view(*states.shape[:-1], -1)
+        logits = logits.view(*states.shape[:-1], logits.shape[-1])
         return logits if head.bias is None else logits + head.bias.float()
 
     return forward

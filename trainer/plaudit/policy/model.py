@@ -26,6 +26,7 @@ from plaudit.policy.response_logits import (
     probe_samples,
     response_logits,
     same_logits,
+    token_statistics,
 )
 from plaudit.policy.samples import Samples
 from plaudit.policy.transformer import bare, disable_dropout, fuse_activations, head_of, numel
@@ -93,6 +94,7 @@ class Policy(nn.Module):
         if self.device.type == "cuda":
             fuse_activations(self)
         self._logits_mib, self._vocabulary = logits_mib, int(getattr(head, "out_features", head.weight.shape[0]))
+        self._rows = max(1, int(2**20 * logits_mib / PIECES / (4 * self._vocabulary)))
         self._takes_own_mask = self._packs = self._head_is_last = False
         if self.device.type != "meta":
             self._try_forms_of_input()
@@ -192,7 +194,9 @@ class Policy(nn.Module):
         `support` is [N, V] here.
         """
         logits = self._response_logits(self.model, given)
-        logprobs, entropies = self._statistics(logits, tokens, support, temperature=temperature, entropy=entropy)
+        logprobs, entropies = token_statistics(
+            logits, tokens, support, rows=self._rows, temperature=temperature, entropy=entropy
+        )
         if self.v_head is None:
             values = torch.zeros_like(logprobs)
         else:
@@ -232,7 +236,10 @@ class Policy(nn.Module):
         """`reference_logprobs` on an input that is made already, [N]; `support` is [N, V] here."""
         with self.as_reference() as reference:
             logits = self._response_logits(reference, given)
-            return self._statistics(logits, tokens, support, temperature=temperature, entropy=False)[0]
+            logprobs, _ = token_statistics(
+                logits, tokens, support, rows=self._rows, temperature=temperature, entropy=False
+            )
+            return logprobs
 
     @torch.no_grad()
     def full_kl(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
@@ -250,7 +257,7 @@ class Policy(nn.Module):
             other = self._response_logits(reference, given)
         other = dataclasses.replace(other, head=self._apply_head_of_reference)
         kept = None if support is None else samples.gather(support)
-        return samples.spread(self._in_pieces(divergence, own, other, columns=(kept,))[0])
+        return samples.spread(in_pieces(divergence, (own, other), kept, rows=self._rows)[0])
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Any]:
@@ -283,31 +290,12 @@ class Policy(nn.Module):
             return (kept.scatter(-1, tokens.unsqueeze(-1), True),)
 
         logits = self._response_logits(self.model, self._input_of(samples))
-        kept = self._in_pieces(truncated, logits, columns=(samples.gather(samples.response_ids),))[0]
+        kept = in_pieces(truncated, (logits,), samples.gather(samples.response_ids), rows=self._rows)[0]
         return samples.spread(kept, fill=True)
 
     def in_pieces(self, tokens: int) -> bool:
         """Whether so many response tokens go through the output head a few at a time, since their logits are large."""
         return self._head_is_last and 4 * tokens * self._vocabulary > 2**20 * self._logits_mib
-
-    def _in_pieces(
-        self, work: Callable[..., tuple[Tensor, ...]], *logits: ResponseLogits, columns: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor, ...]:
-        rows = max(1, int(2**20 * self._logits_mib / PIECES / (4 * self._vocabulary)))
-        return in_pieces(work, logits, *columns, rows=rows)
-
-    def _statistics(
-        self, logits: ResponseLogits, tokens: Tensor, support: Tensor | None, *, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of `tokens` [N] and entropies, [N] each."""
-
-        def statistics(logits: Tensor, tokens: Tensor, support: Tensor | None) -> tuple[Tensor, ...]:
-            logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
-            logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
-            return (logprobs,) if entropies is None else (logprobs, entropies)
-
-        results = self._in_pieces(statistics, logits, columns=(tokens, support))
-        return results[0], results[1] if entropy else None
 
     def _apply_head_of_reference(self, states: Tensor) -> Tensor:
         # Adapters of the head have to be off for every piece.

@@ -2,8 +2,9 @@
 
 With a vocabulary of 150,000 tokens the logits of 8,000 response tokens are 5 GB, and a log-softmax and a gradient as
 much again. In pieces, the output head and what is asked of its logits go together: only the states [N, H] and a number
-or two for each token are kept. The backward pass computes each piece again (Chen et al. 2016, "Training deep nets with
-sublinear memory cost"). Failure mode: a model that changes its logits after its head, and must not go in pieces.
+or two for each token are kept. The backward pass computes each piece again: in `head_statistics` for a plain linear
+head, otherwise by checkpoints (Chen et al. 2016, "Training deep nets with sublinear memory cost"). Failure mode: a
+model that changes its logits after its head, and must not go in pieces.
 """
 
 import functools
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plaudit.policy.head import fp32_logits
+from plaudit.policy.head_statistics import head_statistics
 from plaudit.policy.packing import ModelInput
 from plaudit.policy.samples import Samples
 from plaudit.policy.transformer import bare, head_of
+from plaudit.ppo import distributions
 
 FAILURES = (RuntimeError, TypeError, ValueError)
 """What a model raises for an input that it can't take."""
@@ -35,6 +38,10 @@ class ResponseLogits:
     """[N, V], or None: then pieces are computed with `head`."""
     head: Callable[[Tensor], Tensor]
     """[n, H] gives [n, V]."""
+    linear: nn.Linear | None
+    """The head, if it is nothing but a linear layer."""
+    dtype: torch.dtype | None
+    """What the head's factors are rounded to, if not to the format of its weights."""
 
 
 def response_logits(model: Any, given: ModelInput, *, autocast: torch.dtype | None, whole: bool) -> ResponseLogits:
@@ -51,8 +58,10 @@ def response_logits(model: Any, given: ModelInput, *, autocast: torch.dtype | No
             logits = bare(model)(**given.arguments, use_cache=False).logits
     finally:
         hook.remove()
-    head = functools.partial(apply_head, model, autocast)
-    return ResponseLogits(seen[0], logits.squeeze(0) if whole else None, head)
+    head, linear = functools.partial(apply_head, model, autocast), head_of(model)
+    if type(linear) is not nn.Linear:
+        linear = None
+    return ResponseLogits(seen[0], logits.squeeze(0) if whole else None, head, linear, autocast)
 
 
 def apply_head(model: Any, autocast: torch.dtype | None, states: Tensor) -> Tensor:
@@ -74,6 +83,37 @@ def computing_in(autocast: torch.dtype | None, *models: Any) -> Iterator[None]:
         yield
 
 
+def token_statistics(
+    logits: ResponseLogits,
+    tokens: Tensor,
+    support: Tensor | None,
+    *,
+    rows: int,
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of `tokens` [N] under the sampling distribution and its entropies, [N] each."""
+    if logits.whole is None and logits.linear is not None:
+        return head_statistics(
+            logits.linear,
+            logits.states,
+            tokens,
+            rows=rows,
+            dtype=logits.dtype,
+            temperature=temperature,
+            support=support,
+            entropy=entropy,
+        )
+
+    def statistics(logits: Tensor, tokens: Tensor, support: Tensor | None) -> tuple[Tensor, ...]:
+        logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
+        logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
+        return (logprobs,) if entropies is None else (logprobs, entropies)
+
+    results = in_pieces(statistics, (logits,), tokens, support, rows=rows)
+    return results[0], results[1] if entropy else None
+
+
 def in_pieces(
     work: Callable[..., tuple[Tensor, ...]], logits: Sequence[ResponseLogits], *columns: Tensor | None, rows: int
 ) -> tuple[Tensor, ...]:
@@ -88,15 +128,21 @@ def in_pieces(
     def piece(states: Sequence[Tensor], rest: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         return work(*(part.head(own) for part, own in zip(logits, states, strict=True)), *rest)
 
-    done = []
-    for start in range(0, len(logits[0].states), rows):
+    done: list[tuple[Tensor, ...]] = []
+    results: tuple[Tensor, ...] = ()
+    count = len(logits[0].states)
+    for start in range(0, count, rows):
         chosen = slice(start, start + rows)
         given = [part.states[chosen] for part in logits], [None if c is None else c[chosen] for c in columns]
         if torch.is_grad_enabled():
             done.append(checkpoint(piece, *given, use_reentrant=False, preserve_rng_state=False))
-        else:
-            done.append(piece(*given))
-    return tuple(torch.cat(outputs) for outputs in zip(*done, strict=True))
+            continue
+        outputs = piece(*given)
+        # Outputs kept one by one would split the memory that the logits of a piece have left.
+        results = results or tuple(output.new_empty(count, *output.shape[1:]) for output in outputs)
+        for result, output in zip(results, outputs, strict=True):
+            result[chosen] = output
+    return results or tuple(torch.cat(outputs) for outputs in zip(*done, strict=True))
 
 
 def probe_samples(device: torch.device) -> Samples:
