@@ -167,8 +167,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     step = median(rounds["plaudit"])
     lines = [
-        f"Measured {measured_on('torch', cores=threads)}; {arguments.rounds} rounds of {arguments.steps} steps, load "
-        f"{load:.1f} at the start; {arguments.device}, matrix products at {rate / 1e9:.0f} GFLOP/s.",
+        f"Measured {measured_on('torch', cores=threads)}; {arguments.device}, matrix products at {rate / 1e9:.0f} "
+        f"GFLOP/s, load {load:.1f} at the start; rounds: {arguments.rounds}, steps of a turn: {arguments.steps}.",
         "",
         *table(rounds),
         "",

@@ -95,6 +95,22 @@ def test_who_takes_part_and_with_whom_each_is_compared(tmp_path: Path) -> None:
     assert len(names()) == 1 + 8 + 3
 
 
+def test_rivals_get_the_same_models_lengths_and_adapters(tmp_path: Path) -> None:
+    found = step.contestants(arguments(), tmp_path / "p.json", tmp_path, Models(SMALL_POLICY, SMALL_JUDGE))
+    flags = {c.name: dict(zip(c.flags, [*c.flags[1:], ""], strict=True)) for c in found}
+    for name, given in flags.items():
+        assert (given["--policy"], given["--batch-size"], given["--steps"]) == (str(SMALL_POLICY), "128", "2"), name
+        assert given["--lora-r"] == ("0" if name.endswith(("as published", "batched")) else "16"), name
+        assert ("--batched" in given) == ("batched" in name), name
+    theirs = flags["trl 1.12.0, same LoRA"]
+    for what, value_model in (("judge of tokens", "shared"), ("judge of tokens, same value model", "judge-of-tokens")):
+        ours = flags[f"plaudit, {what}"]
+        assert [ours[f] for f in ("--reward-model", "--response-length")] == [
+            theirs[f] for f in ("--reward-model", "--response-length")
+        ]
+        assert ours["--value-model"].endswith(value_model)
+
+
 def test_the_judge_of_tokens_has_the_policys_vocabulary_and_the_other_judges_blocks(tmp_path: Path) -> None:
     models = models_of("demo", tmp_path)
     path = judge_of_tokens(models, tmp_path / "judge")

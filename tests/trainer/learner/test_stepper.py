@@ -31,7 +31,7 @@ from plaudit.learner.stepper import PPOStepper, StepResult
 from plaudit.policy.adapters import add_lora
 from plaudit.policy.model import Policy
 from plaudit.policy.samples import Samples
-from plaudit.ppo.distributions import sampling_logits
+from plaudit.ppo.distributions import sampling_logits, unpack
 from plaudit.settings.policy import GenerationSettings, LoraSettings
 
 
@@ -189,7 +189,7 @@ def test_the_kl_of_samples_is_the_kl_of_the_distribution_they_came_from(
     support = stepper.policy.support(one, top_k=generation.top_k, top_p=generation.top_p, **options)
     with torch.no_grad():
         logits = stepper.policy.language_model(torch.tensor([QUERIES[0]])).logits[0, -1]
-    kept = None if support is None else support[0, 0]
+    kept = None if support is None else unpack(support[0, 0], logits.shape[-1])
     probabilities = sampling_logits(logits, temperature=generation.temperature, support=kept).softmax(-1)
     # What the padding token adds to the support of `one` has probability in no row: it is not sampled below.
     if support is not None:

@@ -22,6 +22,7 @@ from plaudit.policy.pretrained import ModelNotFound, load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.policy.saving import save_policy
 from plaudit.policy.transformer import fuse_activations
+from plaudit.ppo import distributions
 from plaudit.settings.policy import GenerationSettings, LoraSettings, ModelSettings
 
 QUERIES = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -357,8 +358,10 @@ def test_truncated_sampling_gives_its_own_logprobs_and_a_kl_of_zero_at_the_start
     policy = Policy(add_lora(tiny_gpt2(), LORA)).eval()
     support = policy.support(samples(), temperature=0.7, top_k=5)
     assert support is not None
-    assert support[samples().mask].sum(-1).max() <= 6, "five, and the sampled token wherever it was outside"
-    assert support.gather(-1, samples().response_ids.unsqueeze(-1)).all()
+    kept = distributions.unpack(support, policy.language_model.config.vocab_size)
+    assert kept[samples().mask].sum(-1).max() <= 6, "five, and the sampled token wherever it was outside"
+    assert kept.gather(-1, samples().response_ids.unsqueeze(-1)).all()
+    assert kept[~samples().mask].all()
     own = policy(samples(), temperature=0.7, support=support).logprobs
     assert torch.equal(own, policy.reference_logprobs(samples(), temperature=0.7, support=support))
     assert policy.support(samples()) is None

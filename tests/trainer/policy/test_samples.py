@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plaudit.policy.samples import EvaluatedSamples, Samples
+from plaudit.ppo.distributions import pack, unpack
 
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
@@ -59,7 +60,7 @@ def test_an_empty_query_or_response_is_named() -> None:
 def test_evaluations_of_chunks_line_up_by_token_and_scores_make_them_a_rollout() -> None:
     def evaluation(samples: Samples) -> EvaluatedSamples:
         tensors = samples.response_ids.float()
-        support = torch.nn.functional.one_hot(samples.response_ids, 9).bool()
+        support = pack(torch.nn.functional.one_hot(samples.response_ids, 9).bool())
         return EvaluatedSamples(
             samples=samples, logprobs=tensors, values=tensors, ref_logprobs=tensors, support=support
         )
@@ -72,5 +73,7 @@ def test_evaluations_of_chunks_line_up_by_token_and_scores_make_them_a_rollout()
     assert whole.logprobs.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert whole.full_kl is None
     assert whole.support is not None
-    assert whole.support[1, 1].all(), "padding must leave some token to choose from, or its log-probability is NaN"
+    assert unpack(whole.support, 9)[1, 1].all(), (
+        "padding must leave some token to choose from, or its log-probability is NaN"
+    )
     assert whole.with_scores(torch.tensor([1.0, 2.0])).scores.tolist() == [1.0, 2.0]

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.distributions import Categorical
@@ -63,6 +65,16 @@ def test_truncated_distributions_are_renormalised_over_what_is_left() -> None:
     assert logprobs.exp().item() == pytest.approx(0.5 / 0.8)
     assert entropy is not None
     assert entropy.item() == pytest.approx(Categorical(torch.tensor([0.5, 0.3])).entropy().item())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 8, 13])
+def test_a_support_is_packed_eight_tokens_to_a_byte(vocabulary: int) -> None:
+    support = torch.rand(2, 3, vocabulary, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = distributions.pack(support)
+    assert packed.shape == (2, 3, math.ceil(vocabulary / 8))
+    assert torch.equal(distributions.unpack(packed, vocabulary), support)
+    assert distributions.pack(torch.arange(9) % 8 == 1).tolist() == [2, 0]
+    assert distributions.unpack(torch.tensor([255, 255], dtype=torch.uint8), 13).tolist() == [True] * 13
 
 
 def test_truncation_is_that_of_the_transformers_library() -> None:

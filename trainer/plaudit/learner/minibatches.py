@@ -41,7 +41,7 @@ class NonFiniteUpdate(PlauditError, RuntimeError):
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some rows of a batch, as wide as the longest of them. Tensors are [b, T]; `support` is [b, T, V]."""
+    """Some rows of a batch, as wide as the longest of them. Tensors are [b, T]; `support` is [b, T, ceil(V / 8)]."""
 
     samples: Samples
     logprobs: Tensor

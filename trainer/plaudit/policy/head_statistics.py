@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plaudit.ppo import distributions
+
 NO_PROBABILITY = -1e4
 """Far below the log of the smallest number, and finite: 0 * -inf is no number."""
 
@@ -28,9 +30,9 @@ def head_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of a token under each distribution, and the distribution's entropy if it is asked for.
 
-    `states` [N, H], `token_ids` [N] and `support` [N, V] give [N] and [N], in fp32 (fp64 for weights in fp64). Factors
-    are rounded to `dtype` (default: that of the weights), products are summed in fp32. With z = (W x + b) / temperature
-    (-inf outside the support) and p = softmax(z):
+    `states` [N, H], `token_ids` [N] and a `support` [N, ceil(V / 8)] as `distributions.pack` packs it give [N] and [N],
+    in fp32 (fp64 for weights in fp64). Factors are rounded to `dtype` (default: that of the weights), products are
+    summed in fp32. With z = (W x + b) / temperature (-inf outside the support) and p = softmax(z):
 
         log p_k = z_k - logsumexp(z)        d log p_k / dz = onehot_k - p
         H = -sum(p log p)                   dH / dz = -p (log p + H)
@@ -78,7 +80,8 @@ class _Pieces:
         if self._temperature != 1.0:
             logits.div_(self._temperature)
         if self._support is not None:
-            torch.where(self._support[piece], logits, self._impossible, out=logits)
+            kept = distributions.unpack(self._support[piece], logits.shape[-1])
+            torch.where(kept, logits, self._impossible, out=logits)
         return torch.log_softmax(logits, -1, out=result), logits
 
     def states(self, piece: slice) -> Tensor:

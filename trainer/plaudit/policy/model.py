@@ -168,8 +168,8 @@ class Policy(nn.Module):
     ) -> ResponseOutputs:
         """Scores every response token in one pass; the LM head runs on response positions alone.
 
-        `support` [B, T, V] holds the distribution to the tokens that truncated sampling left (see `support`). Without
-        `entropy` that is left at 0.
+        `support` holds the distribution to the tokens that truncated sampling left (see `support`). Without `entropy`
+        that is left at 0.
         """
         flat = self.score(
             self._input_of(samples),
@@ -191,7 +191,7 @@ class Policy(nn.Module):
     ) -> ResponseOutputs:
         """`forward` on an input that is made already: everything is [N], for the response tokens [N] of the input.
 
-        `support` is [N, V] here.
+        `support` is [N, ceil(V / 8)] here.
         """
         logits = self._response_logits(self.model, given)
         logprobs, entropies = token_statistics(
@@ -233,7 +233,7 @@ class Policy(nn.Module):
     def reference_score(
         self, given: ModelInput, tokens: Tensor, *, temperature: float = 1.0, support: Tensor | None = None
     ) -> Tensor:
-        """`reference_logprobs` on an input that is made already, [N]; `support` is [N, V] here."""
+        """`reference_logprobs` on an input that is made already, [N]; `support` is [N, ceil(V / 8)] here."""
         with self.as_reference() as reference:
             logits = self._response_logits(reference, given)
             logprobs, _ = token_statistics(
@@ -245,7 +245,8 @@ class Policy(nn.Module):
     def full_kl(self, samples: Samples, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
         """KL of the policy from the reference over the whole vocabulary at each response token, [B, T] fp32."""
 
-        def divergence(own: Tensor, other: Tensor, kept: Tensor | None) -> tuple[Tensor]:
+        def divergence(own: Tensor, other: Tensor, packed: Tensor | None) -> tuple[Tensor]:
+            kept = None if packed is None else distributions.unpack(packed, own.shape[-1])
             sampled = (
                 distributions.sampling_logits(logits, temperature=temperature, support=kept) for logits in (own, other)
             )
@@ -275,8 +276,9 @@ class Policy(nn.Module):
     def support(
         self, samples: Samples, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
     ) -> Tensor | None:
-        """The tokens that top-k and top-p left to choose from, [B, T, V] bool, or None where they keep everything.
+        """The tokens that top-k and top-p left to choose from, or None where they keep everything.
 
+        [B, T, ceil(V / 8)] uint8, eight tokens to a byte as `distributions.pack` packs them; all of them on padding.
         Compute it before the first update: later passes of policy and reference are held to the rollout's choices, so
         that a ratio compares probabilities over the same tokens and the KL stays a KL. The sampled token is always
         in, however a tie was rounded.
@@ -287,11 +289,11 @@ class Policy(nn.Module):
         def truncated(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
             logits = distributions.sampling_logits(logits, temperature=temperature)
             kept = distributions.truncation(logits, top_k=top_k, top_p=top_p)
-            return (kept.scatter(-1, tokens.unsqueeze(-1), True),)
+            return (distributions.pack(kept.scatter(-1, tokens.unsqueeze(-1), True)),)
 
         logits = self._response_logits(self.model, self._input_of(samples))
         kept = in_pieces(truncated, (logits,), samples.gather(samples.response_ids), rows=self._rows)[0]
-        return samples.spread(kept, fill=True)
+        return samples.spread(kept, fill=255)
 
     def in_pieces(self, tokens: int) -> bool:
         """Whether so many response tokens go through the output head a few at a time, since their logits are large."""

@@ -92,7 +92,10 @@ def token_statistics(
     temperature: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of `tokens` [N] under the sampling distribution and its entropies, [N] each."""
+    """Log-probabilities of `tokens` [N] under the sampling distribution and its entropies, [N] each.
+
+    `support` is packed, [N, ceil(V / 8)].
+    """
     if logits.whole is None and logits.linear is not None:
         return head_statistics(
             logits.linear,
@@ -105,7 +108,8 @@ def token_statistics(
             entropy=entropy,
         )
 
-    def statistics(logits: Tensor, tokens: Tensor, support: Tensor | None) -> tuple[Tensor, ...]:
+    def statistics(logits: Tensor, tokens: Tensor, packed: Tensor | None) -> tuple[Tensor, ...]:
+        support = None if packed is None else distributions.unpack(packed, logits.shape[-1])
         logits = distributions.sampling_logits(logits, temperature=temperature, support=support)
         logprobs, entropies = distributions.token_statistics(logits, tokens, entropy=entropy)
         return (logprobs,) if entropies is None else (logprobs, entropies)

@@ -188,7 +188,8 @@ class EvaluatedSamples:
     full_kl: Tensor | None = None
     """[B, T], KL over the whole vocabulary; only with `kl_penalty="full"`."""
     support: Tensor | None = None
-    """[B, T, V] bool, the tokens that top-k or top-p left to choose from; only when sampling truncates."""
+    """[B, T, ceil(V / 8)] uint8, the tokens that top-k or top-p left to choose from, packed eight to a byte; only when
+    sampling truncates."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -205,7 +206,7 @@ class EvaluatedSamples:
                 raise ValueError(f"{len(present)} of {len(parts)} parts have {name}; all of them must, or none")
             if present:
                 # A padded position may choose any token: with none, its log-probabilities would be NaN under the mask.
-                fields[name] = stack_rows(present, dim=1, fill=name == "support")
+                fields[name] = stack_rows(present, dim=1, fill=255 if name == "support" else 0)
         return cls(samples=samples, **fields)
 
     def to(self, device: torch.device | str) -> Self:

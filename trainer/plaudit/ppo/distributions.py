@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from plaudit.ppo.shapes import require_one_a_row, require_rank, require_same_shape
 
@@ -43,6 +44,20 @@ def truncation(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         keep[..., 0] = True
         support = support & torch.zeros_like(support).scatter(-1, order, keep)
     return support
+
+
+def pack(support: Tensor) -> Tensor:
+    """Eight tokens to a byte: [..., V] bool gives [..., ceil(V / 8)] uint8, token v as bit v % 8 of byte v // 8."""
+    bits = functional.pad(support.to(torch.uint8), (0, -support.shape[-1] % 8))
+    bits = bits.view(*bits.shape[:-1], bits.shape[-1] // 8, 8)
+    places = torch.arange(8, dtype=torch.uint8, device=support.device)
+    return torch.sum(bits << places, -1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, vocabulary: int) -> Tensor:
+    """The [..., V] bool that `pack` packed."""
+    places = 1 << torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-1) & places).bool().flatten(-2)[..., :vocabulary]
 
 
 def token_statistics(logits: Tensor, token_ids: Tensor, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
