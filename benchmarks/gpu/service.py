@@ -2,7 +2,7 @@
 
 All servers run on the same card and are measured one after another; only the one that is measured has work. Callers
 each send their next text when they have their last answer, from several processes, so that they are not the limit.
-Texts are those of `benchmarks.service.speed`.
+Texts are those of `benchmarks.service.servers`.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.gpu.common import FORKS, Results, Setting, attempt, end_all, rounded, synchronized
 from benchmarks.service.load import Measured, closed_loop, http_request
-from benchmarks.service.speed import LENGTHS, PEERS, texts
+from benchmarks.service.servers import LENGTHS, PEERS, texts
 
 WINDOW_S = 3.0
 START_S = 60.0

@@ -36,7 +36,7 @@ CRITICS: Mapping[str, tuple[Mapping[str, Any], bool]] = {
     "decoder judge and warm-up": (WARM_UP, True),
 }
 """Of each setting what it changes in `ppo`, and whether the critic is the judge."""
-PAIRS = 2000
+PAIRS = 6000
 WORDS = 40
 
 
@@ -51,6 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = dataclasses.replace(presets.load(PPOConfig, arguments.preset), steps=arguments.steps, trackers=())
+    arguments.runs.mkdir(parents=True, exist_ok=True)
     judge = decoder_judge(config, arguments.runs)
     results = []
     with reward_service(arguments.reward_model, arguments.runs, ready_timeout_s=300.0) as url:
@@ -96,7 +97,7 @@ def decoder_judge(config: PPOConfig, runs: Path) -> Path:
             ranked=str(runs / "pairs.jsonl"),
             output_dir=directory,
             max_length=96,
-            optimizer=OptimizerSettings(learning_rate=3e-4, epochs=1),
+            optimizer=OptimizerSettings(learning_rate=2e-3, batch_size=16, epochs=2),
         )
     )
     return directory

@@ -63,7 +63,8 @@ def main() -> None:
     trainer = library.PPOTrainer(config, model, reference, tokenizer)
     judge = pipeline(
         "text-classification",
-        model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model),
+        # Later transformers load it in the file's fp16, which is slow on a CPU; the version beside TRL 0.11.4 in fp32.
+        model=AutoModelForSequenceClassification.from_pretrained(arguments.reward_model).float(),
         tokenizer=tokenizer_of(
             arguments.reward_model, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
         ),

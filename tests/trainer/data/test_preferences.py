@@ -210,6 +210,30 @@ def test_a_prompt_that_two_texts_begin_with_is_not_trained_on_when_it_is_held_ou
     assert left_out.counts == {"training prompts that are held out with another text": 1}
 
 
+def test_pairs_of_whole_texts_are_split_pair_by_pair_and_a_beginning_by_chance_is_no_prompt(tmp_path: Path) -> None:
+    pairs = [{"chosen": f"A good text {i}", "rejected": f"Bad text {i}"} for i in range(60)]
+    pairs += [{"chosen": f"I loved it {i}", "rejected": f"I left after {i}"} for i in range(10)]
+    rows, _ = loaded(tmp_path, *pairs)
+    assert {row.prompt for row in rows} == {""}
+    assert {len(row.pairs) for row in rows} == {1}
+    assert [row.answers for row in rows[-1:]] == [["I loved it 9", "I left after 9"]]
+    left_out = LeftOut()
+    training, held_out = split(rows, 0.1, left_out)
+    assert len(training) + len(held_out) == 70
+    assert held_out
+    assert not left_out.counts
+
+
+def test_a_held_out_text_without_a_prompt_is_not_trained_on_in_another_pair() -> None:
+    inside = next(f"text {i}" for i in range(100) if is_validation(f"text {i}", 0.1))
+    outside = [f"text {i}" for i in range(20) if not is_validation(f"text {i}", 0.1)]
+    texts = [(inside, ["x", "y"]), (outside[0], ["y", "z"]), (outside[1], ["v", "w"])]
+    left_out = LeftOut()
+    training, _ = split(merged([Opinion("", group, both, [1, 2]) for group, both in texts], left_out), 0.1, left_out)
+    assert [row.answers for row in training] == [["v", "w"]]
+    assert left_out.counts == {"training prompts that are held out with another text": 1}
+
+
 def test_texts_that_the_stages_train_on_are_split_anew() -> None:
     texts = [f"a text {i}" for i in range(2000)]
     trained_on = [text for text in texts if not is_held_out(text, 0.1)]

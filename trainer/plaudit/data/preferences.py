@@ -94,7 +94,9 @@ def load_opinions(source: str, left_out: LeftOut) -> list[Opinion]:
     if {"prompt", "answers"} <= names:
         return [_ranked(row, f"{source}, row {number}") for number, row in _rows(table)]
     if {"chosen", "rejected"} <= names:
-        return [_preference(row, f"{source}, row {number}") for number, row in _rows(table)]
+        rows = list(_rows(table))
+        no_prompts = _mostly_begin_apart([row for _, row in rows])
+        return [_preference(row, f"{source}, row {number}", no_prompts) for number, row in rows]
     raise DataError(
         f"{source} has the columns {', '.join(table.columns) or '(none)'}; preferences are prompt and answers (best "
         "first), or chosen and rejected with or without a prompt, or the ranking service's rows"
@@ -207,17 +209,22 @@ def split(
     """Training and validation rows. All rows of a group are on one side.
 
     If no group's hash is below `fraction`, the group with the smallest hash is held out. A validation prompt is not
-    trained on even if it also occurs in another group.
+    trained on even if it also occurs in another group. Nor is a validation answer that has no prompt.
     """
     groups = {row.group for row in rows}
     held_out = {group for group in groups if is_validation(group, fraction)}
     if not held_out and len(groups) > 1:
         held_out = {min(groups, key=_place)}
     validation = [row for row in rows if row.group in held_out]
-    known = {_key(row.prompt) for row in validation}
-    training = [row for row in rows if row.group not in held_out and _key(row.prompt) not in known]
+    known = {what for row in validation for what in _identities(row)}
+    training = [row for row in rows if row.group not in held_out and known.isdisjoint(_identities(row))]
     left_out.add("training prompts that are held out with another text", len(rows) - len(training) - len(validation))
     return training, validation
+
+
+def _identities(row: RankedPrompt) -> list[str]:
+    """What may not be on both sides of a split: the prompt, or without one, the answers."""
+    return [_key(row.prompt)] if row.prompt else row.answers
 
 
 def _key(prompt: Prompt) -> str:
@@ -270,12 +277,24 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _preference(row: dict[str, Any], where: str) -> Opinion:
+def _mostly_begin_apart(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether most of the pairs of texts without a prompt have no common beginning.
+
+    Then the texts are not answers to prompts, and the few that both begin with "I" or "This movie" do so by chance.
+    """
+    pairs = [(row["chosen"], row["rejected"]) for row in rows if row.get("prompt") is None]
+    beginnings = [_of_transcripts(*pair)[0] for pair in pairs if all(isinstance(text, str) for text in pair)]
+    return 2 * sum(not beginning for beginning in beginnings) > len(beginnings)
+
+
+def _preference(row: dict[str, Any], where: str, no_prompts: bool) -> Opinion:
+    """A row with `chosen` and `rejected`. `no_prompts`: a common beginning of two texts is not their prompt."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if is_conversation(chosen) and is_conversation(rejected):
         before, *both = _of_conversations(chosen, rejected, prompt, where)
     elif isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
-        before, *both = (prompt, chosen, rejected) if prompt is not None else _of_transcripts(chosen, rejected)
+        whole = prompt is not None or no_prompts
+        before, *both = (prompt or "", chosen, rejected) if whole else _of_transcripts(chosen, rejected)
     else:
         raise DataError(
             f"{where}: chosen={chosen!r:.40} and rejected={rejected!r:.40} with prompt={prompt!r:.40}; give all as "
@@ -291,7 +310,7 @@ def _preference(row: dict[str, Any], where: str) -> Opinion:
             raise DataError(f"{where}: margin={margin} is not finite")
     _require_characters((before, *both), where)
     ranks = [1, 1] if both[0] == both[1] else [1, 2]
-    # Without a common beginning there is no prompt, so each row is its own group.
+    # Without a prompt, each row is its own group.
     group = _group(row, before if before else "".join(sorted(both)))
     return Opinion(before, group, both, ranks, margin=margin or 0.0)
 
