@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.ppo.ratio_drift [--table docs/evidence/memory.md]
 
-The rollout evaluates all samples together, the update a mini-batch of them in another order: both round, but not alike.
+The rollout is evaluated with all samples together, the update computes a mini-batch of them in another order: both
+round, but not alike.
 The embedded GPT-2 with LoRA takes two steps of 32 responses of 4 to 24 tokens, with padded rows, with packed rows, with
 both as in a real run, and then with response tokens that go through the output head in pieces. The figure is the
 largest |ratio - 1| of any token in the first mini-batch of any step. Takes 3 minutes.
@@ -48,6 +49,8 @@ def drift(settings: ModelSettings, *, few_cells: int) -> float:
     generation = GenerationSettings(min_new_tokens=4, max_new_tokens=24)
     config = PPOHyperparameters(batch_size=SAMPLES, mini_batch_size=8, ppo_epochs=1, learning_rate=1e-3)
     stepper = PPOStepper(policy, None, config, generation=generation)
+    # By default, the rollout is evaluated in groups of a mini-batch's size, and here nothing would differ.
+    stepper.batch_size_finder.size = SAMPLES
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     with mock.patch.object(packing, "FEW_CELLS", few_cells):

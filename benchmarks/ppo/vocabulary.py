@@ -83,11 +83,11 @@ PIECES = 64
 PHASES = (
     Case("fp32, whole logits", ModelSettings(logits_mib=WHOLE)),
     Case("fp32", ModelSettings(logits_mib=PIECES)),
+    Case("bf16", ModelSettings(dtype="bf16", logits_mib=PIECES)),
     Case("QLoRA (4 bits), whole logits", ModelSettings(quantization="4bit", logits_mib=WHOLE)),
     Case("QLoRA (4 bits)", ModelSettings(quantization="4bit", logits_mib=PIECES)),
-    Case("8 bits", ModelSettings(quantization="8bit", logits_mib=PIECES)),
-    Case("bf16", ModelSettings(dtype="bf16", logits_mib=PIECES)),
     Case("8 bits, whole logits", ModelSettings(quantization="8bit", logits_mib=WHOLE)),
+    Case("8 bits", ModelSettings(quantization="8bit", logits_mib=PIECES)),
     Case("QLoRA (4 bits), the rest bf16", ModelSettings(quantization="4bit", dtype="bf16", logits_mib=PIECES)),
 )
 NARROW = (Model(32_000, 2, 256, 4), Model(151_936, 2, 256, 4))

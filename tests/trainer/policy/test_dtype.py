@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama
 from plaudit.errors import ConfigError
 from plaudit.learner.stepper import PPOStepper
+from plaudit.policy import packing
 from plaudit.policy.checks import check_policy
 from plaudit.policy.loading import DTYPES, load_policy
 from plaudit.policy.model import Policy
@@ -21,7 +22,7 @@ from plaudit.settings.policy import Dtype, LoraSettings, ModelSettings
 from plaudit.settings.ppo import PPOHyperparameters
 
 LORA = LoraSettings(r=4, alpha=8)
-DRIFT: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
+DRIFT: dict[Dtype, float] = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 2e-2}
 """How far from 1 a ratio may be before the first update."""
 OTHER_FORMATS: dict[str, tuple[ModelSettings, float]] = {
     "passes in bf16": (ModelSettings(bf16=True), DRIFT["bf16"]),
@@ -89,7 +90,10 @@ def test_a_ratio_on_a_base_in_another_format_starts_at_1_to_a_stated_bound(base:
 
 
 @pytest.mark.parametrize("base", [*DRIFT, *OTHER_FORMATS])
-def test_a_ratio_of_logits_in_pieces_starts_at_1_to_a_stated_bound(base: Any, tmp_path: Path) -> None:
+def test_a_ratio_of_logits_in_pieces_starts_at_1_to_a_stated_bound(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "FEW_CELLS", 150)  # the rollout is packed, a mini-batch padded
     settings, bound = (ModelSettings(dtype=base), DRIFT[base]) if base in DRIFT else OTHER_FORMATS[base]
     policy = load_policy(save(tiny_llama(), tmp_path), LORA, dataclasses.replace(settings, logits_mib=0.01))
     assert policy.in_pieces(10)
@@ -101,6 +105,7 @@ def require_drift_below(bound: float, policy: Policy) -> None:
     stir(policy)
     config = PPOHyperparameters(batch_size=16, mini_batch_size=4, ppo_epochs=1, learning_rate=1e-3)
     stepper = PPOStepper(policy, None, config)
+    stepper.batch_size_finder.size = 16
     statistics = stepper.step(ragged(16, 12), ragged(16, 10), [float(i % 3) for i in range(16)]).statistics
     assert statistics["ppo/policy/ratio_drift"] < bound
     moments = [m for state in stepper.optimizer.state.values() for m in state.values()]
