@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.learning.analysis import over_seeds
 from benchmarks.tables import measured_on, put
@@ -58,6 +59,7 @@ OF_REWARD: Mapping[str, Mapping[str, Any]] = {
 """What each setting changes in `reward`. The judges are the two logits of the embedded classifier, the negative one
 with weight -1."""
 NAMES = (*OF_PPO, *OF_REWARD)
+LIGHT, DARK = "#8ab4f8", "#1f2328"
 LAST_STEPS = 5
 """What the table calls the end: a single step's mean has the noise of its samples."""
 
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
     parser.add_argument("--runs", type=Path, default=Path("runs/settings"))
     parser.add_argument("--into", type=Path, help="document whose table of this benchmark is replaced")
+    parser.add_argument("--image", type=Path, help="picture of the differences from the default to write")
     arguments = parser.parse_args()
 
     names = list(dict.fromkeys((DEFAULT, *arguments.settings)))
@@ -111,6 +114,8 @@ def main() -> None:
         seeds = "1 seed" if count == 1 else f"{count} seeds"
         head = [f"{measured_on('torch', 'transformers')}; {samples:,} samples a run, {seeds}", ""]
         put(arguments.into, "settings", [*head, *lines])
+    if arguments.image is not None:
+        draw(results, names).savefig(arguments.image, dpi=120)
 
 
 def changed(config: PPOConfig, name: str, url: str) -> PPOConfig:
@@ -183,6 +188,32 @@ def table(results: Sequence[Result], names: Sequence[str]) -> list[str]:
         ]
         rows.append(f"| {name} | {' | '.join(figures)} |")
     return rows
+
+
+def draw(results: Sequence[Result], names: Sequence[str]) -> Figure:
+    """Each setting's differences from the default, seed by seed, with their means."""
+    of_default = {result.seed: result for result in results if result.setting == DEFAULT}
+    shown = [name for name in names if name != DEFAULT]
+    figure = Figure(figsize=(10, 1 + 0.26 * len(shown)), layout="constrained")
+    all_axes = figure.subplots(1, 2, sharey=True)
+    for axes, measure, title in zip(
+        all_axes, ("reward", "kl"), ("reward, difference from the default", "KL, difference, nats"), strict=True
+    ):
+        for row, name in enumerate(shown):
+            differences = [
+                getattr(result, measure) - getattr(of_default[result.seed], measure)
+                for result in results
+                if result.setting == name
+            ]
+            axes.plot(differences, [row] * len(differences), "o", color=LIGHT, markersize=5)
+            axes.plot(statistics.fmean(differences), row, "|", color=DARK, markersize=12, markeredgewidth=2.5)
+        axes.axvline(0, color=DARK, linewidth=0.8)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.grid(axis="x", color="#e3e7ec", linewidth=0.8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    all_axes[0].set_yticks(range(len(shown)), shown)
+    all_axes[0].invert_yaxis()
+    return figure
 
 
 def interval(values: Sequence[float], form: str) -> str:

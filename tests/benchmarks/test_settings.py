@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning.settings import DEFAULT, NAMES, OF_PPO, OF_REWARD, Result, changed, interval, result_of, table
+from benchmarks.learning.settings import (
+    DEFAULT,
+    NAMES,
+    OF_PPO,
+    OF_REWARD,
+    Result,
+    changed,
+    draw,
+    interval,
+    result_of,
+    table,
+)
 from plaudit.settings import files as presets
 from plaudit.settings.ppo import PPOConfig
 
@@ -31,6 +42,16 @@ def test_the_table_compares_runs_of_the_same_seed() -> None:
     assert default == "| default | +1.00 (-1.48 to +3.48) | 2.00 (2.00 to 2.00) |  |  | 30 |"
     assert rloo.endswith("| 3.00 (3.00 to 3.00) | +0.50 (+0.50 to +0.50) | +1.00 (+1.00 to +1.00) | 20 |")
     assert interval([1.25], "{:+.2f}") == "+1.25"
+
+
+def test_the_picture_has_each_seed_s_differences_and_their_mean() -> None:
+    results = [Result(DEFAULT, seed, 2, {}, seed + 1.0, 2.0, 30.0) for seed in (0, 1)]
+    results += [
+        Result("rloo", seed, 2, {}, seed + 1.0 + difference, 3.0, 20.0) for seed, difference in ((0, 0.5), (1, 1.0))
+    ]
+    reward, kl = draw(results, [DEFAULT, "rloo"]).axes
+    assert [list(line.get_xdata()) for line in reward.lines[:2]] == [[0.5, 1.0], [0.75]]
+    assert [list(line.get_xdata()) for line in kl.lines[:2]] == [[1.0, 1.0], [1.0]]
 
 
 def test_a_run_that_is_there_is_not_taken_again_and_that_of_other_settings_is_refused(tmp_path: Path) -> None:
