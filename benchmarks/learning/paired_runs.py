@@ -212,6 +212,7 @@ def write_result(file: Path, result: Result) -> None:
     plain = dataclasses.asdict(result)
     for judged in plain["held_out"].values():
         judged["rewards"] = [round(reward, 4) for reward in judged["rewards"]]
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(plain, allow_nan=False) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning.against_trl import GRIDS, evaluation, task_of, tuned_points
+from benchmarks.learning.against_trl import GRIDS, SEEDS, evaluation, task_of, tuned_points
 from benchmarks.learning.analysis import Judged, common_kl, over_prompts, over_seeds, rewards_at
 from benchmarks.learning.held_out import judge_adapters
 from benchmarks.learning.paired_report import Arm, compare, report
@@ -114,15 +114,32 @@ def test_a_run_whose_file_is_there_is_not_taken_again(tmp_path: Path) -> None:
     made = Result(run.name, run.hyperparameters, [0.5] * 20, [1.0] * 20, {"20": Judged(1.25, [0.5, 0.25])})
 
     def result(run: Run) -> Result:
-        return result_of(run, tmp_path, tmp_path, classic_python=None, judge=lambda policy: Judged(0.0, []))
+        return result_of(run, tmp_path / "results", tmp_path, classic_python=None, judge=lambda policy: Judged(0.0, []))
 
     with pytest.raises(SystemExit, match="is not there yet: name the environment with trl"):
         result(run)
-    write_result(tmp_path / f"{run.name}.json", made)
-    assert result(run) == made == read_result(tmp_path / f"{run.name}.json")
+    file = tmp_path / "results" / f"{run.name}.json"
+    write_result(file, made)
+    assert result(run) == made == read_result(file)
     other = dataclasses.replace(run, task=dataclasses.replace(run.task, steps=4))
     with pytest.raises(SystemExit, match=r"seed-0\.json has 20 steps of .*: name other --results"):
         result(other)
+
+
+def test_the_published_tables_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    results, task = Path("benchmarks/learning/results/embedded"), task_of("embedded", tmp_path)
+
+    def taken(run: Run) -> Result:
+        return result_of(run, results, tmp_path, classic_python=None, judge=lambda policy: Judged(0.0, []))
+
+    points = tuned_points(task, taken)
+    runs = [
+        *(Run(task, side, points[side], seed) for seed in SEEDS["embedded"] for side in (TRL, PLAUDIT)),
+        *(Run(task, PRESET, None, seed) for seed in SEEDS["embedded"]),
+    ]
+    found = {((run.side, run.point), run.seed): read_result(results / f"{run.name}.json") for run in runs}
+    lines = report(found, points, read_result(results / "before-training.json").held_out["0"])
+    assert "\n".join(lines) in Path("docs/evidence/learning.md").read_text()
 
 
 @pytest.mark.slow
