@@ -79,6 +79,7 @@ def train_sharded(config: PPOConfig, environment: dict[str, str], *flags: str) -
         pytest.param(FSDP, EVERYTHING_LEARNS, id="everything"),
         pytest.param(FSDP, {"model": ModelSettings(gradient_checkpointing=True)}, id="checkpointing"),
         pytest.param(FSDP, {"model": ModelSettings(logits_mib=0.002)}, id="pieces"),
+        pytest.param(FSDP, {**EVERYTHING_LEARNS, "model": ModelSettings(logits_mib=0.002)}, id="everything in pieces"),
         pytest.param(
             {**FSDP, "FSDP_TRANSFORMER_CLS_TO_WRAP": "GPT2Block,GPT2MLP"}, {"merge": True}, id="nested-blocks"
         ),
