@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.learning.settings import (
@@ -50,8 +51,8 @@ def test_the_picture_has_each_seed_s_differences_and_their_mean() -> None:
         Result("rloo", seed, 2, {}, seed + 1.0 + difference, 3.0, 20.0) for seed, difference in ((0, 0.5), (1, 1.0))
     ]
     reward, kl = draw(results, [DEFAULT, "rloo"]).axes
-    assert [list(line.get_xdata()) for line in reward.lines[:2]] == [[0.5, 1.0], [0.75]]
-    assert [list(line.get_xdata()) for line in kl.lines[:2]] == [[1.0, 1.0], [1.0]]
+    assert [np.asarray(line.get_xdata()).tolist() for line in reward.lines[:2]] == [[0.5, 1.0], [0.75]]
+    assert [np.asarray(line.get_xdata()).tolist() for line in kl.lines[:2]] == [[1.0, 1.0], [1.0]]
 
 
 def test_a_run_that_is_there_is_not_taken_again_and_that_of_other_settings_is_refused(tmp_path: Path) -> None:
