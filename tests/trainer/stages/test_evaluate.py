@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -52,15 +53,13 @@ def trained(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def module_config(
-    tmp_path_factory: pytest.TempPathFactory, trained: Path, idle_stubs: list[StubRewardServer]
-) -> EvaluateConfig:
+def module_config(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Iterator[EvaluateConfig]:
     directory = tmp_path_factory.mktemp("evaluate")
+    # Of this module alone: `start_stub` never gives it to a test as a further server.
     server = StubRewardServer()
-    idle_stubs.append(server)
     texts = directory / "texts.txt"
     texts.write_text("\n".join(f"Film number {i} " + "was a film that I saw. " * 12 for i in range(80)))
-    return EvaluateConfig(
+    yield EvaluateConfig(
         after=str(trained),
         output_dir=directory / "out",
         dataset=DataSettings(data=str(texts), held_out_fraction=0.5),
@@ -68,6 +67,7 @@ def module_config(
         reward=RewardSettings.of(url=(server.url,)),
         n_prompts=N,
     )
+    server.kill()
 
 
 @pytest.fixture
