@@ -66,6 +66,21 @@ def test_from_texts_to_a_report_over_real_http(presets_dir: Path, tmp_path: Path
     assert not (output / "reward-service.json").exists()
 
 
+def test_the_demo_s_service_scores_each_text_alone_so_that_a_seed_gives_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, object] = {}
+
+    def refuse(*_: object, **options: object) -> None:
+        asked.update(options)
+        raise ConfigError("asked")
+
+    monkeypatch.setattr(demo, "reward_service", refuse)
+    with pytest.raises(ConfigError, match="asked"):
+        demo.run(DemoConfig(output_dir=tmp_path / "demo"))
+    assert asked["flags"] == ("--deterministic",)
+
+
 def test_the_service_is_gone_when_the_block_ends(tmp_path: Path) -> None:
     import httpx
 

@@ -72,7 +72,10 @@ def _reward_urls(config: DemoConfig, reward_model: str) -> Iterator[tuple[str, .
         yield config.reward_url
         return
     print("Starting the reward service in a process of its own ...", flush=True)
-    with reward_service(reward_model, config.output_dir, ready_timeout_s=config.ready_timeout_s) as url:
+    # Each text in a pass of its own: a batch's company would change a reward's last bits, and a run amplifies them.
+    with reward_service(
+        reward_model, config.output_dir, ready_timeout_s=config.ready_timeout_s, flags=("--deterministic",)
+    ) as url:
         print(f"It answers at {url}.", flush=True)
         yield (url,)
 
