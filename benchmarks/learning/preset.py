@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.learning.analysis import over_prompts
 from benchmarks.learning.settings import interval
 from benchmarks.tables import measured_on, put
 from plaudit.report.audit import repeated_share
-from plaudit.report.evaluation import mean_ci95
 from plaudit.run.metrics import FILE_NAME, KL, REWARD_MEAN, read_metrics
 from plaudit.run.service_process import reward_service
 from plaudit.run.storage import write_text
@@ -269,14 +269,12 @@ def table(runs: Sequence[Run]) -> list[str]:
 
 def compared(own: Sequence[Run], todays: Sequence[Run]) -> tuple[str, str]:
     """The mean difference of the rewards from today's, with its interval, and the ratio of the mean KLs. The interval
-    is over seeds by Student's t, or of a single seed over prompts by bootstrap (`report.evaluation.mean_ci95`)."""
+    is over seeds by Student's t, or of a single seed over prompts by bootstrap."""
     ratio = statistics.fmean(run.kl for run in own) / statistics.fmean(run.kl for run in todays)
     if len(own) > 1:
         difference = interval([run.reward - today.reward for run, today in zip(own, todays, strict=True)], "{:+.2f}")
     else:
-        pairs = [after - today for after, today in zip(own[0].rewards, todays[0].rewards, strict=True)]
-        low, high = mean_ci95(pairs)
-        difference = f"{statistics.fmean(pairs):+.2f} ({low:+.2f} to {high:+.2f})"
+        difference = str(over_prompts(own[0].rewards, todays[0].rewards))
     return difference, f"{ratio:.2f}"
 
 

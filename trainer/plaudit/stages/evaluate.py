@@ -94,7 +94,7 @@ def by_rewards(config: EvaluateConfig) -> EvaluationResult:
                 client.connect()
                 if judges is not None:
                     judges.connect()
-                ask = functools.partial(_answer, prompts=prompts, client=client, judges=judges, config=config)
+                ask = functools.partial(answer, prompts=prompts, client=client, judges=judges, config=config)
                 before = ask(policy, tokenizer, as_reference=True, cached=cached)
                 answers = [ask(policy, tokenizer, as_reference=False, cached=cached)]
                 for other in config.also:
@@ -277,7 +277,7 @@ def _draws(config: EvaluateConfig, count: int) -> Draws:
 
 
 @torch.no_grad()
-def _answer(
+def answer(
     policy: Policy,
     tokenizer: Tokenizer,
     *,
