@@ -102,6 +102,21 @@ def test_without_its_weight_k2_has_the_gradient_of_the_kl_and_k3_that_of_the_rev
         gradient_of_terms(logits, old, reference, "k1", weighted=False)
 
 
+@pytest.mark.parametrize(("penalty", "share"), [("kl", 1.0), ("full", 0.0)])
+def test_as_a_reward_k1_has_the_gradient_of_the_kl_and_the_full_kl_none_at_the_token_itself(
+    penalty: str, share: float
+) -> None:
+    """REINFORCE in expectation over the tokens of one state: each token's log-probability times its penalty."""
+    logits, _, reference = distributions()
+    policy = logits.log_softmax(-1)
+    exact = torch.autograd.grad(kl.full_kl(policy, reference), logits, retain_graph=True)[0]
+    fixed = policy.detach()
+    penalties = kl.k1(fixed, reference) if penalty == "kl" else kl.full_kl(fixed, reference).expand_as(fixed)
+    learned = torch.autograd.grad((fixed.exp() * policy * penalties).sum(), logits)[0]
+    assert torch.allclose(learned, share * exact)
+    assert exact.abs().max() > 0.01
+
+
 def test_an_estimator_without_a_loss_term_is_named() -> None:
     with pytest.raises(ValueError, match="full is none of k1, k2, k3"):
         kl.loss_terms(torch.zeros(1), torch.zeros(1), torch.zeros(1), estimator="full", weighted=True)

@@ -50,7 +50,8 @@ class PPOSettings:
     kl_penalty: KLPenalty = "kl"
     """Estimator of each token's KL to the reference in the reward: `kl` is the difference of log-probabilities, `abs`
     its absolute value, `mse` half its square, `k3` an estimator that is never negative, `full` the exact KL over the
-    vocabulary."""
+    vocabulary. `full` doesn't depend on the sampled token, so it punishes earlier tokens alone: with it, a policy may
+    move much farther."""
     kl_loss_coef: float = 0.0
     """Coefficient of a KL term in the loss, beside the KL in the reward. For the loss alone, set init_kl_coef to 0."""
     kl_loss: KLLoss = "k3"
