@@ -23,9 +23,9 @@ The rule, written before the first run:
 Two thirds turned out to be out of reach of every candidate. So this was added after the tuning, before the first run of
 the confirmation:
 
-5. `fresh-critic` and `fresh-rloo` are confirmed all the same. The former becomes the preset if over seeds 0, 1 and 2 its
-   mean reward is at least today's minus 0.05, its mean KL is at most 0.85 of today's, and it repeats fewer words with
-   every seed. The latter is for comparison: it has no value head, and the demo is to show PPO with one.
+5. `fresh-critic` and `fresh-rloo` are confirmed all the same. The former becomes the preset if over seeds 0, 1 and 2
+   its mean reward is at least today's minus 0.05, its mean KL is at most 0.85 of today's, and it repeats fewer words
+   with every seed. The latter is for comparison: it has no value head, and the demo is to show PPO with one.
 """
 
 import argparse
