@@ -115,6 +115,7 @@ def policy_dir_without_head(tmp_path: Path) -> Path:
     [
         ("gpt2-imdb", PPOConfig),
         ("demo", PPOConfig),
+        ("demo-rloo", PPOConfig),
         ("imdb-gpt2-mini", SFTConfig),
         ("imdb-distilbert-mini", RewardModelConfig),
     ],

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --tuning --show today NAME --into docs/evidence/ppo.md
     OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --candidates today NAME --into docs/evidence/ppo.md
+    OMP_NUM_THREADS=1 python -m benchmarks.learning.preset --candidates today NAME --seeds 3 4 5 --mark preset-again
 
 A run is the PPO stage of the demo's preset with a candidate's changes, then `plaudit evaluate` on 1,024 held-out
 prompts with the same random numbers for every run. It leaves one JSON file in `--runs`; a run whose file is there is
 not taken again. Prints a Markdown table, and the responses to the first ten held-out prompts, which `--into` puts
-into a document. The first command is the tuning, with all candidates; the second the confirmation.
+into a document. The first command is the tuning, with all candidates; the others are the two confirmations.
 
 The rule, written before the first run:
 
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--tuning", action="store_true", help=f"seed {TUNING_SEED}, and the document's other table")
     parser.add_argument("--show", nargs="+", choices=names, metavar="NAME", help="those with samples; default: all")
+    parser.add_argument("--mark", help="name of the document's table; default: preset, or preset-tuning with --tuning")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
     parser.add_argument("--preset", type=Path, default=Path("presets/demo.yaml"))
     parser.add_argument("--reward-model", default="models/imdb-distilbert-mini")
@@ -185,7 +187,8 @@ def main() -> None:
     if arguments.into is not None:
         what = f"{arguments.n_prompts:,} held-out prompts, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
         head = [f"{measured_on('torch', 'transformers')}; {what}", ""]
-        put(arguments.into, "preset-tuning" if arguments.tuning else "preset", [*head, *lines])
+        mark = arguments.mark or ("preset-tuning" if arguments.tuning else "preset")
+        put(arguments.into, mark, [*head, *lines])
 
 
 def changed(config: PPOConfig, name: str) -> PPOConfig:

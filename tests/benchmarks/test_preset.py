@@ -51,6 +51,11 @@ def test_a_candidate_changes_the_algorithm_alone(name: str) -> None:
     assert (config == CONFIG) == (name == TODAY)
 
 
+def test_the_preset_without_a_value_head_is_the_candidate_that_was_measured() -> None:
+    preset = presets.load(PPOConfig, Path("presets/demo-rloo.yaml"))
+    assert changed(CONFIG, "fresh-rloo") == dataclasses.replace(preset, output_dir=CONFIG.output_dir)
+
+
 def test_repetition_is_counted_within_a_response_and_over_all() -> None:
     texts = Texts.of([" Good, good and GOOD film", " the the the end", " so so"])
     # Words by white space, as in the audit: "the" twice and "so" once of 5 + 4 + 2 words.

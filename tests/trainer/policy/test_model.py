@@ -1,6 +1,7 @@
 """The policy: log-probabilities that no padding moves, a reference that is not the policy, files that others load."""
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 
 from harness.tiny_models import ARCHITECTURES, save, tiny_gpt2, tiny_gpt2_dir, tiny_llama, tiny_tokenizer
 from plaudit.errors import ConfigError
@@ -18,6 +20,7 @@ from plaudit.policy.generation import Draws, generate
 from plaudit.policy.loading import load_policy
 from plaudit.policy.merging import merge_adapters, merge_policy
 from plaudit.policy.model import Policy
+from plaudit.policy.packing import worth_packing
 from plaudit.policy.pretrained import ModelNotFound, load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.policy.saving import save_policy
@@ -249,6 +252,40 @@ def test_a_fused_activation_gives_the_same_to_a_rounding() -> None:
     fuse_activations(model)
     assert isinstance(model.transformer.h[0].mlp.act, nn.GELU)
     assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+
+
+def test_padding_is_packed_away_from_1536_cells_on_if_the_model_has_over_5333333_parameters() -> None:
+    few = Samples.from_lists([[1] * 8] * 64, [[2] * 16] * 64, pad_token_id=0)
+    # 2048 cells x 4,000,000 parameters = 1536 cells x 5,333,333.3 parameters
+    assert [worth_packing(few, parameters) for parameters in (0, 4_000_000, 5_333_333, 5_333_334)] == [False] * 3 + [
+        True
+    ]
+
+
+def test_a_larger_model_packs_few_samples_and_fuses_its_activations_and_scores_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=64, n_positions=64, n_embd=256, n_layer=6, n_head=4, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(shape).eval()  # 4.8 million parameters
+    policy = Policy(add_lora(copy.deepcopy(model), LoraSettings(r=2, dropout=0.0)))
+    few = Samples.from_lists([[5, 6, 7], [8]] * 70, [[9], list(range(10, 20))] * 70, pad_token_id=0)
+    shapes: list[torch.Size] = []
+    policy.language_model.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    outputs = policy(few)
+    # 70 samples of 10 tokens and 70 of 3: eleven rows of 6 x 10 + 3, one of 4 x 10 + 8 x 3, and three of threes alone.
+    assert (policy.packs, shapes) == (True, [torch.Size([15, 64])])
+    assert not any(isinstance(module, NewGELUActivation) for module in policy.modules())
+
+    monkeypatch.setattr("plaudit.policy.packing.FEW_CELLS", 10**6)
+    again = few.select(range(len(few)))
+    assert torch.allclose(policy(again).logprobs, outputs.logprobs, atol=1e-5)
+    assert shapes[1:] == [torch.Size([140, 12])]
+    plain = model(torch.tensor([[8, *range(10, 19)]])).logits[0].log_softmax(-1)
+    expected = plain[range(10), list(range(10, 20))]
+    assert torch.allclose(outputs.logprobs[1], expected, atol=1e-5)
 
 
 def test_gpt2_with_the_recipes_lora_learns_590593_of_125030401_parameters() -> None:

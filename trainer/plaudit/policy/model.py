@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plaudit.errors import ConfigError
-from plaudit.policy.packing import ModelInput, attention_dtype, packed, padded, takes_own_mask, worth_packing
+from plaudit.policy.packing import (
+    SMALL_MODEL,
+    ModelInput,
+    attention_dtype,
+    packed,
+    padded,
+    takes_own_mask,
+    worth_packing,
+)
 from plaudit.policy.response_logits import (
     ResponseLogits,
     apply_head,
@@ -88,10 +96,11 @@ class Policy(nn.Module):
         self.autocast = autocast
         # BLOOM, MPT and others read positions off the attention mask and take none.
         self._takes_positions = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        self._parameter_count = sum(map(numel, self.model.parameters()))
         disable_dropout(self)
         # Not a submodule: it must neither be trained, nor saved, nor wrapped with the policy.
         self._reference: list[Any] = []
-        if self.device.type == "cuda":
+        if self._fuses_activations:
             fuse_activations(self)
         self._logits_mib, self._vocabulary = logits_mib, int(getattr(head, "out_features", head.weight.shape[0]))
         self._rows = max(1, int(2**20 * logits_mib / PIECES / (4 * self._vocabulary)))
@@ -123,9 +132,14 @@ class Policy(nn.Module):
     def use_reference(self, model: nn.Module) -> None:
         """Holds the policy to this model from now on; its parameters are frozen."""
         disable_dropout(model)
-        if self.device.type == "cuda":
+        if self._fuses_activations:
             fuse_activations(model)
         self._reference[:] = [model.eval().requires_grad_(False)]
+
+    @property
+    def _fuses_activations(self) -> bool:
+        # Small models on a CPU keep transformers' own, to stay as close to other trainers as they can.
+        return self.device.type == "cuda" or self._parameter_count > SMALL_MODEL
 
     @property
     def has_adapters(self) -> bool:
@@ -311,7 +325,7 @@ class Policy(nn.Module):
     def _input_of(self, samples: Samples) -> ModelInput:
         # Policy, reference and values are asked about the same samples in turn.
         if self._last_input is None or self._last_input[0] is not samples:
-            if self._packs and worth_packing(samples):
+            if self._packs and worth_packing(samples, self._parameter_count):
                 given = packed(samples, mask_dtype=self.mask_dtype)
             else:
                 # On a CPU, transformers' look at the mask costs nothing and may save the mask.

@@ -18,7 +18,9 @@ PACKED_TOKENS = 64
 """Minimum length of a packed row. Longer rows have less padding at their ends, but more masked attention."""
 
 FEW_CELLS = 2048
-"""A padded batch of fewer cells than this is not worth packing."""
+"""A padded batch of fewer cells than this is not worth packing, for a model of at most `SMALL_MODEL` parameters."""
+SMALL_MODEL = 4_000_000
+"""Above it, padding costs more the larger the model is, and the number of cells worth packing falls in proportion."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ def takes_own_mask(model: PreTrainedModel) -> bool:
     return all(type(layer) is StaticLayer for layer in layers)
 
 
-def worth_packing(samples: Samples) -> bool:
-    """Whether packing pays off. Small batches stay padded, which sums in the same order as other trainers."""
-    return samples.query_mask.numel() + samples.mask.numel() >= FEW_CELLS
+def worth_packing(samples: Samples, parameters: int) -> bool:
+    """Whether packing pays off. Small batches of small models stay padded, to sum in the order of other trainers."""
+    cells = samples.query_mask.numel() + samples.mask.numel()
+    return cells * max(parameters, SMALL_MODEL) >= FEW_CELLS * SMALL_MODEL
 
 
 def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: bool = False) -> ModelInput:
