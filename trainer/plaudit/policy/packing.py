@@ -74,7 +74,8 @@ def takes_own_mask(model: PreTrainedModel) -> bool:
 def worth_packing(samples: Samples, parameters: int) -> bool:
     """Whether packing pays off. Small batches of small models stay padded, to sum in the order of other trainers."""
     cells = samples.query_mask.numel() + samples.mask.numel()
-    return cells * max(parameters, SMALL_MODEL) >= FEW_CELLS * SMALL_MODEL
+    # A single sample has no padding, and without a mask of ours attention costs less.
+    return len(samples) > 1 and cells * max(parameters, SMALL_MODEL) >= FEW_CELLS * SMALL_MODEL
 
 
 def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: bool = False) -> ModelInput:
