@@ -8,6 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -20,7 +22,7 @@ from plaudit.policy.generation import Draws, generate
 from plaudit.policy.loading import load_policy
 from plaudit.policy.merging import merge_adapters, merge_policy
 from plaudit.policy.model import Policy
-from plaudit.policy.packing import worth_packing
+from plaudit.policy.packing import packed, worth_packing
 from plaudit.policy.pretrained import ModelNotFound, load_tokenizer
 from plaudit.policy.samples import Samples
 from plaudit.policy.saving import save_policy
@@ -260,6 +262,28 @@ def test_padding_is_packed_away_from_1536_cells_on_if_the_model_has_over_5333333
     assert [worth_packing(few, parameters) for parameters in (0, 4_000_000, 5_333_333, 5_333_334)] == [False] * 3 + [
         True
     ]
+
+
+def rows_and_columns(lengths: list[int]) -> tuple[int, int]:
+    samples = Samples.from_lists([[1]] * len(lengths), [[2] * n for n in lengths], pad_token_id=0)
+    rows, columns = packed(samples).arguments["input_ids"].shape
+    return rows, columns
+
+
+def test_rows_of_another_length_are_taken_where_64_columns_would_leave_much_empty() -> None:
+    # Four samples of 13 tokens would leave 12 of 64 columns empty.
+    assert rows_and_columns([13] * 128) == (128, 13)
+    assert rows_and_columns([40] * 50) == (50, 40)
+    assert rows_and_columns([20] * 3) == (1, 60)
+    assert rows_and_columns([20] * 4) == (4, 20)
+    assert rows_and_columns([21] * 30) == (10, 64)  # 63 of 64 columns
+    assert rows_and_columns([100, 30, 60]) == (2, 100)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=40))
+def test_packing_takes_no_more_cells_than_padding_by_more_than_an_eighth_of_the_tokens(lengths: list[int]) -> None:
+    rows, columns = rows_and_columns(lengths)
+    assert sum(lengths) <= rows * columns <= max(len(lengths) * max(lengths), 1.125 * sum(lengths))
 
 
 def test_a_larger_model_packs_few_samples_and_fuses_its_activations_and_scores_the_same(

@@ -15,7 +15,9 @@ from transformers.cache_utils import StaticLayer
 from plaudit.policy.samples import Samples, on_device
 
 PACKED_TOKENS = 64
-"""Minimum length of a packed row. Longer rows have less padding at their ends, but more masked attention."""
+"""Usual length of a packed row. Longer rows have less padding at their ends, but more masked attention."""
+MUCH = 1 / 8
+"""Of a packed batch's tokens: more padding than this at the ends of rows is worth looking for another length."""
 
 FEW_CELLS = 2048
 """A padded batch of fewer cells than this is not worth packing, for a model of at most `SMALL_MODEL` parameters."""
@@ -87,7 +89,7 @@ def packed(samples: Samples, *, mask_dtype: torch.dtype | None = None, rounded: 
     """
     query_lengths, response_lengths = samples.lengths
     lengths = query_lengths + response_lengths - 1
-    places, rows, columns = _first_fit(lengths.tolist(), multiple_of=16 if rounded else 1)
+    places, rows, columns = _rows(lengths.tolist(), rounded=rounded)
     if rounded:
         rows += -rows % 8
     starts = torch.tensor(places)
@@ -135,10 +137,27 @@ def _states(samples: Samples, first: Tensor) -> Tensor:
     return on_device(first[sample] + within, samples.mask.device)
 
 
-def _first_fit(lengths: list[int], *, multiple_of: int = 1) -> tuple[list[int], int, int]:
-    """First-fit decreasing: each sample's start in the flattened rows, the number of rows, and their length."""
-    columns = max(*lengths, PACKED_TOKENS)
-    columns += -columns % multiple_of
+def _rows(lengths: list[int], *, rounded: bool) -> tuple[list[int], int, int]:
+    """Each sample's start in the flattened rows, the number of rows, and their length.
+
+    Rows have `PACKED_TOKENS` columns, or as many as the longest sample. Where that leaves much empty, it is a multiple
+    of the longest sample that leaves the least.
+    """
+    longest = max(lengths)
+    usual = max(longest, PACKED_TOKENS)
+    if rounded:
+        return _first_fit(lengths, usual + -usual % 16)
+    places, rows, columns = _first_fit(lengths, usual)
+    if rows == 1:
+        return places, 1, sum(lengths)
+    if rows * columns <= (1 + MUCH) * sum(lengths):
+        return places, rows, columns
+    multiples = [_first_fit(lengths, columns) for columns in range(longest, usual + longest, longest)]
+    return min([*multiples, (places, rows, columns)], key=lambda fit: fit[1] * fit[2])
+
+
+def _first_fit(lengths: list[int], columns: int) -> tuple[list[int], int, int]:
+    """First-fit decreasing into rows of so many columns: starts, number of rows, columns."""
     filled: list[int] = []
     places = [0] * len(lengths)
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -147,4 +166,4 @@ def _first_fit(lengths: list[int], *, multiple_of: int = 1) -> tuple[list[int], 
             filled.append(0)
         places[sample] = row * columns + filled[row]
         filled[row] += lengths[sample]
-    return places, len(filled), max(filled) if len(filled) == 1 and multiple_of == 1 else columns
+    return places, len(filled), columns
