@@ -84,12 +84,9 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "fresh-kl-0.06": {**FRESH, "learning_rate": 0.004, "init_kl_coef": 0.06},
     "fresh-kl-0.1-fast": {**FRESH, "learning_rate": 0.0045, "init_kl_coef": 0.1},
     "fresh-rloo-8": {**FRESH, **RLOO, "responses_per_prompt": 8, "learning_rate": 0.0045, "init_kl_coef": 0.08},
-    "fresh-rloo-32": {
-        **FRESH,
-        **RLOO,
-        **{"responses_per_prompt": 32, "steps": 50, "batch_size": 256},
-        **{"learning_rate": 0.004, "init_kl_coef": 0.08},
-    },
+    "fresh-rloo-32": FRESH
+    | RLOO
+    | {"responses_per_prompt": 32, "steps": 50, "batch_size": 256, "learning_rate": 0.004, "init_kl_coef": 0.08},
     "fresh-rloo": {**FRESH, **RLOO, "steps": 88, "learning_rate": 0.005, "init_kl_coef": 0.085},
     "fresh-lam-1": {**FRESH, **QUIET_CRITIC, "vf_coef": 0.1, "lam": 1.0, "init_kl_coef": 0.075},
     "fresh-critic": {**FRESH, **QUIET_CRITIC, "init_kl_coef": 0.08},

@@ -16,8 +16,8 @@ from plaudit.policy.samples import Samples, on_device
 
 PACKED_TOKENS = 64
 """Usual length of a packed row. Longer rows have less padding at their ends, but more masked attention."""
-MUCH = 1 / 8
-"""Of a packed batch's tokens: more padding than this at the ends of rows is worth looking for another length."""
+MUCH_PADDING = 1 / 8
+"""Padding at the ends of rows as a share of the tokens: above it, rows of other lengths are tried."""
 
 FEW_CELLS = 2048
 """A padded batch of fewer cells than this is not worth packing, for a model of at most `SMALL_MODEL` parameters."""
@@ -147,13 +147,13 @@ def _rows(lengths: list[int], *, rounded: bool) -> tuple[list[int], int, int]:
     usual = max(longest, PACKED_TOKENS)
     if rounded:
         return _first_fit(lengths, usual + -usual % 16)
-    places, rows, columns = _first_fit(lengths, usual)
+    found = places, rows, columns = _first_fit(lengths, usual)
     if rows == 1:
         return places, 1, sum(lengths)
-    if rows * columns <= (1 + MUCH) * sum(lengths):
-        return places, rows, columns
-    multiples = [_first_fit(lengths, columns) for columns in range(longest, usual + longest, longest)]
-    return min([*multiples, (places, rows, columns)], key=lambda fit: fit[1] * fit[2])
+    if rows * columns <= (1 + MUCH_PADDING) * sum(lengths):
+        return found
+    multiples = (_first_fit(lengths, columns) for columns in range(longest, usual + longest, longest))
+    return min([*multiples, found], key=lambda fit: fit[1] * fit[2])
 
 
 def _first_fit(lengths: list[int], columns: int) -> tuple[list[int], int, int]:
