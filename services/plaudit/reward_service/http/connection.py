@@ -3,7 +3,8 @@
 httptools keeps a head until it is complete, and accepts requests that another server in front may read differently.
 
 Failure modes: a client that never ends a request fills the memory or the table of open files; a body runs as a request
-of its own (request smuggling).
+of its own (request smuggling); a killed service leaves the start of an answer, which a balancer cannot ask another
+replica for.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from plaudit import wire
@@ -141,6 +142,8 @@ class Connection(HttpToolsProtocol):
         if self._over_limit:
             self.scope[OVER_CONNECTION_LIMIT] = lambda: too_many_connections(self._bound)  # type: ignore[literal-required]
         super().on_headers_complete()
+        if self.scope["method"] != "HEAD":  # such an answer has no body to wait for
+            self.cycle.transport = _WholeAnswers(self.cycle)  # type: ignore[assignment]
         self._in_body = True
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows isn't read as a request
@@ -244,10 +247,37 @@ class Connection(HttpToolsProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
 
+class _WholeAnswers:
+    """What an answer is written to: its head waits for the first piece of its body, and both leave in one write.
+
+    uvicorn writes a head by itself. A service that is killed before the body follows would leave half an answer, which a
+    balancer has begun to pass on by then and can no longer ask another replica for.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """Keep a head; send everything else, after the head that was kept."""
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+        elif self._head:
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 async def check_connection() -> None:
     """Whether uvicorn's class still does what `Connection` expects of it. Raises otherwise.
 
-    One request in two pieces must reach the application and be answered; one with two Host headers must be refused.
+    One request in two pieces must reach the application and be answered in one write; one with two Host headers must be
+    refused.
     """
     seen: list[Any] = []
 
@@ -276,7 +306,9 @@ async def check_connection() -> None:
             connection.data_received(piece)
         await asyncio.wait_for(asyncio.gather(*state.tasks), CHECK_TIMEOUT_S)
         connection.connection_lost(None)
-        answers.append(transport.written.split(b"\r\n\r\n", 1))
+        if len(transport.written) != 1:
+            raise RuntimeError(f"one answer was written as {transport.written}")
+        answers.append(transport.written[0].split(b"\r\n\r\n", 1))
     if seen != [("POST", "/path", b"a", b"body")] or not answers[0][0].startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"a request of two pieces became {seen}, answered {answers[0]}")
     if [problem.name for problem in refusals] != ["malformed-request"] or not answers[1][0].startswith(b"HTTP/1.1 400"):
@@ -288,11 +320,11 @@ class _RecordingTransport(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written = b""
+        self.written: list[bytes] = []
         self._closing = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.written += bytes(data)
+        self.written.append(bytes(data))
 
     def write_eof(self) -> None:
         pass

@@ -160,6 +160,43 @@ def test_requests_are_answered_before_what_is_refused_behind_them(refused: bytes
         assert [int(answer[:3]) for answer in rest_of(connection)] == [200, 200, 400]
 
 
+def test_an_answer_leaves_in_one_write_so_that_a_killed_service_leaves_no_half_of_one(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+
+    class Recorded:
+        def __init__(self, transport: asyncio.Transport) -> None:
+            self.transport = transport
+
+        def write(self, data: bytes) -> None:
+            written.append(data)
+            self.transport.write(data)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.transport, name)
+
+    made = connection_module.Connection.connection_made
+    monkeypatch.setattr(
+        connection_module.Connection,
+        "connection_made",
+        lambda self, transport: made(self, Recorded(transport)),  # type: ignore[arg-type]
+    )
+    requests = (
+        request(b"Host: x", b"Connection: keep-alive", JSON, AUTH, LENGTH, b"Expect: 100-continue", body=BODY)
+        + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
+        + b"GET /metrics HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
+        + b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % KEY
+    )
+    answers_to(port, requests)
+    assert [int(piece[9:12]) for piece in written] == [100, 200, 404, 200, 404]
+    assert b'"rewards"' in written[1] and written[2].endswith(b"\r\n\r\n")
+    for answer in (written[1], *written[3:]):
+        head, _, content = answer.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length is not None and int(length[1]) == len(content) > 0
+
+
 def test_a_request_that_was_answered_before_its_body_has_no_second_answer(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(request(b"Host: x", b"Connection: keep-alive", b"Transfer-Encoding: chunked"))
