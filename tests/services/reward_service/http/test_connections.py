@@ -184,12 +184,12 @@ def test_an_answer_leaves_in_one_write_so_that_a_killed_service_leaves_no_half_o
     )
     requests = (
         request(b"Host: x", b"Connection: keep-alive", JSON, AUTH, LENGTH, b"Expect: 100-continue", body=BODY)
-        + b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
+        + b"HEAD /livez HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
         + b"GET /metrics HTTP/1.1\r\nHost: x\r\n%s\r\n" % KEY
         + b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s\r\n" % KEY
     )
     answers_to(port, requests)
-    assert [int(piece[9:12]) for piece in written] == [100, 200, 404, 200, 404]
+    assert [int(piece[9:12]) for piece in written] == [100, 200, 405, 200, 404]
     assert b'"rewards"' in written[1] and written[2].endswith(b"\r\n\r\n")
     for answer in (written[1], *written[3:]):
         head, _, content = answer.partition(b"\r\n\r\n")
