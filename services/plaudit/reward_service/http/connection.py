@@ -3,8 +3,7 @@
 httptools keeps a head until it is complete, and accepts requests that another server in front may read differently.
 
 Failure modes: a client that never ends a request fills the memory or the table of open files; a body runs as a request
-of its own (request smuggling); a killed service leaves the start of an answer, which a balancer cannot ask another
-replica for.
+of its own (request smuggling); a killed service leaves half an answer.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from plaudit import wire
@@ -143,7 +142,7 @@ class Connection(HttpToolsProtocol):
             self.scope[OVER_CONNECTION_LIMIT] = lambda: too_many_connections(self._bound)  # type: ignore[literal-required]
         super().on_headers_complete()
         if self.scope["method"] != "HEAD":  # such an answer has no body to wait for
-            self.cycle.transport = _WholeAnswers(self.cycle)  # type: ignore[assignment]
+            self.cycle.transport = _WholeAnswers(self.transport)  # type: ignore[assignment]
         self._in_body = True
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False  # what follows isn't read as a request
@@ -250,18 +249,17 @@ class Connection(HttpToolsProtocol):
 class _WholeAnswers:
     """What an answer is written to: its head waits for the first piece of its body, and both leave in one write.
 
-    uvicorn writes a head by itself. A service that is killed before the body follows would leave half an answer, which a
-    balancer has begun to pass on by then and can no longer ask another replica for.
+    uvicorn writes a head by itself. A service that is killed before the body follows would leave half an answer. A
+    balancer has begun to pass that on by then, and can no longer ask another replica.
     """
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._transport = cycle.transport
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
         self._head: bytes | None = None
 
     def write(self, data: bytes) -> None:
         """Keep a head; send everything else, after the head that was kept."""
-        if self._head is None and self._cycle.response_started:
+        if self._head is None and not data.startswith(STATUS_LINE[100]):
             self._head = data
         elif self._head:
             self._transport.write(self._head + data)

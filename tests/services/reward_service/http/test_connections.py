@@ -190,11 +190,13 @@ def test_an_answer_leaves_in_one_write_so_that_a_killed_service_leaves_no_half_o
     )
     answers_to(port, requests)
     assert [int(piece[9:12]) for piece in written] == [100, 200, 405, 200, 404]
-    assert b'"rewards"' in written[1] and written[2].endswith(b"\r\n\r\n")
+    assert b'"rewards"' in written[1]
+    assert written[2].endswith(b"\r\n\r\n")
     for answer in (written[1], *written[3:]):
         head, _, content = answer.partition(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head)
-        assert length is not None and int(length[1]) == len(content) > 0
+        assert length is not None
+        assert int(length[1]) == len(content) > 0
 
 
 def test_a_request_that_was_answered_before_its_body_has_no_second_answer(port: int) -> None:
