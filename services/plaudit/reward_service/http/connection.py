@@ -258,14 +258,14 @@ class _WholeAnswers:
         self._head: bytes | None = None
 
     def write(self, data: bytes) -> None:
-        """Keep a head; send everything else, after the head that was kept."""
-        if self._head is None and not data.startswith(STATUS_LINE[100]):
-            self._head = data
-        elif self._head:
+        """Keep a head; send everything else, the first piece of a body after the head that was kept."""
+        if self._head is not None:
             self._transport.write(self._head + data)
             self._head = b""
-        else:
+        elif data.startswith(STATUS_LINE[100]):
             self._transport.write(data)
+        else:
+            self._head = data
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
